@@ -1,0 +1,43 @@
+"""The operators that layers call. `Kernels` is a frozen set of callables; `select.py` chooses them, layers never do.
+
+Shapes: T tokens in the step, B sequences, H query heads, K KV heads, D head dim, M model width, F feed-forward, N blocks, S block size,
+E experts. Results go to `out`, which is contiguous unless said otherwise and never aliases an input. Activations and weights share one floating
+dtype (float32, bfloat16, float16) unless said otherwise; arithmetic inside is float32. `reference.py` is the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lmdeploy.inputs import AttentionMeta
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One callable per operator; `names` says which implementation each is, for check_env and the start-up lines."""
+
+    #: (x [T, K], weight [N, K], bias [N] | None, out [T, N]): out = x @ weight.T + bias. Rows of `x` may be strided.
+    linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+    #: (x [T, M], weight [M], eps, out [T, M]): out = x / sqrt(mean(x^2) + eps) * weight
+    rms_norm: Callable[[Tensor, Tensor, float, Tensor], None]
+    #: (x [T, M], residual [T, M], weight [M], eps, out [T, M]): residual += x in place; out = rms_norm(residual)
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
+    #: (x [T, H, D], weight [D], eps): RMSNorm of each head in place; rows of x may be strided (a part of qkv)
+    head_norm: Callable[[Tensor, Tensor, float], None]
+    #: (q [T, H, D], k [T, K, D], v [T, K, D], cos [T, R/2], sin [T, R/2], q_scale [T] | None, key_cache [N, K, S, D], value_cache,
+    #: slot_mapping [T]): rotate the first R of D dims of q and k in place, half-split (x1 cos - x2 sin, x2 cos + x1 sin), scale q rows, write the
+    #: rotated k and v to the cache. q, k and v may be strided parts of one qkv buffer (last dim contiguous).
+    rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], None]
+    #: (q [T, H, D], k [T, K, D], v [T, K, D], key_cache [N, K, S, D], value_cache, meta, scale, window, out [T, H * D]): causal attention of the new
+    #: tokens over all kv_lens keys; the new k and v are already in the cache. window > 0: a query at p sees keys p - window + 1 .. p. Query head h reads KV head h * K // H.
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, AttentionMeta, float, int, Tensor], None]
+    #: (gate_up [T, 2F], out [T, F]): out = silu(gate_up[:, :F]) * gate_up[:, F:]
+    silu_mul: Callable[[Tensor, Tensor], None]
+    #: (x [T, M], gate_up [E, 2F, M], down [E, M, F], expert_ids int64 [T, k], expert_weights float32 [T, k], out [T, M]): sum over the k chosen experts
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    names: dict[str, str]

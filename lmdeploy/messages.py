@@ -1,0 +1,151 @@
+"""Plain data that crosses borders: from the text side to the engine (token ids only) and back, and what users get.
+
+Everything between processes is a `msgspec.Struct`: typed, bounded, encoded as msgpack, never pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose the next tokens of one sequence; resolved and checked, every field has its final value.
+
+    `temperature == 0` means greedy (argmax). `top_k == 0` means the whole vocabulary. `seed` with the number of the
+    generated token determines the random draw, so a request gives the same tokens alone or in any batch.
+    """
+
+    max_new_tokens: int  # 0 = only score the prompt
+    min_new_tokens: int = 0  # stop ids are masked before
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and generated ids: logit < 0 ? logit * p : logit / p
+    presence_penalty: float = 0.0  # generated ids: logit -= p if seen
+    frequency_penalty: float = 0.0  # generated ids: logit -= p * count
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False  # stop_token_ids are masked until max_new_tokens
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences never produced (length 1 = a banned token)
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # top-n beside the chosen token's; 0 = the chosen token only
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    output_logits: Literal["all", "generation"] | None = None  # raw float32 logits; in-process engines only
+    output_last_hidden_state: Literal["all", "generation"] | None = None
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt. `n` answers share its KV blocks; their seeds are `sampling.seed + index`."""
+
+    request_id: int
+    token_ids: list[int]
+    sampling: SamplingParams
+    n: int = 1
+    rope_length: int = 0  # the length that fixes a dynamic rope's base; 0 = len(token_ids). Sessions keep their first one
+    cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """log p of one token, and of the `top` likeliest ones at the same place, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class EngineOutput(msgspec.Struct, kw_only=True):
+    """What one step brought one answer. The last one of an answer has `finish_reason`.
+
+    A stop token ends the answer, is counted in `num_generated`, and is the last of `token_ids`
+    (`stop_token_id` names it, so that the text side can drop it).
+    """
+
+    request_id: int
+    index: int = 0  # which of the n answers
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_prompt: int = 0
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+    num_generated: int = 0
+    error: str | None = None  # with finish_reason 'error'
+    logits: Any = None  # torch [n, V] float32, in-process only
+    last_hidden_state: Any = None
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Counters since the start and gauges of now, for /metrics, /health and the progress lines."""
+
+    running: int = 0
+    waiting: int = 0
+    num_blocks: int = 0
+    used_blocks: int = 0  # referenced by live sequences; cached but unreferenced blocks are free
+    cached_blocks: int = 0  # reusable prefix blocks that nobody references
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    aborted: int = 0
+    finished: int = 0
+    failed: int = 0
+    last_step_time: float = 0.0  # time.monotonic() at the end of the last step (loop heart-beat), 0 before the first
+    step_seconds: float = 0.0  # duration of the last step
+
+
+class MemoryBill(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the memory went, in bytes; `total` is measured from outside (RSS or device), the parts add up to it."""
+
+    device: str
+    weights: int
+    kv_pool: int
+    workspace: int  # activations of the largest step
+    other: int  # interpreter, libraries, kernels: total minus the three above
+    total: int
+    free: int  # what the device has left
+    num_blocks: int
+    block_size: int
+    bytes_per_token: int  # KV bytes of one token over all layers
+    session_len: int
+    note: str = ""  # e.g. why the pool is smaller than the ratio asked for
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the text side must know of a started engine."""
+
+    session_len: int
+    vocab_size: int
+    max_batch_size: int
+    memory: MemoryBill
+    kernels: dict[str, str]  # op -> chosen kernel, for the start-up lines
+    dtype: str
+    start_seconds: float
+
+
+@dataclass
+class Response:
+    """An answer, or an increment of one while streaming (`text`, `token_ids`, `logprobs` are then the new part)."""
+
+    text: str
+    generate_token_len: int
+    input_token_len: int
+    session_id: int = -1
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] | None = None
+    index: int = 0
+    logits: Any = None
+    last_hidden_state: Any = None
+    cached_tokens: int = 0
+    stop_reason: str | int | None = None  # which stop string or token id ended it
+    error_code: str | None = None
+    error_message: str | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
