@@ -77,6 +77,7 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     num_cached: int = 0  # prompt tokens found in the prefix cache
     num_generated: int = 0
     error: str | None = None  # with finish_reason 'error'
+    error_code: str | None = None  # machine-readable reason, as RequestError.code
     logits: Any = None  # torch [n, V] float32, in-process only
     last_hidden_state: Any = None
 

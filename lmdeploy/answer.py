@@ -1,0 +1,81 @@
+"""`Answer`: the engine's token ids of one answer become text increments, stop words included.
+
+Knows no engine and no HTTP. Text is emitted as soon as it can no longer change: half a character and a possible beginning of a
+stop word are held back. Token ids and log-probabilities are passed on at once.
+"""
+
+from __future__ import annotations
+
+from lmdeploy.messages import EngineOutput, Response, TokenLogprobs
+from lmdeploy.text.detokenizer import IncrementalDetokenizer
+from lmdeploy.text.stops import StopMatcher
+from lmdeploy.text.tokenizer import Tokenizer
+
+
+class Answer:
+    """Feed engine outputs, get `Response` increments; `finished` once the last one was given."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        stop_words: list[str],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_new_tokens: int = 0,
+        ignore_stops: bool = False,
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
+        )
+        self._stops = StopMatcher([] if ignore_stops else stop_words, include_stop)
+        self._include_stop = include_stop
+        self._min_new_tokens = min_new_tokens
+        self.finished = False
+        self._count = 0
+
+    def feed(self, output: EngineOutput) -> Response | None:
+        """The increment that `output` brings; None when there is nothing to tell yet."""
+        ids, logprobs = list(output.token_ids), output.logprobs
+        if output.stop_token_id is not None and not self._include_stop:
+            ids, logprobs = ids[:-1], logprobs[:-1] if logprobs is not None else None
+        self._count = output.num_generated
+        text = self._text(ids)
+        finish, stop_reason = output.finish_reason, output.stop_token_id
+        if self._stops.matched is not None:
+            finish, stop_reason = "stop", self._stops.matched  # type: ignore[assignment]
+        elif finish is not None:
+            text += self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
+        self.finished = finish is not None
+        if not (text or ids or self.finished or output.prompt_logprobs is not None):
+            return None
+        return Response(
+            text=text,
+            generate_token_len=self._count,
+            input_token_len=output.num_prompt,
+            finish_reason=finish,
+            token_ids=ids,
+            logprobs=None if logprobs is None else [as_dict(entry) for entry in logprobs],
+            index=output.index,
+            logits=output.logits,
+            last_hidden_state=output.last_hidden_state,
+            cached_tokens=output.num_cached,
+            stop_reason=stop_reason,
+            error_code=(output.error_code or "engine_error") if output.error else None,
+            error_message=output.error,
+            prompt_logprobs=None if output.prompt_logprobs is None else [None if e is None else as_dict(e) for e in output.prompt_logprobs],
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        """Text of new tokens after stop matching; stop words that lie wholly within the first min_new_tokens do not count."""
+        text = self._detokenizer.feed(ids)
+        if self._count < self._min_new_tokens:
+            return text
+        return self._stops.feed(text)
+
+
+def as_dict(entry: TokenLogprobs) -> dict[int, float]:
+    """token id -> log p: the chosen token first, then the likeliest others, best first."""
+    return {entry.token_id: entry.logprob, **dict(entry.top)}

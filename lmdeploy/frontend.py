@@ -1,0 +1,500 @@
+"""The text side of the engine, shared by the Python API, the terminal and the server.
+
+`prepare` turns a prompt into token ids and checked sampling parameters (the one door: nobody validates after it); `stream`,
+`generate` and their async twins submit it and turn the engine's token ids back into text. The engine may be a thread of this
+process or a process of its own: an `EngineClient` either way. Detokenising happens in the caller's thread or event loop,
+never on the engine's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import queue
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmdeploy.answer import Answer
+from lmdeploy.checkpoint.hub import resolve_model
+from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from lmdeploy.engine.client import EngineClient
+from lmdeploy.errors import CheckpointError, EngineError, RequestError
+from lmdeploy.log import get_logger
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
+from lmdeploy.spec import ModelSpec, load_spec
+from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
+from lmdeploy.text.tokenizer import Tokenizer
+
+logger = get_logger(__name__)
+
+Prompt = str | list[int] | list[dict[str, Any]]
+
+#: generation_config.json key -> GenerationConfig field: what a model's maker recommends, used by the server
+_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+#: texts shorter than this are simply tokenised; longer ones are first checked against the longest token of the vocabulary
+_LONG_TEXT = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request, ready to submit (any number of times)."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+    n: int
+    stop_words: list[str]
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
+    include_stop: bool
+    rope_length: int = 0
+    cache_salt: str = ""
+    notices: list[str] = field(default_factory=list)  # what the caller should be told, e.g. a shortened max_new_tokens
+
+
+class _AsyncSink:
+    """Where the outputs of one async request go: a queue of one event loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[EngineOutput] = asyncio.Queue()
+
+
+class Frontend:
+    """One model as its callers see it: text in, `Response` increments out. Safe to use from many threads and event loops."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        spec: ModelSpec,
+        *,
+        model_name: str,
+        model_path: str,
+        generation_defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.client, self.tokenizer, self.template, self.spec = client, tokenizer, template, spec
+        self.model_name, self.model_path = model_name, model_path
+        self.generation_defaults = generation_defaults or {}
+        self._ids = itertools.count(1)
+        self._sinks: dict[int, queue.SimpleQueue[EngineOutput] | _AsyncSink] = {}
+        self._longest_token: int | None = None
+        client.start(self._on_outputs)
+
+    @classmethod
+    def open(
+        cls,
+        model_path: str | None,
+        config: EngineConfig,
+        chat_template_config: ChatTemplateConfig | None = None,
+        *,
+        separate_process: bool = False,
+        model_name: str | None = None,
+    ) -> Frontend:
+        """Load a model folder, hub id or (None) the embedded model. Raises ConfigError, CheckpointError or EngineError."""
+        folder = resolve_model(model_path, config.download_dir, config.revision)
+        if chat_template_config is None and config.model_name is not None:
+            chat_template_config = template_by_name(config.model_name)
+        spec = load_spec(folder, config.hf_overrides)
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer loads while the engine reads its weights
+            starting = pool.submit(_start_client, folder, config, separate_process)
+            try:
+                tokenizer = Tokenizer(folder)
+                template = load_chat_template(folder, spec, tokenizer, chat_template_config)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    starting.result().close()
+                raise
+            client = starting.result()
+        return cls(
+            client,
+            tokenizer,
+            template,
+            spec,
+            model_name=model_name or str(model_path or folder.name),
+            model_path=str(model_path or folder),
+            generation_defaults=read_generation_defaults(folder),
+        )
+
+    # ------------------------------------------------------------------ what the engine says of itself
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the started engine: lengths, memory bill, kernels."""
+        return self.client.info
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine is dead, or None."""
+        return self.client.failure
+
+    def stats(self) -> EngineStats:
+        """The engine's counters and gauges."""
+        return self.client.stats()
+
+    # ------------------------------------------------------------------ text -> request
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        gen: GenerationConfig,
+        *,
+        do_preprocess: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        rope_length: int = 0,
+        cache_salt: str = "",
+    ) -> Prepared:
+        """Check and tokenise one prompt: text, OpenAI messages, or token ids. Raises RequestError naming field, value and limit."""
+        ids = self.encode_prompt(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
+        session_len = self.info.session_len
+        room = session_len - len(ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but the context length (session_len) is {session_len} and an answer needs at least 1; "
+                f"shorten the prompt or start with session_len >= {len(ids) + 1}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        notices = []
+        wanted = gen.max_new_tokens
+        if wanted is not None and wanted > room:
+            if "max_new_tokens" in gen.given:
+                notices.append(f"max_new_tokens={wanted} cut to {room}: the prompt takes {len(ids)} of session_len={session_len} tokens")
+            wanted = room
+        return Prepared(
+            token_ids=ids,
+            sampling=self._sampling(gen, wanted if wanted is not None else room),
+            n=gen.n,
+            stop_words=_unique([*self.template.stop_words, *(gen.stop_words or ())]),
+            skip_special_tokens=gen.skip_special_tokens,
+            spaces_between_special_tokens=gen.spaces_between_special_tokens,
+            include_stop=gen.include_stop_str_in_output,
+            rope_length=rope_length,
+            cache_salt=cache_salt,
+            notices=notices,
+        )
+
+    def encode_prompt(
+        self, prompt: Prompt, *, do_preprocess: bool = True, tools: list[dict[str, Any]] | None = None, template_kwargs: dict[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, template applied unless `do_preprocess` is False or ids are given."""
+        if not isinstance(prompt, (str, list)) or not len(prompt):
+            raise RequestError(f"the prompt is empty or of type {type(prompt).__name__}; give text, a list of messages or token ids", param="prompt")
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return self._checked_ids(prompt)
+        if isinstance(prompt, str):
+            text = self.template.render([{"role": "user", "content": prompt}]) if do_preprocess else prompt
+        else:
+            if not do_preprocess:
+                raise RequestError("do_preprocess=False needs a text or token ids, not messages", param="messages")
+            text = self.template.render(prompt, tools=tools, template_kwargs=template_kwargs)
+        self._refuse_hopeless(text)
+        return self.tokenizer.encode(text, add_bos=True)
+
+    def _checked_ids(self, ids: list[Any]) -> list[int]:
+        vocab = self.info.vocab_size
+        for position, token in enumerate(ids):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                raise RequestError(f"token id {token!r} at position {position} is not in [0, {vocab - 1}]", param="input_ids")
+        return list(ids)
+
+    def _refuse_hopeless(self, text: str) -> None:
+        """Refuse a text that cannot fit whatever its tokens are, before spending seconds on tokenising it."""
+        if len(text) < _LONG_TEXT:
+            return
+        if self._longest_token is None:
+            self._longest_token = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
+        least = len(text.encode("utf-8", "replace")) // max(self._longest_token, 1)
+        if least >= self.info.session_len:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, at least {least} tokens, but the context length (session_len) is {self.info.session_len}; shorten it",
+                param="messages",
+                code="context_length_exceeded",
+            )
+
+    def _sampling(self, gen: GenerationConfig, max_new_tokens: int) -> SamplingParams:
+        stop_ids = _unique([*self.template.stop_token_ids, *self.spec.eos_token_ids, *(gen.stop_token_ids or ())])
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and eos not in stop_ids:
+            stop_ids.append(eos)
+        for name, top in (("logprobs", gen.logprobs), ("prompt_logprobs", gen.prompt_logprobs)):
+            if top is not None and top > self.info.vocab_size:
+                raise RequestError(f"{name}={top} is more than the vocabulary's {self.info.vocab_size} tokens", param=name)
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min(gen.min_new_tokens or 0, max_new_tokens),
+            temperature=gen.temperature if gen.samples else 0.0,
+            top_k=gen.top_k,
+            top_p=gen.top_p,
+            min_p=gen.min_p,
+            repetition_penalty=gen.repetition_penalty,
+            presence_penalty=gen.presence_penalty,
+            frequency_penalty=gen.frequency_penalty,
+            seed=gen.random_seed if gen.random_seed is not None else secrets.randbits(63),
+            stop_token_ids=tuple(stop_ids),
+            ignore_eos=gen.ignore_eos,
+            bad_words=self._bad_words(gen),
+            logit_bias=self._logit_bias(gen),
+            logprobs=gen.logprobs,
+            prompt_logprobs=gen.prompt_logprobs,
+            output_logits=gen.output_logits,  # type: ignore[arg-type]  # checked by its choices
+            output_last_hidden_state=gen.output_last_hidden_state,  # type: ignore[arg-type]
+        )
+
+    def _bad_words(self, gen: GenerationConfig) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each bad word, at the start of a word and inside a text (with a space before)."""
+        sequences: list[tuple[int, ...]] = [(i,) for i in self._in_vocabulary(gen.bad_token_ids or (), "bad_token_ids")]
+        for word in gen.bad_words or ():
+            for form in (word, " " + word):
+                ids = tuple(self.tokenizer.encode(form, add_bos=False))
+                if ids:
+                    sequences.append(ids)
+        return tuple(_unique(sequences))
+
+    def _logit_bias(self, gen: GenerationConfig) -> dict[int, float]:
+        self._in_vocabulary(gen.logit_bias or (), "logit_bias")
+        return dict(gen.logit_bias or {})
+
+    def _in_vocabulary(self, ids: Iterable[int], name: str) -> list[int]:
+        checked = list(ids)
+        for token in checked:
+            if token >= self.info.vocab_size:
+                raise RequestError(f"{name} names token id {token}; the vocabulary has {self.info.vocab_size} tokens", param=name)
+        return checked
+
+    # ------------------------------------------------------------------ request -> answers
+
+    def stream(self, prepared: Prepared) -> Iterator[Response]:
+        """Increments of the answer(s), as they come; closing the iterator aborts the request."""
+        yield from self.stream_many([prepared])
+
+    def stream_many(self, requests: list[Prepared], window: int | None = None) -> Iterator[Response]:
+        """Increments of many requests at once; `Response.session_id` is the request's place in the list, `.index` the answer's.
+
+        At most `window` requests (default: half of the engine's queue) are in flight, so any number may be given.
+        """
+        window = window or 1024
+        inbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
+        open_answers: dict[int, tuple[int, dict[int, Answer]]] = {}
+        waiting = enumerate(requests)
+        try:
+            while True:
+                for place, prepared in itertools.islice(waiting, max(window - len(open_answers), 0)):
+                    request_id = self._submit(prepared, inbox)
+                    open_answers[request_id] = (place, self._answers(prepared))
+                if not open_answers:
+                    return
+                output = inbox.get()
+                if output.request_id not in open_answers:
+                    continue  # late output of an answer that a stop word ended
+                place, answers = open_answers[output.request_id]
+                response = self._advance(output, answers)
+                if not answers:
+                    self._drop(output.request_id, finished=output.finish_reason is not None)
+                    del open_answers[output.request_id]
+                if response is not None:
+                    response.session_id = place
+                    yield response
+        finally:
+            for request_id in open_answers:
+                self._drop(request_id, finished=False)
+
+    def generate(self, prepared: Prepared) -> list[Response]:
+        """The n complete answers."""
+        return merge_increments(self.stream(prepared), prepared.n)
+
+    async def astream(self, prepared: Prepared) -> AsyncIterator[Response]:
+        """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks."""
+        sink = _AsyncSink()
+        answers = self._answers(prepared)
+        request_id = self._submit(prepared, sink)
+        finished = False
+        try:
+            while answers:
+                output = await sink.queue.get()
+                response = self._advance(output, answers)
+                finished = not answers and output.finish_reason is not None
+                if response is not None:
+                    yield response
+        finally:
+            self._drop(request_id, finished=finished)
+
+    async def agenerate(self, prepared: Prepared) -> list[Response]:
+        """The n complete answers."""
+        merged = Merger(prepared.n)
+        async with contextlib.aclosing(self.astream(prepared)) as increments:  # type: ignore[type-var]  # an async generator
+            async for response in increments:
+                merged.add(response)
+        return merged.answers
+
+    def abort_all(self) -> None:
+        """Stop every request in flight; their readers get finish_reason 'abort'."""
+        for request_id in list(self._sinks):
+            self.client.abort(request_id)
+
+    def close(self) -> None:
+        """Stop the engine and free its memory. Later requests raise EngineError."""
+        self.client.close()
+
+    def __enter__(self) -> Frontend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ inside
+
+    def _submit(self, prepared: Prepared, sink: queue.SimpleQueue[EngineOutput] | _AsyncSink) -> int:
+        if self.client.failure:
+            raise EngineError(f"the engine has stopped: {self.client.failure}")
+        request_id = next(self._ids)
+        self._sinks[request_id] = sink
+        try:
+            self.client.submit(
+                EngineRequest(
+                    request_id=request_id,
+                    token_ids=prepared.token_ids,
+                    sampling=prepared.sampling,
+                    n=prepared.n,
+                    rope_length=prepared.rope_length,
+                    cache_salt=prepared.cache_salt,
+                )
+            )
+        except BaseException:
+            self._sinks.pop(request_id, None)
+            raise
+        return request_id
+
+    def _answers(self, prepared: Prepared) -> dict[int, Answer]:
+        return {
+            i: Answer(
+                self.tokenizer,
+                prepared.token_ids,
+                prepared.stop_words,
+                skip_special_tokens=prepared.skip_special_tokens,
+                spaces_between_special_tokens=prepared.spaces_between_special_tokens,
+                include_stop=prepared.include_stop,
+                min_new_tokens=prepared.sampling.min_new_tokens,
+                ignore_stops=prepared.sampling.ignore_eos,
+            )
+            for i in range(prepared.n)
+        }
+
+    def _advance(self, output: EngineOutput, answers: dict[int, Answer]) -> Response | None:
+        """Feed one engine output; an answer that ended leaves `answers`. An error of the whole request ends all of them."""
+        answer = answers.get(output.index)
+        if answer is None:
+            return None
+        response = answer.feed(output)
+        if answer.finished:
+            del answers[output.index]
+        return response
+
+    def _drop(self, request_id: int, *, finished: bool) -> None:
+        if self._sinks.pop(request_id, None) is not None and not finished:
+            self.client.abort(request_id)
+
+    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+        """Listener, on the engine client's thread: one wake-up per event loop and step."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_AsyncSink, EngineOutput]]] = {}
+        for output in outputs:
+            sink = self._sinks.get(output.request_id)
+            if isinstance(sink, _AsyncSink):
+                by_loop.setdefault(sink.loop, []).append((sink, output))
+            elif sink is not None:
+                sink.put(output)
+        for loop, batch in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits for these
+                loop.call_soon_threadsafe(_deliver, batch)
+
+
+def _deliver(batch: list[tuple[_AsyncSink, EngineOutput]]) -> None:
+    for sink, output in batch:
+        sink.queue.put_nowait(output)
+
+
+class Merger:
+    """Joins the increments of n answers into complete ones."""
+
+    def __init__(self, n: int) -> None:
+        self.answers = [Response(text="", generate_token_len=0, input_token_len=0, index=i) for i in range(n)]
+        self._texts: list[list[str]] = [[] for _ in range(n)]
+
+    def add(self, part: Response) -> None:
+        """Append one increment to its answer."""
+        whole = self.answers[part.index]
+        self._texts[part.index].append(part.text)
+        whole.token_ids += part.token_ids
+        if part.logprobs is not None:
+            whole.logprobs = (whole.logprobs or []) + part.logprobs
+        for name in ("prompt_logprobs", "logits", "last_hidden_state"):
+            value = getattr(part, name)
+            if value is not None:
+                setattr(whole, name, _joined(getattr(whole, name), value))
+        for name in ("generate_token_len", "input_token_len", "cached_tokens", "finish_reason", "stop_reason", "session_id", "error_code", "error_message"):
+            setattr(whole, name, getattr(part, name))
+        if part.finish_reason is not None:
+            whole.text = "".join(self._texts[part.index])
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if first is None:
+        return second
+    if isinstance(first, list):
+        return first + second
+    import torch
+
+    return torch.cat([first, second])
+
+
+def merge_increments(increments: Iterable[Response], n: int) -> list[Response]:
+    """Complete answers from a stream of increments of one request."""
+    merged = Merger(n)
+    for response in increments:
+        merged.add(response)
+    return merged.answers
+
+
+def template_by_name(name: str) -> ChatTemplateConfig | None:
+    """The old `model_name`: a built-in template's name selects it, any other name is only a label (as it always was)."""
+    from lmdeploy.text.chat_template import list_templates
+
+    return ChatTemplateConfig(model_name=name) if name in list_templates() else None
+
+
+def read_generation_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling values that the model's maker recommends (generation_config.json), those that we know and that are valid."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not valid JSON ({e})") from e
+    values = {k: raw[k] for k in _GENERATION_DEFAULTS if isinstance(raw, dict) and raw.get(k) is not None}
+    GenerationConfig(**values)  # raises when a recommended value is out of range
+    return values
+
+
+def _start_client(folder: Path, config: EngineConfig, separate_process: bool) -> EngineClient:
+    if separate_process:
+        from lmdeploy.engine.process import EngineProcess
+
+        return EngineProcess(folder, config)
+    from lmdeploy.engine.client import EngineThread
+    from lmdeploy.engine.start import build_engine
+
+    return EngineThread(lambda: build_engine(folder, config))
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
