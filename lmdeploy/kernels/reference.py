@@ -1,0 +1,144 @@
+"""The operators in plain torch, on any device and dtype: the definition of each, the test oracle, and the `pytorch` kernel set.
+
+Written for clarity first. Everything but the matrix products is computed in float32 (torch accumulates those in float32 itself)
+and rounded once when written to `out`. Nothing here may depend on a device, and nothing reads past a sequence's own KV blocks:
+the pool is uninitialised memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lmdeploy.inputs import AttentionMeta
+from lmdeploy.kernels.api import Kernels
+
+Tensor = torch.Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x @ weight.T + bias. x [T, K], weight [N, K], bias [N], out [T, N]."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight. x and out [T, M], weight [M]."""
+    out.copy_(_normalise(x, eps).mul_(weight.float()))
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """residual += x, rounded to its dtype; out = rms_norm(residual). x, residual and out [T, M]."""
+    residual.add_(x)
+    rms_norm(residual, weight, eps, out)
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    """RMSNorm of each head in place. x [T, H, D], rows may be strided; weight [D]."""
+    rms_norm(x, weight, eps, x)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> None:
+    """Half-split rotation of the first R dims of x [T, H, D] in place; `scale` [T] multiplies whole rows, past R too."""
+    half = cos.shape[1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [T, 1, R/2]
+    x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
+    first, second = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    if scale is not None:
+        factor = scale.view(-1, 1, 1)
+        first, second = first * factor, second * factor
+        x[..., 2 * half :] = x[..., 2 * half :].float() * factor
+    x[..., :half] = first
+    x[..., half : 2 * half] = second
+
+
+def rope_write_kv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Rotate q [T, H, D] and k [T, K, D] in place, scale the rows of q, write k and v to their slots of the caches [N, K, S, D]."""
+    _rotate(q, cos, sin, q_scale)
+    _rotate(k, cos, sin, None)
+    block_size = key_cache.shape[2]
+    block = torch.div(slot_mapping, block_size, rounding_mode="floor")
+    offset = slot_mapping - block * block_size
+    key_cache[block, :, offset] = k
+    value_cache[block, :, offset] = v
+
+
+def _gather(cache: Tensor, blocks: Tensor, skip: int, length: int, group: int) -> Tensor:
+    """Rows skip..skip + length of the given blocks of a cache [N, K, S, D] as float32 [1, H, length, D], H = K * group."""
+    rows = cache[blocks].transpose(0, 1).flatten(1, 2)[:, skip : skip + length].float()
+    return rows.repeat_interleave(group, dim=0).unsqueeze(0) if group > 1 else rows.unsqueeze(0)
+
+
+def _mask(query_len: int, kv_len: int, first_key: int, window: int, device: torch.device) -> Tensor | None:
+    """bool [query_len, kv_len - first_key], True = visible; None when every query sees every key."""
+    if query_len == 1 and (window <= 0 or kv_len - first_key <= window):
+        return None
+    query = torch.arange(kv_len - query_len, kv_len, device=device).unsqueeze(1)
+    key = torch.arange(first_key, kv_len, device=device)
+    visible = key <= query
+    return visible & (key > query - window) if window > 0 else visible
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
+    """Causal attention of the new tokens of each sequence over its cached keys, one sequence at a time. q [T, H, D], out [T, H * D]."""
+    num_heads, head_dim = q.shape[1:]
+    block_size = key_cache.shape[2]
+    group = num_heads // key_cache.shape[1]
+    start = 0
+    for row, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens_host)):
+        oldest = max(0, kv_len - query_len - window + 1) if window > 0 else 0  # no query sees keys before it
+        first_block = oldest // block_size
+        first_key = first_block * block_size
+        blocks = meta.block_table[row, first_block : (kv_len + block_size - 1) // block_size]
+        keys = _gather(key_cache, blocks, oldest - first_key, kv_len - oldest, group)
+        values = _gather(value_cache, blocks, oldest - first_key, kv_len - oldest, group)
+        queries = q[start : start + query_len].transpose(0, 1).unsqueeze(0).float()  # [1, H, query_len, D]
+        mask = _mask(query_len, kv_len, oldest, window, q.device)
+        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        out[start : start + query_len].view(query_len, num_heads, head_dim).copy_(result[0].transpose(0, 1))
+        start += query_len
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """out = silu(gate_up[:, :F]) * gate_up[:, F:]. gate_up [T, 2F], out [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    out.copy_(F.silu(gate.float()).mul_(up))
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, out: Tensor) -> None:
+    """out = sum over the chosen experts of weight * down(silu_mul(gate_up(x))): a loop over the experts that have tokens.
+
+    x and out [T, M], gate_up [E, 2F, M], down [E, M, F], expert_ids and expert_weights [T, k].
+    """
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for expert in torch.unique(expert_ids).tolist():
+        token, choice = torch.where(expert_ids == expert)
+        both = x[token] @ gate_up[expert].t()  # [n, 2F]
+        hidden = both.new_empty(both.shape[0], both.shape[1] // 2)
+        silu_mul(both, hidden)
+        share = expert_weights[token, choice].float().unsqueeze(1)
+        total.index_add_(0, token, (hidden @ down[expert].t()).float().mul_(share))
+    out.copy_(total)
+
+
+REFERENCE = Kernels(
+    linear=linear,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    head_norm=head_norm,
+    rope_write_kv=rope_write_kv,
+    attention=attention,
+    silu_mul=silu_mul,
+    experts=experts,
+    names=dict.fromkeys(("linear", "rms_norm", "add_rms_norm", "head_norm", "rope_write_kv", "attention", "silu_mul", "experts"), "torch"),
+)
