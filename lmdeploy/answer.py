@@ -25,12 +25,11 @@ class Answer:
         spaces_between_special_tokens: bool = True,
         include_stop: bool = False,
         min_new_tokens: int = 0,
-        ignore_stops: bool = False,
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
         )
-        self._stops = StopMatcher([] if ignore_stops else stop_words, include_stop)
+        self._stops = StopMatcher(stop_words, include_stop)
         self._include_stop = include_stop
         self._min_new_tokens = min_new_tokens
         self.finished = False

@@ -172,7 +172,8 @@ class Frontend:
             token_ids=ids,
             sampling=self._sampling(gen, wanted if wanted is not None else room),
             n=gen.n,
-            stop_words=_unique([*self.template.stop_words, *(gen.stop_words or ())]),
+            # ignore_eos silences the template's stops (its token ids are masked in the engine), never the caller's own words
+            stop_words=_unique([*(() if gen.ignore_eos else self.template.stop_words), *(gen.stop_words or ())]),
             skip_special_tokens=gen.skip_special_tokens,
             spaces_between_special_tokens=gen.spaces_between_special_tokens,
             include_stop=gen.include_stop_str_in_output,
@@ -180,6 +181,11 @@ class Frontend:
             cache_salt=cache_salt,
             notices=notices,
         )
+
+    def prepare_score(self, token_ids: list[int], gen: GenerationConfig) -> Prepared:
+        """A request that only computes its prompt (log-probabilities, logits); may be as long as session_len."""
+        sampling = self._sampling(gen, 0)
+        return Prepared(self._checked_ids(token_ids), sampling, 1, [], True, True, False)
 
     def encode_prompt(
         self, prompt: Prompt, *, do_preprocess: bool = True, tools: list[dict[str, Any]] | None = None, template_kwargs: dict[str, Any] | None = None
@@ -382,7 +388,6 @@ class Frontend:
                 spaces_between_special_tokens=prepared.spaces_between_special_tokens,
                 include_stop=prepared.include_stop,
                 min_new_tokens=prepared.sampling.min_new_tokens,
-                ignore_stops=prepared.sampling.ignore_eos,
             )
             for i in range(prepared.n)
         }
@@ -443,6 +448,13 @@ class Merger:
         if part.finish_reason is not None:
             whole.text = "".join(self._texts[part.index])
 
+    def complete(self) -> list[Response]:
+        """The answers as far as they came; one that was cut short has finish_reason 'abort'."""
+        for answer, texts in zip(self.answers, self._texts, strict=True):
+            if answer.finish_reason is None:
+                answer.text, answer.finish_reason = "".join(texts), "abort"
+        return self.answers
+
 
 def _joined(first: Any, second: Any) -> Any:
     if first is None:
@@ -496,5 +508,3 @@ def _start_client(folder: Path, config: EngineConfig, separate_process: bool) ->
 
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
-
-

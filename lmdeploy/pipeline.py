@@ -1,0 +1,443 @@
+"""The Python API: `pipeline(...)` loads a model, the `Pipeline` answers prompts, one at a time, in batches, streamed or as a chat.
+
+Names, arguments and defaults follow the public surface, old spellings included. A wrong prompt of a batch fails alone (its
+`Response` has finish_reason 'error' and says why); a single wrong prompt raises RequestError. All text work is `Frontend`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lmdeploy import log
+from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
+from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
+from lmdeploy.frontend import Frontend, Merger, Prepared, Prompt
+from lmdeploy.messages import MemoryBill, Response
+from lmdeploy.text.tokenizer import Tokenizer
+
+logger = log.get_logger(__name__)
+
+Prompts = str | list[str] | list[dict[str, Any]] | list[list[dict[str, Any]]] | list[int] | list[list[int]]
+GenConfigs = GenerationConfig | list[GenerationConfig] | None
+
+#: a batch of at least this many prompts shows a progress bar by itself
+_PROGRESS_FROM = 16
+
+
+@dataclass
+class Session:
+    """A conversation: `pipe.chat(prompt, session)` continues it. `history` holds (prompt, answer) pairs."""
+
+    session_id: int
+    history: list[tuple[Any, str]] = field(default_factory=list)
+    response: Response | None = None
+    _pipe: Pipeline | None = field(default=None, repr=False)
+    _messages: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    _rope_length: int = field(default=0, repr=False)  # the first turn's length fixes a dynamic rope's base
+    _busy: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _aborted: bool = field(default=False, repr=False)
+
+    def abort(self) -> None:
+        """Stop the answer that is being generated; what came so far stays in the history."""
+        self._aborted = True
+
+    def close(self) -> None:
+        """Forget the conversation."""
+        self.history.clear()
+        self._messages.clear()
+        self.response = None
+        self._rope_length = 0
+        if self._pipe is not None:
+            self._pipe._sessions.pop(self.session_id, None)
+
+
+class Pipeline:
+    """A loaded model. Threads may share it; several pipelines live in one process. Close it, or use it as a context manager."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self.frontend = frontend
+        self._sessions: dict[int, Session] = {}
+        self._session_ids = itertools.count(1)
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.frontend.tokenizer
+
+    @property
+    def session_len(self) -> int:
+        """Longest prompt + answer, in tokens."""
+        return self.frontend.info.session_len
+
+    @property
+    def memory(self) -> MemoryBill:
+        """Where the memory went, measured at start-up."""
+        return self.frontend.info.memory
+
+    # ------------------------------------------------------------------ answers
+
+    def __call__(
+        self, prompts: Prompts, gen_config: GenConfigs = None, do_preprocess: bool = True, adapter_name: str | None = None, use_tqdm: bool | None = None
+    ) -> Response | list[Response]:
+        """Answer a prompt (-> Response) or a list of them (-> list, in order).
+
+        A prompt is a text, one conversation (OpenAI messages) or token ids; a list of these is a batch. `n` > 1 gives n answers for
+        each prompt, side by side in the list. `use_tqdm`: progress bar; not given = for long batches. Raises RequestError.
+        """
+        batch, single = as_batch(prompts)
+        configs = self._configs(gen_config, len(batch))
+        if single:
+            prepared = self._prepare(batch[0], configs[0], do_preprocess, adapter_name)
+            answers = self.frontend.generate(prepared)
+            return answers[0] if configs[0].n == 1 else answers
+        prepared_or_error = [self._try_prepare(p, c, do_preprocess, adapter_name) for p, c in zip(batch, configs, strict=True)]
+        show = len(batch) >= _PROGRESS_FROM if use_tqdm is None else use_tqdm
+        return self._run_batch(prepared_or_error, show)
+
+    infer = __call__
+
+    def batch_infer(
+        self, prompts: Prompts, gen_config: GenConfigs = None, do_preprocess: bool = True, adapter_name: str | None = None, use_tqdm: bool | None = None
+    ) -> Response | list[Response]:
+        """The same as calling the pipeline (old name)."""
+        return self(prompts, gen_config, do_preprocess, adapter_name, use_tqdm)
+
+    def stream_infer(
+        self,
+        prompts: Prompts,
+        gen_config: GenConfigs = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        stream_response: bool = True,
+    ) -> Iterator[Response]:
+        """Increments of the answers as they come; `.index` tells the prompt. `stream_response=False`: whole answers as they finish."""
+        batch, single = as_batch(prompts)
+        configs = self._configs(gen_config, len(batch))
+        if any(c.n > 1 for c in configs):
+            raise RequestError("n > 1 cannot be streamed: increments name the prompt, not the answer; call the pipeline instead", param="n")
+        if single:
+            prepared: list[Prepared | Response] = [self._prepare(batch[0], configs[0], do_preprocess, adapter_name)]
+        else:
+            prepared = [self._try_prepare(p, c, do_preprocess, adapter_name) for p, c in zip(batch, configs, strict=True)]
+        increments = self._stream(prepared)
+        return increments if stream_response else self._whole(increments, len(batch))
+
+    def chat(
+        self,
+        prompt: str | list[dict[str, Any]],
+        session: Session | int | None = None,
+        gen_config: GenerationConfig | None = None,
+        do_preprocess: bool = True,
+        stream_response: bool = False,
+        adapter_name: str | None = None,
+    ) -> Session | Iterator[Response]:
+        """One turn of a conversation: answers `prompt` with the session's history before it, and returns the session.
+
+        `session` is None (a new one), a Session, or an id (its history is kept here). `stream_response=True` returns the increments.
+        """
+        session = self._session(session)
+        turn = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        stream = self._turn(session, prompt, turn, gen_config or GenerationConfig(), do_preprocess, adapter_name)
+        if stream_response:
+            return stream
+        for _ in stream:
+            pass
+        return session
+
+    def session(self) -> Session:
+        """A new, empty conversation."""
+        return self._session(None)
+
+    async def generate(
+        self,
+        messages: Prompt,
+        session_id: int = -1,
+        gen_config: GenerationConfig | None = None,
+        stream_response: bool = True,
+        sequence_start: bool = True,
+        sequence_end: bool = True,
+        step: int = 0,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+    ) -> AsyncIterator[Response]:
+        """Async increments. With a `session_id`, `sequence_start=False` continues its history and `sequence_end=False` keeps it."""
+        if step:
+            raise RequestError(f"step={step}: going back within a session is not available; start a new one", param="step", code="unsupported")
+        gen = gen_config or GenerationConfig()
+        if session_id < 0 or (sequence_start and sequence_end):
+            prepared = self._prepare(messages, gen, do_preprocess, adapter_name)
+            session = None
+        else:
+            session = self._session(session_id)
+            if sequence_start:
+                session.close()
+                self._sessions[session_id] = session
+            turn = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+            prepared = self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)  # type: ignore[arg-type]
+        merged = Merger(prepared.n)
+        async with contextlib.aclosing(self.frontend.astream(prepared)) as increments:  # type: ignore[type-var]
+            async for response in increments:
+                merged.add(response)
+                if stream_response:
+                    yield response
+        if not stream_response:
+            yield merged.answers[0]
+        if session is not None:
+            if sequence_end:
+                session.close()
+            else:
+                self._remember(session, messages, turn, merged.answers[0])
+
+    async def stop_session(self, session_id: int) -> None:
+        """Stop the session's running answer."""
+        if session_id in self._sessions:
+            self._sessions[session_id].abort()
+
+    async def end_session(self, session_id: int) -> None:
+        """Forget the session."""
+        if session_id in self._sessions:
+            self._sessions[session_id].close()
+
+    # ------------------------------------------------------------------ scores
+
+    def get_ppl(self, input_ids: list[int] | list[list[int]]) -> list[float]:
+        """Mean cross-entropy (natural log, not exponentiated) of each sequence; each needs at least 2 tokens."""
+        batch = _id_batch(input_ids)
+        for ids in batch:
+            if len(ids) < 2:
+                raise RequestError(f"get_ppl needs at least 2 tokens, got {len(ids)}", param="input_ids")
+        out = []
+        for response in self._score(batch, GenerationConfig(max_new_tokens=1, prompt_logprobs=0)):
+            entries = [next(iter(e.values())) for e in response.prompt_logprobs or () if e]
+            out.append(-sum(entries) / len(entries))
+        return out
+
+    def get_logits(self, input_ids: list[int] | list[list[int]]) -> torch.Tensor | list[torch.Tensor]:
+        """Float32 logits at every position: [batch, length, vocabulary] for equal lengths, else a list of [length, vocabulary]."""
+        batch = _id_batch(input_ids)
+        logits = [r.logits for r in self._score(batch, GenerationConfig(max_new_tokens=1, output_logits="all"))]
+        return torch.stack(logits) if len({len(x) for x in logits}) == 1 else logits
+
+    def get_reward_score(self, input_ids: list[int] | list[list[int]]) -> list[float]:
+        """Scores of a reward model; no reward architecture is supported yet."""
+        raise ConfigError(f"{self.frontend.spec.architecture} is not a reward model")
+
+    def _score(self, batch: list[list[int]], gen: GenerationConfig) -> list[Response]:
+        prepared = []
+        for ids in batch:
+            if len(ids) > self.session_len:
+                raise RequestError(f"{len(ids)} tokens are more than session_len={self.session_len}", param="input_ids", code="context_length_exceeded")
+            one = self.frontend.prepare_score(ids, gen)
+            prepared.append(one)
+        mergers = [Merger(1) for _ in batch]
+        for response in self.frontend.stream_many(prepared):
+            mergers[response.session_id].add(response)
+        for m in mergers:
+            if m.answers[0].error_message:
+                raise RequestError(m.answers[0].error_message, param="input_ids")
+        return [m.answers[0] for m in mergers]
+
+    # ------------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Stop the engine and free all its memory."""
+        self.frontend.close()
+        self._sessions.clear()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ inside
+
+    def _configs(self, gen_config: GenConfigs, count: int) -> list[GenerationConfig]:
+        if isinstance(gen_config, (list, tuple)):
+            if len(gen_config) != count:
+                raise RequestError(f"gen_config has {len(gen_config)} entries for {count} prompts; give one for each or a single one", param="gen_config")
+            return list(gen_config)
+        if gen_config is not None and not isinstance(gen_config, GenerationConfig):
+            raise RequestError(f"gen_config must be a GenerationConfig, not {type(gen_config).__name__}", param="gen_config")
+        return [gen_config or GenerationConfig()] * count
+
+    def _prepare(self, prompt: Prompt, gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None) -> Prepared:
+        if adapter_name is not None:
+            raise RequestError(f"adapter_name={adapter_name!r}: no adapters are loaded", param="adapter_name", code="unsupported")
+        prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess)
+        for notice in prepared.notices:
+            logger.warning("%s", notice)
+        return prepared
+
+    def _try_prepare(self, prompt: Prompt, gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None) -> Prepared | Response:
+        try:
+            return self._prepare(prompt, gen, do_preprocess, adapter_name)
+        except RequestError as e:
+            return Response(text="", generate_token_len=0, input_token_len=0, finish_reason="error", error_code=e.code, error_message=str(e))
+
+    def _stream(self, requests: Sequence[Prepared | Response]) -> Iterator[Response]:
+        """Increments; `.index` and `.session_id` are the prompt's place."""
+        good: list[tuple[int, Prepared]] = []
+        for place, request in enumerate(requests):
+            if isinstance(request, Response):
+                yield dataclasses.replace(request, index=place, session_id=place)
+            else:
+                good.append((place, request))
+        with contextlib.closing(self.frontend.stream_many([p for _, p in good])) as increments:  # type: ignore[type-var]
+            for response in increments:
+                response.index = response.session_id = good[response.session_id][0]
+                yield response
+
+    def _whole(self, increments: Iterator[Response], count: int) -> Iterator[Response]:
+        mergers = [Merger(1) for _ in range(count)]
+        for part in increments:
+            place = part.index
+            mergers[place].add(dataclasses.replace(part, index=0))
+            if part.finish_reason is not None:
+                answer = mergers[place].answers[0]
+                answer.index = place
+                yield answer
+
+    def _run_batch(self, requests: Sequence[Prepared | Response], show: bool) -> list[Response]:
+        sizes = [1 if isinstance(r, Response) else r.n for r in requests]
+        mergers = [Merger(n) for n in sizes]
+        good = [(place, r) for place, r in enumerate(requests) if isinstance(r, Prepared)]
+        for place, r in enumerate(requests):
+            if isinstance(r, Response):
+                mergers[place].answers[0] = r
+        with tqdm(total=sum(r.n for _, r in good), desc="answers", disable=not show) as bar:
+            for part in self.frontend.stream_many([r for _, r in good]):
+                place = good[part.session_id][0]
+                part.session_id = place
+                mergers[place].add(part)
+                bar.update(part.finish_reason is not None)
+        answers = [answer for merger in mergers for answer in merger.answers]
+        for place, answer in enumerate(answers):
+            answer.index = place
+        return answers
+
+    def _session(self, session: Session | int | None) -> Session:
+        if isinstance(session, Session):
+            return session
+        if session is None or session < 0:
+            session = next(i for i in self._session_ids if i not in self._sessions)
+        if session not in self._sessions:
+            self._sessions[session] = Session(session, _pipe=self)
+        return self._sessions[session]
+
+    def _prepare_turn(self, session: Session, turn: list[dict[str, Any]], gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None) -> Prepared:
+        if gen.n > 1:
+            raise RequestError(f"n={gen.n}: a conversation continues with one answer; use n=1", param="n")
+        prompt: Prompt = [*session._messages, *turn]
+        if not do_preprocess:
+            prompt = "".join(str(m.get("content") or "") for m in prompt)  # type: ignore[union-attr]
+        prepared = self._prepare(prompt, gen, do_preprocess, adapter_name)
+        session._rope_length = session._rope_length or len(prepared.token_ids)
+        return dataclasses.replace(prepared, rope_length=session._rope_length)
+
+    def _remember(self, session: Session, prompt: Any, turn: list[dict[str, Any]], answer: Response) -> None:
+        answer.session_id = session.session_id
+        session._messages += [*turn, {"role": "assistant", "content": answer.text}]
+        session.history.append((prompt, answer.text))
+        session.response = answer
+
+    def _turn(
+        self, session: Session, prompt: Any, turn: list[dict[str, Any]], gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None
+    ) -> Iterator[Response]:
+        if not session._busy.acquire(blocking=False):
+            raise SessionBusyError(f"session {session.session_id} is still answering; wait for it or use another session", param="session")
+        try:
+            session._aborted = False
+            prepared = self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)
+            merged = Merger(1)
+            with contextlib.closing(self.frontend.stream(prepared)) as increments:  # type: ignore[type-var]
+                for part in increments:
+                    merged.add(part)
+                    yield part
+                    if session._aborted:
+                        break
+            answer = merged.complete()[0]
+            self._remember(session, prompt, turn, answer)
+        finally:
+            session._busy.release()
+
+
+def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
+    """The prompts as a list, and whether a single one was given. Raises RequestError for anything that is not a prompt."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    if isinstance(prompts, tuple):
+        raise RequestError("(text, image) prompts need a vision-language model; this model reads text only", param="prompts", code="unsupported")
+    if not isinstance(prompts, list) or not prompts:
+        raise RequestError(f"prompts must be a text, messages, token ids, or a non-empty list of these, not {prompts!r:.80}", param="prompts")
+    first = prompts[0]
+    kind = type(first)
+    if not all(isinstance(p, kind) for p in prompts):
+        raise RequestError("prompts of different kinds in one list; give texts, conversations or token ids, not a mix", param="prompts")
+    if isinstance(first, (dict, int)):
+        return [prompts], True
+    if isinstance(first, (str, list)):
+        return prompts, False
+    if isinstance(first, tuple):
+        raise RequestError("(text, image) prompts need a vision-language model; this model reads text only", param="prompts", code="unsupported")
+    raise RequestError(f"a prompt must be a text, messages or token ids, not {kind.__name__}", param="prompts")
+
+
+def _id_batch(input_ids: Any) -> list[list[int]]:
+    if isinstance(input_ids, torch.Tensor):
+        input_ids = input_ids.tolist()
+    if not isinstance(input_ids, list) or not input_ids:
+        raise RequestError("input_ids must be a non-empty list of token ids, or a list of such lists", param="input_ids")
+    return [input_ids] if isinstance(input_ids[0], int) else input_ids
+
+
+def pipeline(
+    model_path: str | None = None,
+    backend_config: EngineConfig | str | None = None,
+    chat_template_config: ChatTemplateConfig | None = None,
+    log_level: str = "WARNING",
+    max_log_len: int | None = None,
+    trust_remote_code: bool = False,
+    speculative_config: Any = None,
+    *,
+    model_name: str | None = None,
+    **kwargs: Any,
+) -> Pipeline:
+    """Load a model and return its Pipeline.
+
+    `model_path`: a folder, a hub id, or None for the embedded tiny model. `backend_config`: TurbomindEngineConfig (fast kernels, the default) or
+    PytorchEngineConfig. `model_name`: a built-in chat template's name (old API; it may also stand in second place). Further keywords are
+    engine options, as they once were accepted. Raises ConfigError, CheckpointError or EngineError, one clear line each.
+    """
+    log.setup(log_level)
+    if isinstance(backend_config, str):  # pipeline(path, model_name) of old scripts
+        model_name, backend_config = backend_config, None
+    if backend_config is not None and not isinstance(backend_config, EngineConfig):
+        raise ConfigError(f"backend_config must be a TurbomindEngineConfig or PytorchEngineConfig, not {type(backend_config).__name__}")
+    if speculative_config is not None:
+        raise ConfigError("speculative_config: speculative decoding is not available in this version of lmdeploy; leave it out")
+    if trust_remote_code:
+        logger.warning("trust_remote_code has no effect: lmdeploy never runs code from a checkpoint")
+    if kwargs.pop("vision_config", None) is not None:
+        logger.warning("vision_config has no effect: the model reads text only")
+    config = backend_config or TurbomindEngineConfig()
+    if kwargs:
+        logger.warning("engine options given to pipeline() directly (%s): better in TurbomindEngineConfig(...)", ", ".join(sorted(kwargs)))
+        config = config.replace(**kwargs)
+    if model_name is not None and config.model_name is None:
+        config = config.replace(model_name=model_name)
+    if model_path is None:
+        logger.warning("no model given: using the embedded tiny demo model")
+    return Pipeline(Frontend.open(model_path, config, chat_template_config, model_name=model_name))
