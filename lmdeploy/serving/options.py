@@ -1,0 +1,59 @@
+"""`ServerConfig`: every option of the HTTP server; command-line flags are made from it, like those of the engine.
+
+Imports neither torch nor fastapi: `lmdeploy --help` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmdeploy.config import _Checked, above, at_least, between, option, remembers_given
+from lmdeploy.errors import ConfigError
+from lmdeploy.log import LEVELS
+
+DEFAULT_PORT = 23333
+
+
+def _words(help: str) -> Any:
+    """An option that is a list and means everything when not given."""
+    everything: Callable[[], list[str]] = lambda: ["*"]  # noqa: E731
+    return field(default_factory=everything, metadata={"help": help, "check": None, "choices": None, "flag": True})
+
+
+@remembers_given
+@dataclass(frozen=True)
+class ServerConfig(_Checked):
+    """How to serve one model over HTTP. Raises ConfigError naming option, value and limit."""
+
+    server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 = every network of this machine")
+    server_port: int = option(DEFAULT_PORT, "port to listen on; 0 = any free one", check=between(0, 65535))
+    allow_origins: list[str] = _words("web pages that may call the server (CORS)")
+    allow_credentials: bool = option(False, "let those pages send cookies and keys")
+    allow_methods: list[str] = _words("HTTP methods for those pages")
+    allow_headers: list[str] = _words("HTTP headers for those pages")
+    model_name: str | None = option(None, "the model's name in the API; default: the path as given")
+    api_keys: list[str] | None = option(None, "accepted keys (Authorization: Bearer KEY); default: no key needed")
+    ssl: bool = option(False, "serve https; needs the environment variables SSL_KEYFILE and SSL_CERTFILE")
+    log_level: str = option("WARNING", "how much is logged", choices=LEVELS)
+    max_log_len: int | None = option(None, "log this many characters of each prompt; default: prompts are never logged", check=at_least(0))
+    disable_fastapi_docs: bool = option(False, "no Swagger page and no /openapi.json")
+    disable_metrics: bool = option(False, "no /metrics")
+    max_concurrent_requests: int | None = option(None, "requests worked on at a time; more wait in the server", check=at_least(1))
+    allow_terminate_by_client: bool = option(False, "let clients stop the server by GET /terminate")
+    generation_config: str = option("auto", "sampling defaults: auto = the model's generation_config.json, lmdeploy = the library's", choices=("auto", "lmdeploy"))
+    max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
+    max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
+    shutdown_seconds: float = option(5.0, "time that running requests get at shutdown", check=above(0))
+    ssl_keyfile: str | None = option(None, "private key", flag=False)
+    ssl_certfile: str | None = option(None, "certificate", flag=False)
+
+    def __post_init__(self) -> None:
+        self._check(lambda _, text: ConfigError(f"{type(self).__name__}: {text}"))
+        if self.ssl and not (self.ssl_keyfile and self.ssl_certfile):
+            raise ConfigError("ssl needs a key and a certificate: set the environment variables SSL_KEYFILE and SSL_CERTFILE")
+        if self.api_keys is not None and not all(isinstance(k, str) and k for k in self.api_keys):
+            raise ConfigError("api_keys must be non-empty strings")
+        if self.allow_credentials and "*" in self.allow_origins:
+            raise ConfigError("allow_credentials with allow_origins='*' would let any web page act for a user; name the origins")
