@@ -100,6 +100,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     failed: int = 0
     last_step_time: float = 0.0  # time.monotonic() at the end of the last step (loop heart-beat), 0 before the first
     step_seconds: float = 0.0  # duration of the last step
+    tokens_per_second: float = 0.0  # generated tokens over about the last 5 seconds
 
 
 class MemoryBill(msgspec.Struct, frozen=True, kw_only=True):

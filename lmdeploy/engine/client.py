@@ -1,0 +1,209 @@
+"""How the text side talks to an engine: `EngineClient`, and `EngineThread`, the engine in a thread of this process.
+
+One thread owns the engine; every other thread only puts messages in its inbox. Whatever happens, each answer of each
+submitted request gets exactly one final `EngineOutput` (`finish_reason` set), also when the loop dies or is closed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from lmdeploy.engine.engine import Engine
+from lmdeploy.errors import EngineError, RequestError
+from lmdeploy.log import get_logger
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
+
+logger = get_logger(__name__)
+
+Listener = Callable[[list[EngineOutput]], None]
+
+
+class EngineClient(Protocol):
+    """A started engine, wherever it runs. All methods may be called from any thread.
+
+    `listener` is called on the client's own thread, once per step with all outputs of the step; it must be quick and
+    must not raise. Bad requests are answered through it too: an output with `finish_reason='error'` and `error_code`.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the started engine."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine does not work any more, or None while it does."""
+        ...
+
+    def start(self, listener: Listener) -> None:
+        """Begin to work; called once, before the first `submit`."""
+        ...
+
+    def submit(self, request: EngineRequest) -> None:
+        """Hand over a request; raises EngineError when the engine has failed or is closed."""
+        ...
+
+    def abort(self, request_id: int) -> None:
+        """End a request; its unfinished answers get a last output 'abort'. Unknown or finished ids are ignored."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        ...
+
+    def close(self) -> None:
+        """Stop, fail what is still running, free everything; may be called twice."""
+        ...
+
+
+class EngineThread:
+    """An `EngineClient` whose engine lives in a thread of this process.
+
+    `build` runs on that thread; the constructor waits for it and raises what it raised. Idle = blocked on the inbox.
+    """
+
+    def __init__(self, build: Callable[[], Engine]) -> None:
+        self._inbox: queue.SimpleQueue[EngineRequest | int | None] = queue.SimpleQueue()  # request | id to abort | None = close
+        self._lock = threading.Lock()  # guards _open and _failure: nothing is accepted after the loop has ended
+        self._open: dict[int, set[int]] = {}  # request id -> answers that still need a final output
+        self._failure: str | None = None
+        self._listener: Listener | None = None
+        self._ready = threading.Event()
+        self._started = threading.Event()
+        self._build_error: BaseException | None = None
+        self._engine: Engine | None = None
+        self._thread = threading.Thread(target=self._run, args=(build,), name="lmdeploy-engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._build_error is not None:
+            self._thread.join()
+            raise self._build_error
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the started engine."""
+        assert self._engine is not None
+        return self._engine.info
+
+    @property
+    def failure(self) -> str | None:
+        """Why the loop ended, or None while it runs."""
+        return self._failure
+
+    def start(self, listener: Listener) -> None:
+        """Begin to work; outputs go to `listener` on the engine's thread."""
+        assert self._listener is None, "start() is called once"
+        self._listener = listener
+        self._started.set()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request; raises EngineError after a failure or `close`."""
+        with self._lock:
+            if self._failure is not None:
+                raise EngineError(f"request {request.request_id}: {self._failure}")
+            if request.request_id in self._open:
+                raise RequestError(f"request_id={request.request_id} is still being answered; use a new one", param="request_id", code="duplicate_id")
+            self._open[request.request_id] = set(range(max(1, request.n)))
+            self._inbox.put(request)
+
+    def abort(self, request_id: int) -> None:
+        """Queue an abort; nothing happens when the request has ended."""
+        self._inbox.put(request_id)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now; requests still in the inbox are not counted."""
+        assert self._engine is not None
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the loop after the step in flight, fail what is unfinished, close the engine, join."""
+        self._inbox.put(None)
+        self._started.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self, build: Callable[[], Engine]) -> None:
+        try:
+            self._engine = build()
+        except BaseException as e:  # the constructor raises it in the caller's thread
+            self._build_error = e
+            return
+        finally:
+            self._ready.set()
+        self._started.wait()
+        reason, code = "the engine is closed", "engine_closed"
+        try:
+            self._loop(self._engine)
+        except Exception as e:
+            logger.exception("the engine loop failed")
+            reason, code = f"the engine failed: {type(e).__name__}: {e}", "engine_failed"
+        self._end(reason, code)
+        self._engine.close()
+
+    def _loop(self, engine: Engine) -> None:
+        while True:
+            outputs: list[EngineOutput] = []
+            if not self._drain_inbox(engine, outputs):
+                return
+            if engine.has_work:
+                outputs += engine.step()
+            if outputs:
+                self._deliver(outputs)
+
+    def _drain_inbox(self, engine: Engine, refused: list[EngineOutput]) -> bool:
+        """Take in everything that has arrived, waiting only when there is nothing else to do; False = close."""
+        block = not engine.has_work
+        while True:
+            try:
+                message = self._inbox.get(block)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            if isinstance(message, int):
+                engine.abort(message)
+            else:
+                refused += self._add(engine, message)
+            block = False
+
+    def _add(self, engine: Engine, request: EngineRequest) -> list[EngineOutput]:
+        """Give the engine a request; when it is refused, the final outputs that say so."""
+        try:
+            engine.add(request)
+        except RequestError as e:
+            return [_error(request.request_id, i, str(e), e.code) for i in range(max(1, request.n))]
+        return []
+
+    def _deliver(self, outputs: list[EngineOutput]) -> None:
+        ended = [o for o in outputs if o.finish_reason is not None]
+        if ended:
+            with self._lock:
+                self._forget(ended)
+        assert self._listener is not None
+        self._listener(outputs)
+
+    def _forget(self, ended: list[EngineOutput]) -> None:
+        for output in ended:
+            indices = self._open[output.request_id]
+            indices.remove(output.index)
+            if not indices:
+                del self._open[output.request_id]
+
+    def _end(self, reason: str, code: str) -> None:
+        """Refuse all that comes and give every unfinished answer its last output."""
+        with self._lock:
+            self._failure = reason
+            outputs = [_error(request_id, i, reason, code) for request_id, indices in self._open.items() for i in sorted(indices)]
+            self._open.clear()
+        if self._listener is not None and outputs:
+            try:
+                self._listener(outputs)
+            except Exception:
+                logger.exception("the listener failed while %d answers were ended", len(outputs))
+
+
+def _error(request_id: int, index: int, message: str, code: str) -> EngineOutput:
+    return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=message, error_code=code)

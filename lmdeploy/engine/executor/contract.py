@@ -1,0 +1,40 @@
+"""What the engine asks of whatever computes its steps: one process, several ranks, other machines.
+
+`submit` and `result` are two calls so that a step can be launched while the one before it still runs. Plans are computed
+strictly in the order of `submit`, results come in the same order; an executor must accept two submitted plans at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lmdeploy.engine.plan import StepPlan, StepResult
+from lmdeploy.messages import EngineInfo
+
+
+class Executor(Protocol):
+    """Computes step plans on one or more ranks.
+
+    Failures: what concerns one sequence comes as `SlotResult.error`. Any exception but EngineError from `submit` or `result`
+    means "this step failed": the engine forgets every plan in flight (their results are still fetched and thrown away) and
+    computes the sequences again one by one. Such a retry names its slot in `released` and in `new` and carries its whole
+    block table, so it does not matter how much of the failed plan a rank had applied. Thus a rank must ignore a released
+    slot that it does not know, and must be able to compute positions again. EngineError means that the executor is lost.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model and its memory; fixed after construction."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step; returns as soon as it is launched (or when it is done, where nothing runs beside the host)."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for the oldest submitted plan whose result was not fetched. Called exactly once per submitted plan."""
+        ...
+
+    def close(self) -> None:
+        """Give back all memory and end all processes; may be called twice."""
+        ...
