@@ -1,0 +1,200 @@
+"""`Engine`: scheduler plus executor; synchronous, token ids only, used by one thread.
+
+It checks requests at the door, drives steps, and keeps failures apart: when a step raises, its sequences are computed again
+one by one, and only those that fail alone end with an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from lmdeploy.config import MAX_LOGPROBS, MAX_N
+from lmdeploy.engine.executor.contract import Executor
+from lmdeploy.engine.plan import StepPlan, StepResult
+from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
+from lmdeploy.errors import EngineError, OverloadedError, RequestError
+from lmdeploy.log import get_logger
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
+
+logger = get_logger(__name__)
+
+RATE_SECONDS = 5.0
+
+
+class Engine:
+    """Continuous batching over one executor. `run_ahead`: plans launched before the result of the one before is seen (0 or 1)."""
+
+    def __init__(
+        self, executor: Executor, *, max_prefill_token_num: int, max_waiting: int, enable_prefix_caching: bool, rope_depends_on_length: bool, run_ahead: int = 0
+    ) -> None:
+        assert run_ahead in (0, 1), f"run_ahead={run_ahead}"
+        info = executor.info
+        limits = SchedulerLimits(
+            num_blocks=info.memory.num_blocks,
+            block_size=info.memory.block_size,
+            max_batch_size=info.max_batch_size,
+            max_prefill_token_num=max_prefill_token_num,
+            session_len=info.session_len,
+            enable_prefix_caching=enable_prefix_caching,
+            rope_depends_on_length=rope_depends_on_length,
+        )
+        self._executor = executor
+        self._scheduler = Scheduler(limits)
+        self._max_waiting = max_waiting
+        self._run_ahead = run_ahead
+        self._in_flight: deque[StepPlan] = deque()  # submitted, result not fetched
+        self._outputs: list[EngineOutput] = []  # to be handed out by the next step
+        self._rate = _Rate(RATE_SECONDS)
+        self._last_step_time = self._step_seconds = 0.0
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model and its memory."""
+        return self._executor.info
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler, for integrity checks."""
+        return self._scheduler
+
+    @property
+    def has_work(self) -> bool:
+        """True when `step` has something to compute or to hand out."""
+        return bool(self._outputs or self._in_flight or self._scheduler.has_unfinished)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request; raises RequestError or OverloadedError, and then nothing was queued."""
+        if self._scheduler.num_waiting >= self._max_waiting:
+            raise OverloadedError(f"{self._scheduler.num_waiting} requests are waiting and max_waiting={self._max_waiting}; try again later", code="overloaded")
+        check_request(request, self.info.vocab_size, self._scheduler.limits.max_tokens)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: int) -> None:
+        """End a request now and free its blocks; its last outputs come with the next step. Unknown ids are ignored."""
+        self._outputs += self._scheduler.abort(request_id)
+
+    def step(self) -> list[EngineOutput]:
+        """Compute one step; what it brought each answer. Raises EngineError when the executor is lost."""
+        start = time.monotonic()
+        outputs, self._outputs = self._outputs, []
+        try:
+            done = self._advance()
+        except EngineError:
+            raise
+        except Exception as e:
+            logger.warning("a step failed (%s: %s); its sequences are computed one by one", type(e).__name__, e, exc_info=True)
+            outputs += self._isolate()
+        else:
+            if done is not None:
+                outputs += self._scheduler.update(*done)
+        self._last_step_time = time.monotonic()
+        self._step_seconds = self._last_step_time - start
+        self._rate.add(self._last_step_time, self._scheduler.counts.generated_tokens)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters since the start and gauges of now; may be called from any thread."""
+        stats = self._scheduler.stats()
+        stats.last_step_time, stats.step_seconds = self._last_step_time, self._step_seconds
+        stats.tokens_per_second = self._rate.value(time.monotonic())
+        return stats
+
+    def close(self) -> None:
+        """Free everything; may be called twice."""
+        self._executor.close()
+
+    def _advance(self) -> tuple[StepPlan, StepResult] | None:
+        """Launch the next plan, and fetch the oldest result unless we may still run ahead of it."""
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            self._executor.submit(plan)
+            self._in_flight.append(plan)
+        if not self._in_flight or (plan is not None and len(self._in_flight) <= self._run_ahead):
+            assert plan is not None or not self._scheduler.has_unfinished, "unfinished sequences and nothing to compute"
+            return None
+        oldest = self._in_flight.popleft()
+        return oldest, self._executor.result()
+
+    def _isolate(self) -> list[EngineOutput]:
+        """After a failed step: throw away what is in flight, then compute each of its sequences in a plan of its own."""
+        while self._in_flight:
+            self._in_flight.popleft()
+            try:
+                self._executor.result()
+            except EngineError:
+                raise
+            except Exception as e:  # of a plan built on the failed one: it is computed again
+                logger.debug("thrown away: %s", e)
+        outputs: list[EngineOutput] = []
+        for seq in self._scheduler.rollback():
+            plan = self._scheduler.solo_plan(seq)
+            try:
+                self._executor.submit(plan)
+                result = self._executor.result()
+            except EngineError:
+                raise
+            except Exception as e:
+                logger.warning("request %d answer %d failed: %s: %s", seq.request.request_id, seq.index, type(e).__name__, e, exc_info=True)
+                outputs += self._scheduler.fail(seq, f"the step of this request failed: {type(e).__name__}: {e}")
+            else:
+                outputs += self._scheduler.update(plan, result)
+        return outputs
+
+
+def check_request(request: EngineRequest, vocab_size: int, max_tokens: int) -> None:
+    """The checks that need the engine's facts; `max_tokens` is the longest prompt + answer. Raises RequestError."""
+    ids, sampling = request.token_ids, request.sampling
+    if not ids:
+        raise RequestError("the prompt is empty; it needs at least one token", param="prompt", code="empty_prompt")
+    if not 1 <= request.n <= MAX_N:
+        raise RequestError(f"n={request.n} must be in [1, {MAX_N}]", param="n")
+    _check_ids("prompt", ids, vocab_size)
+    needed = len(ids) + min(1, sampling.max_new_tokens)
+    if needed > max_tokens:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens and an answer needs at least {needed - len(ids)} more, but session_len and the KV cache hold {max_tokens} together; "
+            "shorten the prompt, or raise session_len or cache_max_entry_count",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    for name, value in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        limit = min(MAX_LOGPROBS, vocab_size)
+        if value is not None and not 0 <= value <= limit:
+            raise RequestError(f"{name}={value} must be in [0, {limit}]", param=name)
+    if sampling.max_new_tokens < 0:
+        raise RequestError(f"max_new_tokens={sampling.max_new_tokens} must be >= 0", param="max_new_tokens")
+    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_ids("logit_bias", sampling.logit_bias, vocab_size)
+    for word in sampling.bad_words:
+        _check_ids("bad_words", word, vocab_size)
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise RequestError(f"{name}: token id {wrong} is not in the vocabulary (0..{vocab_size - 1})", param=name)
+
+
+class _Rate:
+    """Growth a second of a counter, over the last `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._points: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, count: int) -> None:
+        """Note the counter's value; points older than the window go, but for one at its edge."""
+        points = self._points
+        points.append((now, count))
+        while len(points) > 2 and points[1][0] < now - self._seconds:
+            points.popleft()
+
+    def value(self, now: float) -> float:
+        """0 when nothing was noted within the window."""
+        points = list(self._points)
+        if len(points) < 2 or points[-1][0] < now - self._seconds:
+            return 0.0
+        (t0, c0), (_, c1) = points[0], points[-1]
+        return (c1 - c0) / max(now - t0, 1e-9)
