@@ -1,0 +1,77 @@
+"""`RandomSource`: a `WeightSource` that invents the weights of a config folder, for benchmarks (`--random-weights`).
+
+One block of normal numbers is drawn for each type and device and then copied at offsets that depend on the tensor's name: a memory copy, about as
+fast as reading real weights from the page cache. Norm weights are near 1, so that activations keep their size through any number of layers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from lmdeploy.errors import CheckpointError
+
+#: A prime, so that no row length divides it and the rows of a matrix differ.
+BLOCK = 4_194_301
+
+
+class RandomSource:
+    """Fills any tensor that a module asks for; the same seed gives the same numbers."""
+
+    def __init__(self, seed: int = 0, scale: float = 0.02) -> None:
+        self.seed, self.scale = seed, scale
+        self._blocks: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def names(self) -> set[str]:
+        """No names: there is no list of what can be asked for."""
+        return set()
+
+    def has(self, name: str) -> bool:
+        """Any tensor can be made."""
+        return True
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Unknown here; callers that must know say so in `shape=`."""
+        raise CheckpointError(f"random weights: the shape of '{name}' is not stored anywhere")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Unknown here."""
+        raise CheckpointError(f"random weights: the type of '{name}' is not stored anywhere")
+
+    def take(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
+        """Fill `out`; the slice only varies the numbers."""
+        offset = zlib.crc32(f"{name}:{rows.start if rows else 0}:{cols.start if cols else 0}".encode()) % BLOCK
+        if out.is_contiguous():
+            self._tile(out.view(-1), offset)
+        else:
+            for row in out:
+                self._tile(row.reshape(-1) if row.is_contiguous() else row, offset)
+                offset = (offset + row.numel()) % BLOCK
+        if out.dim() == 1 and name.endswith("weight"):  # a norm
+            out.add_(1.0)
+
+    def take_ranges(self, name: str, out: torch.Tensor, ranges: Sequence[slice], cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
+        """Fill `out`."""
+        self.take(name, out, ranges[0] if ranges else None, cols)
+
+    def finish(self, ignore: Sequence[str] = ()) -> None:
+        """Nothing can be left over; the blocks are freed."""
+        self._blocks.clear()
+
+    def _tile(self, out: torch.Tensor, offset: int) -> None:
+        """Copy the block again and again into the flat `out`, beginning at `offset` of the block."""
+        block, position = self._block(out), 0
+        while position < out.numel():
+            count = min(BLOCK - offset, out.numel() - position)
+            out[position : position + count].copy_(block[offset : offset + count])
+            position, offset = position + count, 0
+
+    def _block(self, out: torch.Tensor) -> torch.Tensor:
+        """The block in the type and on the device of `out`."""
+        key = (out.dtype, out.device)
+        if key not in self._blocks:
+            generator = torch.Generator().manual_seed(self.seed)
+            self._blocks[key] = torch.randn(BLOCK, generator=generator).mul_(self.scale).to(out.device, out.dtype)
+        return self._blocks[key]
