@@ -95,7 +95,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: T
     block_size = key_cache.shape[2]
     group = num_heads // key_cache.shape[1]
     start = 0
-    for row, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens_host)):
+    for row, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens_host, strict=True)):
         oldest = max(0, kv_len - query_len - window + 1) if window > 0 else 0  # no query sees keys before it
         first_block = oldest // block_size
         first_key = first_block * block_size

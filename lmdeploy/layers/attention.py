@@ -1,0 +1,68 @@
+"""Self-attention of one layer: project, rotate and write KV, attend, project back. No choice of backend here: `kernels` decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.inputs import ForwardInputs
+from lmdeploy.layers.build import BuildContext, Module, StepBuffers
+from lmdeploy.layers.linear import QKVLinear, RowLinear
+from lmdeploy.layers.norm import RMSNorm
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNames:
+    """Checkpoint names below the layer's attention. One name in `qkv` means a tensor that is fused on disk."""
+
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    interleaved: bool = False  # fused on disk per KV group: its query heads, its key, its value
+
+
+class Attention:
+    """Attention over the paged cache of layer `index`; `window` > 0 limits how far back a query sees."""
+
+    def __init__(self, ctx: BuildContext, prefix: str, index: int, window: int, names: AttentionNames) -> None:
+        spec = ctx.spec
+        self.index, self.window, self.kernels = index, window, ctx.kernels
+        self.scale = spec.head_dim**-0.5
+        self.qkv = QKVLinear(ctx, prefix, names.qkv, interleaved=names.interleaved)
+        self.out = RowLinear(ctx, f"{prefix}.{names.out}", spec.num_heads * spec.head_dim, spec.hidden_size, expect_bias=spec.o_bias)
+        self.norms: tuple[RMSNorm, ...] = ()
+        if spec.qk_norm:
+            self.norms = tuple(RMSNorm(ctx, f"{prefix}.{name}", spec.head_dim) for name in (names.q_norm, names.k_norm))
+        self._parts: tuple[Module, ...] = (self.qkv, self.out, *self.norms)
+
+    def load(self, source: WeightSource) -> None:
+        """Pull all weights."""
+        for part in self._parts:
+            part.load(source)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights."""
+        for part in self._parts:
+            yield from part.tensors()
+
+    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
+        """step.normed [T, M] -> step.attn [T, H D]; the new keys and values are in the cache after it. `project` is the rest."""
+        assert inputs.cos is not None and inputs.sin is not None, "the model computes cos and sin before its layers"
+        self.qkv.forward(step.normed, step.qkv)
+        if self.norms:
+            self.norms[0].heads(step.q)
+            self.norms[1].heads(step.k)
+        keys, values = inputs.kv[self.index]
+        meta = inputs.attention
+        self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, keys, values, meta.slot_mapping)
+        self.kernels.attention(step.q, step.k, step.v, keys, values, meta, self.scale, self.window, step.attn)
+
+    def project(self, step: StepBuffers) -> None:
+        """step.attn -> step.proj [T, M]; apart from `forward` because the last layer does it for fewer rows."""
+        self.out.forward(step.attn, step.proj)

@@ -1,0 +1,40 @@
+"""RMSNorm, alone or fused with the addition to the residual before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.layers.build import BuildContext
+
+Tensor = torch.Tensor
+
+
+class RMSNorm:
+    """out = x / sqrt(mean(x^2) + eps) * weight over the last axis of `size`."""
+
+    def __init__(self, ctx: BuildContext, name: str, size: int) -> None:
+        self.name, self.eps, self.kernels = name, ctx.spec.norm_eps, ctx.kernels
+        self.weight = ctx.empty(size)
+
+    def load(self, source: WeightSource) -> None:
+        """Pull the weight."""
+        source.take(f"{self.name}.weight", self.weight)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The weight."""
+        yield self.weight
+
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """x, out [T, M]."""
+        self.kernels.rms_norm(x, self.weight, self.eps, out)
+
+    def add(self, x: Tensor, residual: Tensor, out: Tensor) -> None:
+        """residual += x, then out = norm(residual). x, residual, out [T, M]."""
+        self.kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
+
+    def heads(self, x: Tensor) -> None:
+        """Each head of x [T, H, D] in place."""
+        self.kernels.head_norm(x, self.weight, self.eps)

@@ -1,0 +1,172 @@
+"""The decoder of the llama family, driven by the spec: what all models share, and nothing that only one of them needs.
+
+The tree has the checkpoint's names and modules pull their weights; a model that differs states its names or replaces a method in
+its own small file. `forward` allocates nothing but a few [T, R/2] tables, so that a step costs what its kernels cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.formats.weight_format import Part
+from lmdeploy.inputs import ForwardInputs
+from lmdeploy.layers.attention import Attention, AttentionNames
+from lmdeploy.layers.build import BuildContext, Module, StepBuffers, StepShape
+from lmdeploy.layers.embedding import Embedding
+from lmdeploy.layers.linear import Linear, TiedLinear
+from lmdeploy.layers.mlp import MLP, MLPNames
+from lmdeploy.layers.norm import RMSNorm
+from lmdeploy.layers.rope import build_rope, logn_scale
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderNames:
+    """Names of the checkpoint's tensors; the defaults are llama's."""
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    input_norm: str = "input_layernorm"
+    attention: str = "self_attn"
+    post_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    in_attention: AttentionNames = AttentionNames()
+    in_mlp: MLPNames = MLPNames()
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothingGroup:
+    """A tensor whose output channels may be divided by scales that the columns of `targets` are multiplied by (names below a layer)."""
+
+    source: str
+    targets: tuple[str, ...]
+    source_is_norm: bool
+
+
+class Block(Module, Protocol):
+    """The second half of a layer: a dense MLP or experts."""
+
+    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
+        """step.normed [T, M] -> step.proj [T, M]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Attention and MLP with the norm before each."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_norm: RMSNorm
+    mlp: Block
+
+
+class Decoder:
+    """A decoder-only language model on one rank. `prefix` stands before every tensor name (models inside larger models)."""
+
+    names: ClassVar[DecoderNames] = DecoderNames()
+
+    def __init__(self, ctx: BuildContext, prefix: str = "") -> None:
+        spec, names = ctx.spec, self.names
+        self.ctx, self.spec, self.prefix = ctx, spec, prefix
+        self.embedding = Embedding(ctx, prefix + names.embedding)
+        self.layers = [self.build_layer(index) for index in range(spec.num_layers)]
+        self.norm = RMSNorm(ctx, prefix + names.norm, spec.hidden_size)
+        self.head = self._build_head()
+        self.rope = build_rope(spec.rope, ctx.device)
+        self.shape = StepShape.of(ctx, dense_mlp=any(isinstance(layer.mlp, MLP) for layer in self.layers))
+        self.weight_bytes = 0  # known once loaded: a bias is what the file has
+
+    def build_layer(self, index: int) -> Layer:
+        """Layer `index`."""
+        ctx, names = self.ctx, self.names
+        prefix = f"{self.prefix}{names.layers}.{index}"
+        return Layer(
+            RMSNorm(ctx, f"{prefix}.{names.input_norm}", ctx.spec.hidden_size),
+            Attention(ctx, f"{prefix}.{names.attention}", index, self.window(index), names.in_attention),
+            RMSNorm(ctx, f"{prefix}.{names.post_norm}", ctx.spec.hidden_size),
+            self.build_mlp(prefix, index),
+        )
+
+    def build_mlp(self, prefix: str, index: int) -> Block:
+        """The second half of layer `index`; models with experts replace this."""
+        return MLP(self.ctx, f"{prefix}.{self.names.mlp}", self.names.in_mlp)
+
+    def window(self, index: int) -> int:
+        """Sliding window of layer `index`; 0 = it sees everything."""
+        layers = self.spec.window_layers
+        return self.spec.sliding_window if not layers or layers[index] else 0
+
+    def _build_head(self) -> Linear:
+        spec = self.spec
+        if spec.tie_embeddings:
+            return TiedLinear(self.ctx, self.embedding.weight)
+        return Linear(self.ctx, [Part(self.prefix + self.names.head, spec.vocab_size, spec.hidden_size)])
+
+    def load(self, source: WeightSource) -> None:
+        """Pull all weights; a missing tensor raises with its name, and so does one that is left over."""
+        for part in self._parts():
+            part.load(source)
+        source.finish(ignore=(f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ())
+        self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+    def _parts(self) -> Iterator[Module]:
+        yield self.embedding
+        for layer in self.layers:
+            yield from (layer.input_norm, layer.attention, layer.post_norm, layer.mlp)
+        yield from (self.norm, self.head)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights; a tied head's table comes twice."""
+        for part in self._parts():
+            yield from part.tensors()
+
+    def forward(self, inputs: ForwardInputs) -> Tensor:
+        """Final-normed hidden states [R, M] of the rows `inputs.logit_rows`, valid until the next step; KV of all new tokens is written."""
+        inputs.cos, inputs.sin = self.rope.cos_sin(inputs.positions, inputs.rope_lengths)
+        if self.spec.use_logn:
+            inputs.q_scale = logn_scale(inputs.positions, self.spec.rope.original_max_position)
+        step = StepBuffers.take(inputs.scratch, self.shape, inputs.token_ids.shape[0])
+        self.embedding.forward(inputs.token_ids, step.residual)
+        self.layers[0].input_norm.forward(step.residual, step.normed)
+        for layer, after in zip(self.layers[:-1], self.layers[1:], strict=True):
+            layer.attention.forward(inputs, step)
+            self._finish_layer(layer, after.input_norm, inputs, step)
+        last = self.layers[-1]
+        last.attention.forward(inputs, step)
+        step = step.select(inputs.scratch, self.shape, inputs.logit_rows)
+        if step.normed.shape[0]:
+            self._finish_layer(last, self.norm, inputs, step)
+        return step.normed
+
+    def _finish_layer(self, layer: Layer, next_norm: RMSNorm, inputs: ForwardInputs, step: StepBuffers) -> None:
+        """All after the attention: output projection, MLP, and the norm that follows (the next layer's, or the final one)."""
+        layer.attention.project(step)
+        layer.post_norm.add(step.proj, step.residual, step.normed)
+        layer.mlp.forward(inputs, step)
+        next_norm.add(step.proj, step.residual, step.normed)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [R, V] of hidden states [R, M]."""
+        out = torch.empty(hidden.shape[0], self.spec.vocab_size, dtype=self.ctx.dtype, device=hidden.device)
+        self.head.forward(hidden, out)
+        return out.float()
+
+    def smoothing_groups(self) -> tuple[SmoothingGroup, ...]:
+        """For quantisers: where scales may move from activations into weights, in every layer."""
+        names, spec = self.names, self.spec
+        attention = [f"{names.attention}.{name}" for name in names.in_attention.qkv]
+        gate_up = [f"{names.mlp}.{name}" for name in names.in_mlp.gate_up]
+        groups = [SmoothingGroup(names.input_norm, tuple(attention), True), SmoothingGroup(names.post_norm, tuple(gate_up), True)]
+        if spec.num_heads == spec.num_kv_heads and len(attention) == 3:
+            groups.append(SmoothingGroup(attention[2], (f"{names.attention}.{names.in_attention.out}",), False))
+        groups.append(SmoothingGroup(gate_up[-1], (f"{names.mlp}.{names.in_mlp.down}",), False))
+        return tuple(groups)
