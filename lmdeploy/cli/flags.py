@@ -14,7 +14,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
@@ -146,14 +146,26 @@ def _kind(hint: Any) -> _Kind:
     return _KINDS[typing.get_origin(hint) or hint]
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config: type, *, title: str, skip: Iterable[str] = (), only: Iterable[str] | None = None) -> None:
-    """A flag for each field of a config class whose metadata says `flag` (or that is in `only`)."""
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    config: type,
+    *,
+    title: str,
+    skip: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Any:
+    """A flag for each field of a config class whose metadata says `flag` (or that is in `only`); `defaults` are shown instead of the field's own.
+
+    Returns the argument group, for flags that belong there and are no field.
+    """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
     for f in dataclasses.fields(config):
         wanted = f.name in only if only is not None else f.metadata.get("flag", False) and f.name not in skip
         if wanted:
-            _add_field(group, f, _kind(hints[f.name]), f.default)
+            _add_field(group, f, _kind(hints[f.name]), defaults.get(f.name, f.default))
+    return group
 
 
 def _add_field(group: Any, f: dataclasses.Field[Any], kind: _Kind, default: Any, *, hidden: bool = False) -> None:
@@ -201,11 +213,10 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Everything that makes an EngineConfig, and what other command lines of this kind accept."""
-    group = parser.add_argument_group("Engine")
+    group = add_config_flags(parser, EngineConfig, title="Engine", skip=("tp", "quant_policy"))
     group.add_argument(
         "--backend", choices=BACKENDS, metavar="{" + ",".join(BACKENDS) + "}", help="turbomind: the fast kernels; pytorch: plain torch (default: turbomind)"
     )
-    add_config_flags(parser, EngineConfig, title="Engine options", skip=("tp", "quant_policy", "adapters"), only=None)
     compatible = parser.add_argument_group("Accepted for compatibility (anything but the neutral value is an error)")
     hints = typing.get_type_hints(EngineConfig)
     for f in dataclasses.fields(EngineConfig):
@@ -262,8 +273,8 @@ def _adapters(words: list[str]) -> dict[str, str] | None:
     return dict(w.split("=", 1) for w in words)
 
 
-def add_template_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that override the checkpoint's chat template."""
+def add_template_flags(parser: argparse.ArgumentParser) -> Any:
+    """Flags that override the checkpoint's chat template; returns their group."""
     group = parser.add_argument_group("Chat template")
     group.add_argument("--chat-template", metavar="NAME|FILE", help="a built-in template (`lmdeploy list`) or a JSON file (default: the checkpoint's own)")
     group.add_argument("--meta-instruction", metavar="TEXT", help="the system prompt; '' = none (default: the template's own)")

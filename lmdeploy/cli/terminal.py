@@ -1,0 +1,257 @@
+"""A conversation in the terminal, whoever answers: `chat` (a model in this process) and `serve api_client` (HTTP) share it.
+
+Knows messages and `Response` increments only. The answer alone goes to `Screen.answers`; prompts, figures and complaints are
+notes, so that `lmdeploy chat < question > answer` writes the answer and nothing else. Ctrl-C ends an answer, never the program;
+at the prompt it leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
+
+from lmdeploy.errors import EngineError, LmdeployError, RequestError
+from lmdeploy.messages import Response
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+PROMPT = "double enter to end input >>> "
+NEW_CONVERSATION = "type `end` to begin a new conversation"
+
+Message = dict[str, str]
+#: messages so far, the user's last -> increments of the answer; closing the generator stops it
+Ask = Callable[[list[Message]], Generator[Response, None, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Where the answer and the notes are written."""
+
+    answers: TextIO
+    notes: TextIO
+    styled: bool = False
+
+    def answer(self, text: str) -> None:
+        """A piece of the answer, at once."""
+        self.answers.write(text)
+        self.answers.flush()
+
+    def note(self, text: str = "", *, dim: bool = False) -> None:
+        """A line that is not part of an answer."""
+        self.notes.write(f"\x1b[2m{text}\x1b[0m\n" if dim and self.styled else f"{text}\n")
+        self.notes.flush()
+
+
+def open_screen() -> Screen:
+    """Both parts on standard output when that is a terminal; else notes go to standard error."""
+    terminal = sys.stdout.isatty()
+    return Screen(sys.stdout, sys.stdout if terminal else sys.stderr, styled=terminal and "NO_COLOR" not in os.environ)
+
+
+class Reader(Protocol):
+    """Where messages come from; `interactive` when a person is there to read on after an error."""
+
+    interactive: bool
+
+    def read(self) -> str | None:
+        """The next message, without its closing empty line; None at the end of input. KeyboardInterrupt = leave."""
+        ...
+
+
+class LineReader:
+    """Messages from a pipe or file: lines up to an empty one or the end."""
+
+    def __init__(self, source: BinaryIO, screen: Screen, *, echo: bool) -> None:
+        self._source, self._screen, self._echo = source, screen, echo
+        self.interactive = not echo
+        self._line = 0
+
+    def read(self) -> str | None:
+        """See Reader."""
+        self._screen.notes.write("\n" + PROMPT)
+        self._screen.notes.flush()
+        lines: list[str] = []
+        for line in self._lines():
+            if line:
+                lines.append(line)
+            if lines and (not line or lines[0] in ("exit", "end")):
+                break
+        if self._echo or not lines:
+            self._screen.note("\n".join(lines))
+        return "\n".join(lines) if lines else None
+
+    def _lines(self) -> Iterator[str]:
+        for raw in iter(self._source.readline, b""):
+            self._line += 1
+            try:
+                yield raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as e:
+                raise RequestError(
+                    f"line {self._line} of the input is not valid UTF-8 (byte 0x{raw[e.start]:02x} at position {e.start}); convert it first"
+                ) from e
+
+
+class PromptReader:
+    """Messages typed in a terminal: arrow keys edit and recall, pasted text stays one message, any script."""
+
+    interactive = True
+
+    def __init__(self, screen: Screen) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import InMemoryHistory
+        from prompt_toolkit.output.vt100 import Vt100_Output
+
+        output = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"))
+        output.enable_cpr = False  # do not ask the terminal where the cursor is: slow lines and recorders never answer
+        self._screen = screen
+        self._session: PromptSession[str] = PromptSession(
+            multiline=True, history=InMemoryHistory(), key_bindings=_enter_twice(), prompt_continuation="", output=output
+        )
+
+    def read(self) -> str | None:
+        """See Reader."""
+        self._screen.note()
+        try:
+            return self._session.prompt(PROMPT).strip("\n")
+        except EOFError:
+            return None
+
+
+def _enter_twice() -> KeyBindings:
+    """Enter on an empty last line, or after `exit` and `end`, sends; anywhere else it begins a new line."""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def enter(event: KeyPressEvent) -> None:
+        document = event.current_buffer.document
+        at_end = document.is_cursor_at_the_end
+        if not document.text.strip():
+            event.current_buffer.reset()
+        elif document.text in ("exit", "end") or (at_end and not document.current_line.strip()):
+            event.current_buffer.validate_and_handle()
+        else:
+            event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def open_reader(screen: Screen) -> Reader:
+    """An editor when a person types, else plain lines."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return PromptReader(screen)
+    return LineReader(sys.stdin.buffer, screen, echo=not sys.stdin.isatty())
+
+
+@dataclass(slots=True)
+class _Timing:
+    """Clock of one answer."""
+
+    start: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    first_tokens: int = 0  # those that came with the first increment, and are in no interval
+
+    def note(self, response: Response) -> None:
+        """One more increment came."""
+        self.last = time.monotonic()
+        if not self.first:
+            self.first, self.first_tokens = self.last, response.generate_token_len
+        self.tokens = response.generate_token_len
+
+    def __str__(self) -> str:
+        if not self.first:
+            return "no tokens"
+        later = self.tokens - self.first_tokens
+        speed = f"{later / (self.last - self.first):.1f} tokens/s, " if later > 0 and self.last > self.first else ""
+        return f"{self.tokens} token{'s' if self.tokens != 1 else ''}, {speed}first after {self.first - self.start:.2f} s"
+
+
+class Conversation:
+    """Reads messages until the end, streams each answer, and keeps the history on this side."""
+
+    def __init__(self, ask: Ask, reader: Reader, screen: Screen, *, session_len: int | None = None) -> None:
+        self._ask, self._reader, self._screen = ask, reader, screen
+        self._session_len = session_len
+        self.history: list[Message] = []
+
+    def run(self) -> None:
+        """Until `exit`, the end of input, or Ctrl-C at the prompt. When nobody is there to read on, the first error ends it."""
+        while True:
+            try:
+                text = self._reader.read()
+            except KeyboardInterrupt:
+                self._screen.note()
+                return
+            if text is None or text.strip() == "exit":
+                return
+            if text.strip() == "end":
+                self.history.clear()
+                self._screen.note("new conversation", dim=True)
+            elif text.strip():
+                try:
+                    self._turn(text)
+                except KeyboardInterrupt:  # between two increments; _answer handles the others
+                    if not self._reader.interactive:
+                        raise
+                    self._screen.note("stopped", dim=True)
+
+    def _turn(self, text: str) -> None:
+        """One question and its answer; a stopped answer stays in the history as far as it came, a failed one leaves no trace."""
+        messages = [*self.history, {"role": "user", "content": text}]
+        self._screen.note()
+        try:
+            answer = self._answer(messages)
+        except LmdeployError as e:
+            if not self._reader.interactive or isinstance(e, EngineError):
+                raise
+            self._complain(e)
+            return
+        if answer:
+            self.history = [*messages, {"role": "assistant", "content": answer}]
+
+    def _complain(self, error: LmdeployError) -> None:
+        self._screen.note(f"error: {error}")
+        if getattr(error, "code", None) == "context_length_exceeded" and self.history:
+            self._screen.note(NEW_CONVERSATION)
+
+    def _answer(self, messages: list[Message]) -> str:
+        """Stream one answer to the screen; returns its text."""
+        timing, pieces = _Timing(), []
+        response: Response | None = None
+        stopped = False
+        with contextlib.closing(self._ask(messages)) as increments:
+            try:
+                for response in increments:
+                    timing.note(response)
+                    pieces.append(response.text)
+                    self._screen.answer(response.text)
+            except KeyboardInterrupt:
+                if not self._reader.interactive:
+                    raise
+                stopped = True
+        self._screen.answer("\n")
+        self._screen.note(f"[{timing}{self._ending(response, stopped)}]", dim=True)
+        return "".join(pieces)
+
+    def _ending(self, last: Response | None, stopped: bool) -> str:
+        """What else the reader of an answer should know."""
+        if stopped:
+            return "; stopped"
+        if last is None or last.finish_reason in ("stop", None):
+            return ""
+        if last.finish_reason == "error":
+            raise RequestError(last.error_message or "the engine failed while answering", code=last.error_code or "engine_error")
+        if last.finish_reason == "length":
+            if self._session_len and last.input_token_len + last.generate_token_len >= self._session_len:
+                return f"; cut: the conversation fills session_len={self._session_len}, {NEW_CONVERSATION}"
+            return "; cut at max_new_tokens"
+        return f"; {last.finish_reason}"
