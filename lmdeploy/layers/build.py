@@ -86,7 +86,7 @@ class StepBuffers:
         """Buffers for `rows` tokens."""
         heads, kv_heads, dim, width = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.mlp_width
         qkv = scratch.take("qkv", rows, (heads + 2 * kv_heads) * dim)
-        q, k, v = torch.split(qkv.view(rows, heads + 2 * kv_heads, dim), (heads, kv_heads, kv_heads), dim=1)
+        q, k, v = torch.split(qkv.view(rows, heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1)
         residual, normed, proj = (scratch.take(name, rows, shape.hidden_size) for name in ("residual", "normed", "proj"))
         attn = scratch.take("attn", rows, heads * dim)
         gate_up, act = scratch.take("gate_up", rows, 2 * width), scratch.take("act", rows, width)
