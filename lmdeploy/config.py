@@ -1,6 +1,6 @@
 """Every option of the toolkit: name, default, help, choices and check, in one place; flags and docs are made from it.
 
-All configs are frozen and check themselves when built; a bad value raises ConfigError (GenerationConfig: RequestError) with field, value and limit.
+All configs check themselves when built and when changed; a bad value raises ConfigError (GenerationConfig: RequestError) with field, value and limit.
 Unknown names raise. A config remembers which fields the caller gave (`given`), because two rules need it: an option without
 effect is reported only if asked for, and `do_sample` unset means "sample if temperature, top_p or top_k was given".
 This module must not import torch: `lmdeploy --help` reads it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -44,7 +45,7 @@ def between(low: float, high: float) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def remembers_given(cls: type[C]) -> type[C]:
@@ -56,26 +57,44 @@ def remembers_given(cls: type[C]) -> type[C]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         kwargs = self._translate(kwargs)
         for name in kwargs:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 3)
-                hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names)}"
-                raise ConfigError(f"{cls.__name__} has no option '{name}'{hint}")
-        object.__setattr__(self, "given", frozenset(names[: len(args)]) | frozenset(kwargs))
+            self._known(name)
         original(self, *args, **kwargs)
+        object.__setattr__(self, "given", frozenset(names[: len(args)]) | frozenset(kwargs))
 
     cls.__init__ = init  # type: ignore[assignment, misc]
     return cls
 
 
 class _Checked:
-    """Shared by the configs: runs every field's check, and `replace` that keeps `given`."""
+    """Shared by the configs: every field is checked when set, in the constructor or later; `replace` keeps `given`.
 
-    given: frozenset[str]
+    Attributes may be assigned, because users' scripts do it (`gen_config.top_p = 0.9`); the engine works on its own copy.
+    """
 
-    @staticmethod
-    def _translate(kwargs: dict[str, Any]) -> dict[str, Any]:
+    given: frozenset[str]  # set at the end of the constructor
+
+    @classmethod
+    def _translate(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Historical spellings -> today's names; the default translates nothing."""
         return kwargs
+
+    @classmethod
+    def _known(cls, name: str) -> None:
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names)}"
+            raise ConfigError(f"{cls.__name__} has no option '{name}'{hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if "given" in self.__dict__:  # after the constructor
+            self._known(name)
+            self.__post_init__()
+            object.__setattr__(self, "given", self.given | {name})
+
+    def __post_init__(self) -> None:
+        """Check all fields."""
 
     def _check(self, error: Callable[[str, str], Exception]) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -107,7 +126,7 @@ UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 @remembers_given
-@dataclass(frozen=True)
+@dataclass
 class EngineConfig(_Checked):
     """Options of the engine. `TurbomindEngineConfig` and `PytorchEngineConfig` are the names that users build."""
 
@@ -183,7 +202,9 @@ class EngineConfig(_Checked):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version of lmdeploy; use {name}={allowed[0]!r}")
         if self.model_format not in (None, "hf"):
-            raise ConfigError(f"model_format={self.model_format!r}: this version of lmdeploy loads 16- and 32-bit Hugging Face weights; use 'hf' or leave it out")
+            raise ConfigError(
+                f"model_format={self.model_format!r}: this version of lmdeploy loads 16- and 32-bit Hugging Face weights; use 'hf' or leave it out"
+            )
 
     @classmethod
     def _translate(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +261,7 @@ def _ids(value: Any) -> str | None:
 
 
 @remembers_given
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig(_Checked):
     """How to answer one prompt. Raises RequestError naming field, value and limit."""
 

@@ -1,0 +1,25 @@
+"""Fixtures that many tests share: the embedded model's folder, and one loaded pipeline (loading takes a second, answers milliseconds)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The embedded tiny chat model, a real trained checkpoint."""
+    return ROOT / "lmdeploy" / "assets" / "tiny-internlm2-chat"
+
+
+@pytest.fixture(scope="session")
+def pipe(model_folder: Path) -> Iterator[object]:
+    """A pipeline on the embedded model in float32, so that tokens do not depend on the machine."""
+    from lmdeploy import TurbomindEngineConfig, pipeline
+
+    with pipeline(str(model_folder), backend_config=TurbomindEngineConfig(dtype="float32", max_batch_size=16, cache_max_entry_count=600)) as loaded:
+        yield loaded
