@@ -1,0 +1,146 @@
+"""From a `StepPlan`'s items to `ForwardInputs`: the only place that knows that some sequences decode and others prefill.
+
+`SlotTables` keep each slot's tokens and block table on the device, so a plan carries differences only and input ids are
+gathered where they are. Nothing is done per token in Python. Items are reordered: those with one token come first.
+Invariant: tables, scratch and KV stay where they are from start-up on, as CUDA graphs need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lmdeploy.engine.plan import NewSequence, PlanItem
+from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
+
+Tensor = torch.Tensor
+Ints = NDArray[np.int64]
+
+
+class SlotTables:
+    """What a rank knows of the sequence in each slot: its tokens, its blocks, its length for a dynamic rope."""
+
+    def __init__(self, num_slots: int, session_len: int, block_size: int, device: torch.device) -> None:
+        self.width, self.block_size, self.device = session_len + 1, block_size, device
+        self.max_blocks = -(-session_len // block_size) + 1
+        # zero_() rather than zeros(): the pages must be resident before the memory bill is written
+        self.tokens = torch.empty((num_slots, self.width), dtype=torch.int32, device=device).zero_()
+        self.blocks = torch.empty((num_slots, self.max_blocks), dtype=torch.int32, device=device).zero_()
+        self.num_blocks = [0] * num_slots
+        self.rope_lengths = np.zeros(num_slots, dtype=np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.tokens.nbytes + self.blocks.nbytes
+
+    def set(self, new: NewSequence) -> None:
+        """Forget what `new.slot` held and put the sequence there, without blocks."""
+        count = len(new.token_ids)
+        assert 0 < count < self.width, f"slot {new.slot}: {count} tokens do not fit session_len {self.width - 1}"
+        self.tokens[new.slot, :count] = torch.tensor(new.token_ids, dtype=torch.int32)
+        self.num_blocks[new.slot] = 0
+        self.rope_lengths[new.slot] = new.rope_length or count
+
+    def append_blocks(self, slot: int, blocks: list[int]) -> None:
+        """Append to the slot's block table."""
+        start = self.num_blocks[slot]
+        end = start + len(blocks)
+        assert end <= self.max_blocks, f"slot {slot}: {end} blocks, the table has {self.max_blocks}"
+        if end - start == 1:
+            self.blocks[slot, start] = blocks[0]
+        else:
+            self.blocks[slot, start:end] = torch.tensor(blocks, dtype=torch.int32)
+        self.num_blocks[slot] = end
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """A step ready to run. `items` are in batch order, `order[i]` is the place of items[i] in the plan; S rows are sampled."""
+
+    inputs: ForwardInputs
+    items: list[PlanItem]
+    order: list[int]
+    first_row: list[int]  # first of each item's rows among the R rows
+    num_rows: list[int]
+    sample_items: list[int]  # numbers of the items that are sampled, in row order
+    sample_rows: Tensor | None  # int64 [S], rows among R; None = all of them, in order
+    slots: Ints  # [S] of the sampled items
+    lengths: Ints  # [S] tokens known after this step's, i.e. the place where the next one goes
+
+
+class BatchBuilder:
+    """Builds the steps of one rank."""
+
+    def __init__(self, tables: SlotTables, kv: list[tuple[Tensor, Tensor]], scratch: Scratch, *, uses_rope_lengths: bool) -> None:
+        self.tables, self.kv, self.scratch, self.uses_rope_lengths = tables, kv, scratch, uses_rope_lengths
+
+    def build(self, items: Sequence[PlanItem], all_rows: Sequence[bool] | None) -> StepBatch:
+        """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
+        tables = self.tables
+        columns = np.array([(i.slot, i.start, i.num_tokens, i.sample) for i in items], dtype=np.int64).reshape(-1, 4)
+        order = np.argsort(columns[:, 2] > 1, kind="stable")
+        columns = columns[order]
+        slots, starts, counts, sampled = columns.T
+        ends = starts + counts
+        query_start = np.zeros(len(items) + 1, dtype=np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        positions, token_slots = self._per_token(slots, starts, counts, query_start)
+        wanted = sampled.copy()
+        rows = query_start[1:][sampled > 0] - 1
+        if all_rows is not None and any(all_rows):
+            wanted, rows = _wanted_rows(np.array(all_rows, dtype=bool)[order], sampled, counts, query_start)
+        first_row = np.cumsum(wanted) - wanted
+        chosen = np.flatnonzero(sampled)
+        every = len(chosen) == len(rows)
+        return StepBatch(
+            inputs=self._inputs(slots, ends, counts, query_start, positions, token_slots, rows),
+            items=[items[i] for i in order.tolist()],
+            order=order.tolist(),
+            first_row=first_row.tolist(),
+            num_rows=wanted.tolist(),
+            sample_items=chosen.tolist(),
+            sample_rows=None if every else torch.from_numpy((first_row + wanted - 1)[chosen]).to(tables.device),
+            slots=slots[chosen],
+            lengths=ends[chosen],
+        )
+
+    def _per_token(self, slots: Ints, starts: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:
+        total = int(query_start[-1])
+        if total == len(slots):
+            return starts, slots
+        positions = np.arange(total, dtype=np.int64) - np.repeat(query_start[:-1] - starts, counts)
+        return positions, np.repeat(slots, counts)
+
+    def _inputs(self, slots: Ints, ends: Ints, counts: Ints, query_start: Ints, positions: Ints, token_slots: Ints, rows: Ints) -> ForwardInputs:
+        tables, size = self.tables, self.tables.block_size
+        host = np.concatenate((positions, token_slots, slots, rows, query_start, ends))  # one copy to the device, whatever the step
+        t, b, r = len(positions), len(slots), len(rows)
+        device = torch.from_numpy(host).to(tables.device)
+        position, token_slot, slot, row, start, end = device.split((t, t, b, r, b + 1, b))
+        table = tables.blocks[:, : -(-int(ends.max()) // size)].index_select(0, slot)
+        block = tables.blocks.view(-1).index_select(0, token_slot * tables.max_blocks + position // size).long()
+        meta = AttentionMeta(
+            query_start=start.int(),
+            kv_lens=end.int(),
+            block_table=table,
+            slot_mapping=block * size + position % size,
+            query_lens=counts.tolist(),
+            kv_lens_host=ends.tolist(),
+            num_decode=int((counts == 1).sum()),
+        )
+        rope = torch.from_numpy(tables.rope_lengths[token_slots]).to(tables.device) if self.uses_rope_lengths else None
+        token_ids = tables.tokens.view(-1).index_select(0, token_slot * tables.width + position).long()
+        return ForwardInputs(token_ids, position, rope, meta, self.kv, row, self.scratch)
+
+
+def _wanted_rows(everything: NDArray[np.bool_], sampled: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:
+    """How many hidden rows each item wants, and which rows of the step these are."""
+    wanted = np.where(everything, counts, sampled)
+    ends = np.cumsum(wanted)
+    rows = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends, wanted) + np.repeat(query_start[1:], wanted)
+    return wanted, rows

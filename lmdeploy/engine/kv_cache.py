@@ -1,0 +1,143 @@
+"""The KV pool: how many blocks fit, and the memory itself, taken once and never given back before close.
+
+Sizing is a pure function of numbers, so that every refusal can be tested and can say what to change. On CPU the pages are
+really touched at start-up: what the memory bill says is what the process has, and no later step can run out of memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lmdeploy.errors import ConfigError
+from lmdeploy.spec import ModelSpec
+
+Tensor = torch.Tensor
+MAX_POOL_TOKENS = 2**31 - 1  # block ids and slot numbers stay in int32 in kernels
+HUGE_PAGE = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRequest:
+    """What the user asked for. `cap_blocks` bounds a default share; `keep_session` forbids to shorten session_len."""
+
+    amount: float  # below 1 a share of the free memory, else a number of blocks
+    block_size: int
+    session_len: int
+    cap_blocks: int | None = None
+    keep_session: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSize:
+    """What the user gets, and why it is less than the share asked for."""
+
+    num_blocks: int
+    session_len: int
+    note: str = ""
+
+
+def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """KV bytes of one token over all layers."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
+def size_pool(request: PoolRequest, token_bytes: int, free: int) -> PoolSize:
+    """Blocks for `free` bytes; ConfigError when not one fits."""
+    size, block_bytes = request.block_size, request.block_size * token_bytes
+    fit = free // block_bytes
+    if request.amount >= 1:
+        blocks = int(request.amount)
+        if blocks > fit:
+            raise ConfigError(
+                f"cache_max_entry_count={blocks} blocks of {size} tokens need {gib(blocks * block_bytes)}, but {gib(free)} are free after the weights and "
+                f"the step workspace; use at most {fit} blocks or a share below 1"
+                if fit
+                else _nothing_fits(block_bytes, free, size)
+            )
+    else:
+        blocks = int(request.amount * free) // block_bytes
+        if blocks < 1:
+            raise ConfigError(_share_too_small(request, block_bytes, free) if fit else _nothing_fits(block_bytes, free, size))
+    notes = []
+    if request.cap_blocks is not None and blocks > request.cap_blocks:
+        notes.append(f"{blocks} blocks would fit; {request.cap_blocks} hold max_batch_size full sessions (give cache_max_entry_count for more)")
+        blocks = request.cap_blocks
+    if blocks * size > MAX_POOL_TOKENS:
+        blocks = MAX_POOL_TOKENS // size
+        notes.append(f"limited to {blocks} blocks: token slots are 32-bit numbers")
+    return _with_session(request, blocks, notes)
+
+
+def _with_session(request: PoolRequest, blocks: int, notes: list[str]) -> PoolSize:
+    tokens, session_len = blocks * request.block_size, request.session_len
+    if tokens < session_len and request.keep_session:
+        notes.append(f"session_len={session_len} is more than the {tokens} tokens of the KV cache: longer requests are refused; raise cache_max_entry_count")
+    elif tokens < session_len:
+        notes.append(f"session_len is {tokens} instead of {session_len}: that is what the KV cache holds; raise cache_max_entry_count for more")
+        session_len = tokens
+    return PoolSize(blocks, session_len, "; ".join(notes))
+
+
+def _share_too_small(request: PoolRequest, block_bytes: int, free: int) -> str:
+    return (
+        f"cache_max_entry_count={request.amount} of the {gib(free)} that are free after the weights is {gib(int(request.amount * free))}, but one KV block of "
+        f"{request.block_size} tokens takes {gib(block_bytes)}; use at least {1.01 * block_bytes / free:.2g}, or a smaller cache_block_seq_len"
+    )
+
+
+def _nothing_fits(block_bytes: int, free: int, block_size: int) -> str:
+    return (
+        f"no memory for the KV cache: one block of {block_size} tokens takes {gib(block_bytes)}, {gib(free)} are free after the weights and the step workspace; "
+        f"free memory, use a smaller cache_block_seq_len or a smaller model"
+    )
+
+
+def gib(count: int) -> str:
+    """Bytes for people, three digits: '1.25 GiB', '38.1 MiB'."""
+    value, unit = (count / 2**30, "GiB") if abs(count) >= 2**30 else (count / 2**20, "MiB")
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+
+
+class KVCache:
+    """One pool for all layers. `layers[i]` is the (key, value) of layer i, each [N, K, S, D], views of one tensor."""
+
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        count = int(np.prod(shape, dtype=np.int64))
+        try:
+            flat = _resident(count, dtype) if device.type == "cpu" else torch.zeros(count, dtype=dtype, device=device)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            raise ConfigError(f"the KV cache of {gib(count * dtype.itemsize)} could not be allocated ({error}); lower cache_max_entry_count") from error
+        pool = flat.view(shape)
+        self.nbytes = pool.nbytes
+        self.layers: list[tuple[Tensor, Tensor]] = [(pool[i, 0], pool[i, 1]) for i in range(spec.num_layers)]
+
+    def free(self) -> None:
+        """Drop the pool; its memory goes back when no view is left."""
+        self.layers = []
+
+
+def _resident(count: int, dtype: torch.dtype) -> Tensor:
+    """`count` zeros in pages of their own (huge ones where possible), touched; they return to the system when freed."""
+    nbytes = -(-count * dtype.itemsize // HUGE_PAGE) * HUGE_PAGE
+    # private, for huge pages are not made for a shared mapping; none of these names exist on Windows
+    area = mmap.mmap(-1, nbytes) if not hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    pages = np.frombuffer(area, dtype=np.uint8).reshape(-1, mmap.PAGESIZE)
+    middle = len(pages) // 2
+    with ThreadPoolExecutor(2) as threads:  # the kernel zeroes a page when it is first written: 2 threads, twice the speed
+        for half in (pages[:middle], pages[middle:]):
+            threads.submit(_touch, half)
+    return torch.frombuffer(area, dtype=dtype, count=count)
+
+
+def _touch(pages: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+    for start in range(0, len(pages), 1 << 14):  # in pieces, so that the two threads overlap
+        pages[start : start + (1 << 14), 0] = 0

@@ -1,0 +1,118 @@
+"""Memory: what is free, what the process takes, and the bill that says where it went.
+
+The total is measured from outside (resident set of the process, or the device's used bytes), never summed up from what we
+think we allocated; `other` is the difference, so the lines of the bill always add up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from lmdeploy.config import EngineConfig
+from lmdeploy.engine.kv_cache import gib
+from lmdeploy.messages import MemoryBill
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated: of the device, or of the machine and the control groups of this process."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # type: ignore[no-untyped-call]
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([psutil.virtual_memory().available, *cgroup_rooms(Path("/proc/self/cgroup"), CGROUPS)])
+
+
+def taken_bytes(device: torch.device) -> int:
+    """Resident set of this process (CPU), or bytes in use on the device, by anybody."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total - free)
+    return int(psutil.Process().memory_info().rss)
+
+
+def cgroup_rooms(membership: Path, root: Path) -> list[int]:
+    """Bytes left below every memory limit of the groups that this process is in; empty without limits."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    rooms: list[int] = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            rooms += _rooms(root, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            rooms += _rooms(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return rooms
+
+
+def _rooms(root: Path, path: str, limit_name: str, usage_name: str, cache_name: str) -> list[int]:
+    """A limit of any ancestor counts; file pages that nobody uses are as good as free."""
+    rooms = []
+    group = Path(path.strip("/"))
+    for folder in (root / group, *(root / parent for parent in group.parents)):
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            if limit == "max" or int(limit) >= 1 << 60:
+                continue
+            usage = int((folder / usage_name).read_text())
+            cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines()).get(cache_name, "0")
+            rooms.append(max(0, int(limit) - usage + int(cache)))
+        except (OSError, ValueError):
+            continue
+    return list(dict.fromkeys(rooms))
+
+
+def trim() -> None:
+    """Give the C library's free pages back, so that what loading left behind is not counted for ever."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if "malloc_trim" in dir(libc) or getattr(libc, "malloc_trim", None):
+            libc.malloc_trim(0)
+
+
+def make_bill(device: torch.device, parts: tuple[int, int, int], pool: tuple[int, int, int], session_len: int, note: str) -> MemoryBill:
+    """`parts` are the bytes of weights, KV pool and workspace; `pool` is (blocks, block size, bytes per token)."""
+    total = taken_bytes(device)
+    weights, kv_pool, workspace = parts
+    num_blocks, block_size, token_bytes = pool
+    return MemoryBill(
+        device=str(device),
+        weights=weights,
+        kv_pool=kv_pool,
+        workspace=workspace,
+        other=total - weights - kv_pool - workspace,
+        total=total,
+        free=free_bytes(device),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        bytes_per_token=token_bytes,
+        session_len=session_len,
+        note=note,
+    )
+
+
+def format_bill(bill: MemoryBill, config: EngineConfig) -> str:
+    """The bill as a table for people."""
+    tokens = bill.num_blocks * bill.block_size
+    sessions = tokens / bill.session_len
+    rest = "interpreter, libraries, kernels" if bill.device == "cpu" else "CUDA context, libraries, other processes"
+    rows = [
+        ("weights", bill.weights, config.dtype),
+        ("KV cache", bill.kv_pool, f"{bill.num_blocks} blocks of {bill.block_size} = {tokens} tokens, {bill.bytes_per_token} bytes a token"),
+        ("", None, f"{sessions:.3g} conversations of session_len {bill.session_len} (max_batch_size {config.max_batch_size})"),
+        ("step workspace", bill.workspace, f"steps of up to {config.max_prefill_token_num} tokens"),
+        ("other", bill.other, rest),
+        ("total", bill.total, "resident memory of the process" if bill.device == "cpu" else f"in use on {bill.device}"),
+        ("free", bill.free, "left for others"),
+    ]
+    lines = [f"memory ({bill.device})"]
+    lines += [f"  {name:<15}{'' if size is None else gib(size):>10}  {text}" for name, size, text in rows]
+    lines += [f"  note: {note}" for note in bill.note.split("; ") if note]
+    return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""`ModelRunner`: one rank. It holds the weights, the KV pool, the slot tables and the sampler, and computes step plans.
+
+It knows slots and tokens, not requests. A plan changes the tables first and computes after that; a step that raises leaves tables from which
+its sequences can be set up and computed again. What concerns one slot only (ids outside the vocabulary, NaN logits) is reported in its SlotResult.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from lmdeploy.config import EngineConfig
+from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
+from lmdeploy.engine.kv_cache import KVCache, PoolRequest, bytes_per_token, size_pool
+from lmdeploy.engine.memory import free_bytes, make_bill, trim
+from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.sampler import Sampler, SamplingTable
+from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
+from lmdeploy.inputs import ForwardInputs, Scratch
+from lmdeploy.log import get_logger
+from lmdeploy.messages import SamplingParams, TokenLogprobs
+from lmdeploy.spec import ModelSpec
+
+logger = get_logger(__name__)
+Tensor = torch.Tensor
+
+NO_TOKEN = "no token can be chosen: the logits are not numbers, or every token is forbidden"  # noqa: S105
+
+
+class Model(Protocol):
+    """What a runner asks of a model; `models.decoder.Decoder` is one."""
+
+    spec: ModelSpec
+    weight_bytes: int
+
+    def forward(self, inputs: ForwardInputs) -> Tensor:
+        """Hidden rows [R, M] of `inputs.logit_rows`; writes the KV of all new tokens."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [R, V]; the caller may overwrite it."""
+        ...
+
+
+class ModelRunner:
+    """One rank. `config` is resolved; construction sizes and takes all memory, after running the largest step once."""
+
+    def __init__(self, model: Model, config: EngineConfig, pool: PoolRequest, device: torch.device, dtype: torch.dtype) -> None:
+        assert config.max_batch_size is not None
+        self.model, self.device, self.dtype = model, device, dtype
+        self.max_batch_size, self.max_tokens = config.max_batch_size, config.max_prefill_token_num
+        self.scratch = Scratch(self.max_tokens, dtype, device)
+        self.chunk = rows_per_chunk(model.spec.vocab_size)
+        with torch.inference_mode():
+            self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device)
+            self._make_tables(pool.session_len)
+            self._run_largest_step()
+            self.kv.free()
+            trim()
+            token_bytes = bytes_per_token(model.spec, dtype)
+            size = size_pool(pool, token_bytes, free_bytes(device))
+            self.session_len, self.note = size.session_len, size.note
+            self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device)
+            self._make_tables(size.session_len)
+        trim()
+        workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
+        numbers = (size.num_blocks, pool.block_size, token_bytes)
+        self.memory = make_bill(device, (model.weight_bytes, self.kv.nbytes, workspace), numbers, size.session_len, size.note)
+
+    def _make_tables(self, session_len: int) -> None:
+        spec = self.model.spec
+        self.tables = SlotTables(self.max_batch_size, session_len, self.kv.block_size, self.device)
+        self.sampling = SamplingTable(self.max_batch_size, spec.vocab_size, self.device)
+        self.sampler = Sampler(self.sampling, self.tables.tokens, self.max_batch_size)
+        self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
+        self._wants: list[SamplingParams | None] = [None] * self.max_batch_size  # of slots that want more than tokens
+        self._broken: dict[int, str] = {}
+
+    def close(self) -> None:
+        """Drop weights, pool and buffers."""
+        del self.model, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
+        trim()
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a plan; results in the order of its items."""
+        start = time.perf_counter()
+        for slot in plan.released:
+            self._wants[slot] = None
+            self._broken.pop(slot, None)
+        for new in plan.new:
+            self._set_up(new)
+        results = [SlotResult(item.slot, error=self._broken.get(item.slot)) for item in plan.items]
+        places = [i for i, result in enumerate(results) if result.error is None]
+        for i in places:
+            self.tables.append_blocks(plan.items[i].slot, plan.items[i].new_blocks)
+        if places:
+            items = plan.items if len(places) == len(results) else [plan.items[i] for i in places]
+            self._compute(items, [results[i] for i in places])
+        return StepResult(plan.step, results, time.perf_counter() - start)
+
+    def _set_up(self, new: NewSequence) -> None:
+        slot, params, vocab = new.slot, new.sampling, self.model.spec.vocab_size
+        self._broken.pop(slot, None)
+        try:
+            if not 0 <= min(new.token_ids) <= max(new.token_ids) < vocab:
+                raise ValueError(f"the prompt has token ids outside the vocabulary 0..{vocab - 1}")
+            self.tables.set(new)
+            self.sampling.set(slot, params, new.prompt_len)
+        except ValueError as error:
+            self._broken[slot] = str(error)
+        more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state
+        self._wants[slot] = params if more else None
+
+    def _compute(self, items: list[PlanItem], results: list[SlotResult]) -> None:
+        special = [self._wants[item.slot] for item in items]
+        wants_more = any(special)
+        all_rows = [self._wants_all(item, want) for item, want in zip(items, special, strict=True)] if wants_more else None
+        batch = self.batches.build(items, all_rows)
+        hidden = self.model.forward(batch.inputs)
+        ordered = [results[i] for i in batch.order]
+        if wants_more:
+            self._add_rows(batch, hidden, ordered)
+        if batch.sample_items:
+            self._sample(batch, hidden, ordered)
+
+    def _sample(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult]) -> None:
+        rows = hidden if batch.sample_rows is None else hidden.index_select(0, batch.sample_rows)
+        logits = self.model.logits(rows)
+        wanted = np.flatnonzero(self.sampling.logprobs[batch.slots] >= 0)
+        raw = torch.log_softmax(logits[torch.from_numpy(wanted).to(self.device)], dim=-1) if wanted.size else None
+        tokens = self.sampler.sample(logits, batch.slots, batch.lengths)
+        places = torch.from_numpy(batch.slots * self.tables.width + batch.lengths).to(self.device)
+        self.tables.tokens.view(-1).index_copy_(0, places, tokens.clamp_min(0).int())
+        for number, token in zip(batch.sample_items, tokens.tolist(), strict=True):
+            if token < 0:
+                results[number].error = NO_TOKEN
+            else:
+                results[number].token_id = token
+        if raw is not None:
+            self._add_logprobs(batch, wanted.tolist(), raw, tokens, results)
+
+    def _add_logprobs(self, batch: StepBatch, wanted: list[int], raw: Tensor, tokens: Tensor, results: list[SlotResult]) -> None:
+        counts = self.sampling.logprobs[batch.slots[wanted]].tolist()
+        chosen = tokens[torch.tensor(wanted, device=self.device)].clamp_min(0)
+        for row, logprobs in zip(wanted, token_logprobs(raw, chosen, counts), strict=True):
+            result = results[batch.sample_items[row]]
+            if result.error is None:
+                result.logprobs = logprobs
+
+    # -- what some requests want beside tokens -----------------------------------------------------------------------
+
+    def _prompt_targets(self, item: PlanItem) -> int:
+        """How many of the item's rows predict a prompt token."""
+        return max(0, min(item.num_tokens, int(self.sampling.prompt_len[item.slot]) - 1 - item.start))
+
+    def _wants_all(self, item: PlanItem, want: SamplingParams | None) -> bool:
+        if want is None:
+            return False
+        scores = want.prompt_logprobs is not None and self._prompt_targets(item) > 0
+        return scores or "all" in (want.output_logits, want.output_last_hidden_state)
+
+    def _add_rows(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult]) -> None:
+        for item, result, first, count in zip(batch.items, results, batch.first_row, batch.num_rows, strict=True):
+            want = self._wants[item.slot]
+            if want is None or not count:
+                continue
+            rows = hidden[first : first + count]
+            if want.prompt_logprobs is not None and (targets := self._prompt_targets(item)):
+                result.prompt_logprobs = self._score_prompt(item, rows[:targets], want.prompt_logprobs)
+            if want.output_logits and (part := _part(rows, want.output_logits, item)) is not None:
+                result.logits = all_logits(self.model.logits, part, self.model.spec.vocab_size, self.chunk)
+            if want.output_last_hidden_state and (part := _part(rows, want.output_last_hidden_state, item)) is not None:
+                result.last_hidden_state = part.detach().to("cpu", copy=True)
+
+    def _score_prompt(self, item: PlanItem, rows: Tensor, count: int) -> list[TokenLogprobs]:
+        targets = self.tables.tokens[item.slot, item.start + 1 : item.start + 1 + rows.shape[0]].long()
+        return prompt_logprobs(self.model.logits, rows, targets, count, self.chunk)
+
+    # -- start-up ----------------------------------------------------------------------------------------------------
+
+    def _run_largest_step(self) -> None:
+        """The largest chunk, then the largest batch, so that every buffer that a step needs is there before the pool is sized.
+
+        Only shapes matter: one block stands for all, and what is computed is thrown away.
+        """
+        longest = self.tables.width - 1
+        length = min(self.max_tokens, longest)
+        count = min(self.max_batch_size, self.max_tokens // length)
+        self._run_dummy([PlanItem(slot, 0, length, [], True) for slot in range(max(1, count))], SamplingParams(max_new_tokens=1))
+        end = min(longest, 2 * self.max_tokens) - 1
+        batch = [PlanItem(slot, end, 1, [], True) for slot in range(min(self.max_batch_size, self.max_tokens))]
+        self._run_dummy(batch, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1))
+        self._run_dummy(batch, SamplingParams(max_new_tokens=2, temperature=1.0))
+
+    def _run_dummy(self, items: list[PlanItem], params: SamplingParams) -> None:
+        for item in items:
+            self.sampling.set(item.slot, params, 1)
+        self._compute(items, [SlotResult(item.slot) for item in items])
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _part(rows: Tensor, which: str, item: PlanItem) -> Tensor | None:
+    """The rows that 'all' or 'generation' asks for."""
+    if which == "all":
+        return rows
+    return rows[-1:] if item.sample else None
+
+

@@ -1,0 +1,144 @@
+"""From a model folder and options to a running engine. Everything "auto" or unset is decided here, once, and logged.
+
+`resolve_config` is pure: numbers and names in, a new frozen config out. `build_engine` puts kernels, model, runner, executor and engine together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdeploy.checkpoint.source import WeightSource, open_source
+from lmdeploy.config import EngineConfig
+from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.executor.local import LocalExecutor
+from lmdeploy.engine.kv_cache import PoolRequest, gib
+from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.errors import ConfigError
+from lmdeploy.kernels.select import select
+from lmdeploy.log import get_logger
+from lmdeploy.messages import EngineInfo
+from lmdeploy.models.registry import build_model
+from lmdeploy.parallel import Parallel
+from lmdeploy.spec import ModelSpec, RopeSpec, load_spec
+
+logger = get_logger(__name__)
+
+CPU_BATCH, CUDA_BATCH = 32, 256
+CPU_PREFILL_TOKENS = 1024
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """auto: cuda if there is one, else cpu. An explicit choice that is not there is an error, never a fallback."""
+    found = torch.cuda.is_available()
+    if config.device_type == "cuda" and not found:
+        raise ConfigError("device_type='cuda', but torch finds no usable CUDA device; use device_type='cpu' or install a CUDA build of torch")
+    if config.device_type == "cpu" or not found:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_config(config: EngineConfig, spec: ModelSpec, device: torch.device) -> EngineConfig:
+    """A copy in which nothing is 'auto' or None any more; what the caller gave stays, or is an error."""
+    cpu = device.type == "cpu"
+    changes: dict[str, Any] = {"device_type": device.type, "dtype": _resolve_dtype(config.dtype, spec, device)}
+    if config.max_batch_size is None:
+        changes["max_batch_size"] = CPU_BATCH if cpu else CUDA_BATCH
+    if cpu and "max_prefill_token_num" not in config.given:
+        changes["max_prefill_token_num"] = CPU_PREFILL_TOKENS
+    if config.session_len is None:
+        changes["session_len"] = spec.max_position
+    elif config.session_len > spec.max_position and not _stretches(spec):
+        logger.warning(
+            "session_len=%d is beyond the %d positions that the model was made for; answers may become incoherent there (see rope_scaling_factor)",
+            config.session_len,
+            spec.max_position,
+        )
+    if cpu and config.cpu_threads is None:
+        changes["cpu_threads"] = torch.get_num_threads()
+    resolved = config.replace(**changes)
+    for name in sorted(changes):
+        logger.info("%s = %s%s", name, getattr(resolved, name), "" if getattr(config, name) == getattr(resolved, name) else " (chosen)")
+    return resolved
+
+
+def _stretches(spec: ModelSpec) -> bool:
+    return spec.rope.kind == "dynamic" and spec.rope.factor > 1
+
+
+def _resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> str:
+    """auto on CPU: bfloat16 where the processor multiplies it; on CUDA: the checkpoint's own 16-bit type, float16 for float32."""
+    if device.type == "cpu":
+        if dtype == "float16":
+            logger.warning("dtype=float16 is slow on CPU: matrix products have no fast path; use bfloat16 or auto")
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return dtype if dtype != "auto" else "bfloat16" if fast else "float32"
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if spec.dtype == "bfloat16" and torch.cuda.is_bf16_supported() else "float16"
+
+
+def adapt_spec(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """The spec with what the options change of the architecture: dynamic NTK and logn attention."""
+    if config.rope_scaling_factor > 0:
+        old = spec.rope
+        if old.kind not in ("default", "dynamic", "linear"):
+            raise ConfigError(f"rope_scaling_factor={config.rope_scaling_factor} cannot be combined with the model's own '{old.kind}' rope; leave it out")
+        rope = RopeSpec("dynamic", old.theta, old.rotary_dim, config.rope_scaling_factor, spec.max_position)
+        spec = dataclasses.replace(spec, rope=rope)
+    return dataclasses.replace(spec, use_logn=True) if config.use_logn_attn else spec
+
+
+def pool_request(config: EngineConfig, resolved: EngineConfig) -> PoolRequest:
+    """How large the KV pool may be; `config` is what the user gave."""
+    assert resolved.session_len is not None and resolved.max_batch_size is not None
+    size = resolved.cache_block_seq_len
+    capped = resolved.device_type == "cpu" and "cache_max_entry_count" not in config.given
+    cap = resolved.max_batch_size * -(-resolved.session_len // size) if capped else None
+    return PoolRequest(config.cache_max_entry_count, size, resolved.session_len, cap, keep_session=config.session_len is not None)
+
+
+def build_engine(model_path: Path, config: EngineConfig) -> Engine:
+    """Load the model of a folder and start an engine for it. Raises ConfigError or CheckpointError before any request is accepted."""
+    start = time.perf_counter()
+    device = choose_device(config)
+    spec = adapt_spec(load_spec(model_path, config.hf_overrides), config)
+    resolved = resolve_config(config, spec, device)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    dtype: torch.dtype = getattr(torch, resolved.dtype)
+    kernels = select(resolved.backend, device.type, dtype)
+    model = build_model(spec, dtype, device, kernels, Parallel())
+    model.load(_weights(model_path, config, spec))
+    logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
+    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype)
+    if runner.note:
+        logger.warning("%s", runner.note)
+    info = EngineInfo(
+        session_len=runner.session_len,
+        vocab_size=spec.vocab_size,
+        max_batch_size=runner.max_batch_size,
+        memory=runner.memory,
+        kernels=dict(kernels.names),
+        dtype=resolved.dtype,
+        start_seconds=time.perf_counter() - start,
+    )
+    return Engine(
+        LocalExecutor(runner, info),
+        max_prefill_token_num=resolved.max_prefill_token_num,
+        max_waiting=resolved.max_waiting,
+        enable_prefix_caching=resolved.enable_prefix_caching,
+        rope_depends_on_length=spec.rope.depends_on_length,
+    )
+
+
+def _weights(model_path: Path, config: EngineConfig, spec: ModelSpec) -> WeightSource:
+    if not config.random_weights:
+        return open_source(model_path)
+    from lmdeploy.checkpoint.source import RandomSource
+
+    return RandomSource(spec)
