@@ -29,8 +29,8 @@ class RandomSource:
         return set()
 
     def has(self, name: str) -> bool:
-        """Any tensor can be made."""
-        return True
+        """Any tensor can be made; but a bias that config.json does not ask for is not offered."""
+        return not name.endswith(".bias")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Unknown here; callers that must know say so in `shape=`."""

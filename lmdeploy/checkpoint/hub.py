@@ -1,0 +1,69 @@
+"""From what the user wrote to a model folder: nothing (the embedded model), a path, or a hub id, which is downloaded.
+
+Only weights, configs and tokenizers are fetched: code (`*.py`) would never be run and other formats never be read.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from lmdeploy.errors import CheckpointError
+from lmdeploy.log import get_logger
+
+EMBEDDED = "tiny-internlm2-chat"
+WANTED = ("*.safetensors", "*.bin", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+UNWANTED = ("*.pth", "*.py", "*.gguf", "*.onnx", "original/*", "consolidated*", "training_args.bin", "optimizer.bin", "onnx/*")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def resolve_model(path: str | Path | None, download_dir: str | None = None, revision: str | None = None) -> Path:
+    """The folder of a model: the embedded one for None, an existing folder, or a download of the hub's `org/name`."""
+    if path is None:
+        return embedded_model()
+    if not str(path).strip():
+        raise CheckpointError(
+            "the model's path is empty; give a folder or a hub id such as internlm/internlm2_5-1_8b-chat, or leave it out for the embedded model"
+        )
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder  # load_spec says what is wrong with one that holds no model
+    if isinstance(path, str) and _HUB_ID.fullmatch(path):
+        return _download(path, download_dir, revision)
+    raise CheckpointError(f"{path}: there is no such folder, and it is no hub id (organisation/name)")
+
+
+def embedded_model() -> Path:
+    """The small chat model that comes with the package."""
+    folder = Path(str(resources.files("lmdeploy") / "assets" / EMBEDDED))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: the embedded model is not installed; reinstall lmdeploy or give a model")
+    return folder
+
+
+def _download(name: str, download_dir: str | None, revision: str | None) -> Path:
+    """Fetch a hub model, or take it from the hub's cache when the hub cannot be reached."""
+    # Imported here: huggingface_hub takes 0.3 s and most starts do not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    get_logger(__name__).info("%s is no folder; looking it up on the hub", name)
+    place = f"{name}{f' at {revision}' if revision else ''}"
+    try:
+        found = snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    except GatedRepoError:
+        raise CheckpointError(f"{place}: the hub asks for a licence agreement and a token (`hf auth login`)") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{place}: there is no such folder here and no such model on the hub (or it is private: `hf auth login`)") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{place}: the hub's model has no such revision") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{place}: there is no such folder here, it is not in the hub's cache, and the hub cannot be reached; give a local folder"
+        ) from None
+    except Exception as error:  # network libraries below the hub raise many types; the user needs one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{place}: download from the hub failed ({type(error).__name__}: {reason[:200]}); try again or give a local folder") from None
+    return Path(found)
