@@ -45,7 +45,13 @@ def between(low: float, high: float) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
+
+
+def _shown(value: Any) -> str:
+    """The value for an error line, shortened: a client may have sent a megabyte."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def remembers_given(cls: type[C]) -> type[C]:
@@ -100,9 +106,9 @@ class _Checked:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, meta = getattr(self, f.name), f.metadata
             if meta.get("choices") and value is not None and value not in meta["choices"]:
-                raise error(f.name, f"{f.name}={value!r} is not one of {', '.join(map(str, meta['choices']))}")
+                raise error(f.name, f"{f.name}={_shown(value)} is not one of {', '.join(map(str, meta['choices']))}")
             if meta.get("check") and (problem := meta["check"](value)):
-                raise error(f.name, f"{f.name}={value!r} {problem}")
+                raise error(f.name, f"{f.name}={_shown(value)} {problem}")
 
     def replace(self: C, **changes: Any) -> C:
         """A copy with changes; `given` grows by their names and forgets nothing."""
