@@ -1,0 +1,295 @@
+"""Rows of the acceptance list, each end to end as a user does it: commands in a real terminal, a real server, the users' own scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pexpect
+import psutil
+import pytest
+from openai import OpenAI
+
+from lmdeploy import GenerationConfig, TurbomindEngineConfig, pipeline
+from lmdeploy.errors import ConfigError
+from lmdeploy.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "double enter to end input >>> "
+TWENTY = ", ".join(map(str, range(1, 21)))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"}
+
+
+def terminal(*arguments: str) -> pexpect.spawn:
+    """The command in a real pseudo-terminal."""
+    return pexpect.spawn(sys.executable, ["-m", "lmdeploy", *arguments], env=ENVIRONMENT, encoding="utf-8", timeout=60, dimensions=(40, 160))
+
+
+def ask(child: pexpect.spawn, text: str) -> str:
+    """Type a message, Enter twice, and return what was answered before the next prompt."""
+    child.send(text + "\r\r")
+    child.expect_exact(PROMPT)
+    return plain(child.before)
+
+
+def plain(text: str) -> str:
+    """Without escape sequences and line wrapping."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r", "", text)
+
+
+def mebibytes(text: str, line: str) -> float:
+    """The size in a line of the memory bill, in MiB."""
+    match = re.search(rf"^\W*{line}.*?([\d.,]+) (MiB|GiB|MB|GB|KiB)", text, re.MULTILINE | re.IGNORECASE)
+    assert match, f"no line '{line}' in\n{text}"
+    scale = {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024, "MB": 1e6 / 2**20, "GB": 1e9 / 2**20}[match[2]]
+    return float(match[1].replace(",", "")) * scale
+
+
+# ---------------------------------------------------------------- A1, A2, A3: the terminal
+
+
+def test_a1_chat_streams_remembers_stops_and_starts_anew(model_folder: Path) -> None:
+    child = terminal("chat", str(model_folder), "--cache-max-entry-count", "200", "--temperature", "0")
+    child.expect_exact(PROMPT)
+    assert "weights" in child.before.lower() and "kv" in child.before.lower(), "the memory bill is printed"
+    assert TWENTY in ask(child, "Count from 1 to 20.").replace("\n", " ").replace("  ", " ")
+    ask(child, "My name is Ann.")
+    assert "Ann" in ask(child, "What is my name?"), "the conversation is kept"
+    child.send("end\r\r")
+    child.expect_exact(PROMPT)
+    assert "Ann" not in ask(child, "What is my name?"), "`end` starts anew"
+    child.send("exit\r\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a1_ctrl_c_stops_the_answer_and_not_the_program(model_folder: Path) -> None:
+    child = terminal("chat", str(model_folder), "--cache-max-entry-count", "200")
+    child.expect_exact(PROMPT)
+    child.send("Tell me a long story about a king, a fox and a dragon.\r\r")
+    child.expect(r"[A-Za-z]{3,} [a-z]+ [a-z]+")
+    child.sendintr()
+    child.expect_exact(PROMPT)
+    assert "1, 2, 3, 4, 5" in ask(child, "Count from 1 to 5.")
+    child.send("exit\r\r")
+    child.expect(pexpect.EOF)
+
+
+def test_a2_both_backends_give_the_same_greedy_answer(model_folder: Path) -> None:
+    answers = []
+    for backend in ("pytorch", "turbomind"):
+        command = [sys.executable, "-m", "lmdeploy", "chat", str(model_folder), "--backend", backend, "--dtype", "float32", "--temperature", "0"]
+        run = subprocess.run(
+            [*command, "--cache-max-entry-count", "100"], input="Tell me a story about a cat.\n\n", env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        assert run.returncode == 0, run.stderr
+        answers.append(next(line for line in run.stdout.splitlines() if len(line.split()) > 20))
+    assert answers[0] == answers[1]
+
+
+def test_a3_the_pool_takes_its_share_and_the_bill_is_true(model_folder: Path) -> None:
+    ratio = 0.04
+    child = terminal("chat", str(model_folder), "--cache-max-entry-count", str(ratio))
+    child.expect_exact(PROMPT)
+    bill = plain(child.before)
+    rss = psutil.Process(child.pid).memory_info().rss / 2**20
+    weights, kv, total, free = (mebibytes(bill, name) for name in ("weights", "kv", "total", "free"))
+    parts = weights + kv + mebibytes(bill, r"(step )?workspace") + mebibytes(bill, "other")
+    assert parts == pytest.approx(total, rel=0.02)
+    assert rss == pytest.approx(total, rel=0.02)
+    assert kv / (kv + free) == pytest.approx(ratio, rel=0.15), "free memory moves a little while we look"
+    ask(child, "Count from 1 to 20.")
+    assert psutil.Process(child.pid).memory_info().rss / 2**20 == pytest.approx(total, rel=0.02), "and stays true after an answer"
+    child.send("exit\r\r")
+    child.expect(pexpect.EOF)
+
+
+# ---------------------------------------------------------------- A5, A6, A7, A13: the server
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Server:
+    """`lmdeploy serve api_server` in a process of its own, its output in a file."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.port, self.log = free_port(), log
+        command = [sys.executable, "-m", "lmdeploy", "serve", "api_server", *arguments, "--server-port", str(self.port)]
+        self.process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+        self.url = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, log.read_text()
+            try:
+                if httpx.get(self.url + "/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AssertionError("the server did not come up: " + log.read_text())
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = "--model-format hf --quant-policy 0 --server-name 0.0.0.0 --tp 1 --model-name internlm2_1_8b_chat --backend turbomind --cache-max-entry-count 400".split()
+    started = Server(tmp_path_factory.mktemp("server") / "log", str(model_folder), *flags)
+    yield started
+    started.stop()
+
+
+def test_a5_the_server_shows_swagger_and_prints_its_url(server: Server) -> None:
+    page = httpx.get(server.url + "/")
+    assert page.status_code == 200
+    assert "swagger" in page.text.lower()
+    assert str(server.port) in server.log.read_text()
+
+
+def body(**changes: object) -> dict[str, object]:
+    """The request of the users' Swagger page, field by field."""
+    fields: dict[str, object] = {
+        "model": "internlm2_1_8b_chat",
+        "messages": [{"content": "Tell me a story about a cat and a mouse.", "role": "user"}],
+        "temperature": 0.8,
+        "top_p": 0.8,
+        "n": 1,
+        "max_tokens": 60,
+        "stop": None,
+        "stream": False,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "user": "string",
+        "repetition_penalty": 1,
+        "session_id": -1,
+        "ignore_eos": False,
+        "skip_special_tokens": True,
+        "top_k": 40,
+        "seed": 5,
+    }
+    return {**fields, **changes}
+
+
+def content(server: Server, **changes: object) -> str:
+    reply = httpx.post(server.url + "/v1/chat/completions", json=body(**changes), timeout=60)
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def test_a6_every_sampling_field_changes_the_output(server: Server) -> None:
+    assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == "internlm2_1_8b_chat"
+    plain_text = content(server)
+    assert content(server) == plain_text, "a seeded request repeats"
+    changes = [{"repetition_penalty": 2}, {"presence_penalty": 2}, {"frequency_penalty": 2}, {"temperature": 2, "top_p": 1}, {"top_k": 1}, {"top_p": 0.01}, {"seed": 6}]
+    for change in changes:
+        assert content(server, **change) != plain_text, change
+    greedy = content(server, top_k=1, max_tokens=None)
+    assert len(greedy) > len(content(server, top_k=1, max_tokens=20)), "max_tokens: null means as long as it likes"
+    word = greedy.split()[5]
+    assert word not in content(server, top_k=1, stop=word)
+    ask_five = [{"role": "user", "content": "Count from 1 to 5."}]
+    assert len(content(server, messages=ask_five, ignore_eos=True)) > len(content(server, messages=ask_five))
+    shown = content(server, messages=ask_five, ignore_eos=True, skip_special_tokens=False, logit_bias={"5119": 100}, top_k=1, max_tokens=3)
+    assert "<|im_start|>" in shown
+
+
+def test_a7_api_client_is_the_same_conversation_over_http(server: Server) -> None:
+    child = terminal("serve", "api_client", server.url)
+    child.expect_exact(PROMPT)
+    assert TWENTY in ask(child, "Count from 1 to 20.").replace("\n", " ").replace("  ", " ")
+    child.send("exit\r\r")
+    child.expect(pexpect.EOF)
+
+
+def test_a13_the_openai_script_gets_an_answer_and_the_log_shows_both_requests(server: Server) -> None:
+    """The script as it is; of the row's server options, 4-bit weights and KV cache come with the quantisation issue."""
+    script = ROOT / "examples" / "openai_client.py"
+    run = subprocess.run([sys.executable, str(script), server.url + "/v1"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.strip()) > 5
+    log = server.log.read_text()
+    assert re.search(r"GET /v1/models.* 200", log)
+    assert re.search(r"POST /v1/chat/completions.* 200", log)
+    assert "狐狸" not in log, "prompts are not logged"
+
+
+def test_a13_openai_client_streams(server: Server) -> None:
+    client = OpenAI(api_key="none", base_url=server.url + "/v1")
+    chunks = list(client.chat.completions.create(model="internlm2_1_8b_chat", messages=[{"role": "user", "content": "Count from 1 to 20."}], temperature=0, stream=True))
+    assert TWENTY in "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert len(chunks) > 10
+
+
+# ---------------------------------------------------------------- A15, A16, A20: the users' Python
+
+
+def test_a15_the_batch_script_runs(model_folder: Path) -> None:
+    script = ROOT / "examples" / "pipeline_batch.py"
+    run = subprocess.run([sys.executable, str(script), str(model_folder)], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("finish_reason: stop") + run.stdout.count("finish_reason: length") == 2
+    assert [line for line in run.stdout.splitlines() if line.startswith("session_id")] == ["session_id: 0", "session_id: 1"]
+
+
+def test_a16_stream_infer_yields_increments(pipe: Pipeline) -> None:
+    conversation = [{"role": "user", "content": "Count from 1 to 20."}]
+    parts = [r.text for r in pipe.stream_infer(prompts=conversation, gen_config=GenerationConfig(), do_preprocess=True, adapter_name=None)]
+    assert TWENTY in "".join(parts)
+    assert len(parts) > 10
+
+
+def test_a20_a_gradio_demo_serves_concurrent_users(pipe: Pipeline) -> None:
+    gradio_client = pytest.importorskip("gradio_client", reason="the demo needs gradio (extra `ui`)")
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from web_demo import build, text_of
+    finally:
+        sys.path.pop(0)
+    page = build(pipe).queue(max_size=100, default_concurrency_limit=8)
+    _, url, _ = page.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True)
+    try:
+
+        def visitor(n: int) -> str:
+            client = gradio_client.Client(url, verbose=False)
+            history = client.predict(f"Count from 1 to {n}.", [], 200, 0.8, 1, 0.8, api_name="/chat")
+            history = client.predict(f"Count from 1 to {n + 1}.", history, 200, 0.8, 1, 0.8, api_name="/chat")
+            assert len(history) == 4
+            return " ".join(text_of(m["content"]) for m in history)
+
+        with ThreadPoolExecutor(4) as pool:
+            for n, text in zip(range(6, 10), pool.map(visitor, range(6, 10)), strict=True):
+                assert ", ".join(map(str, range(1, n + 2))) in text
+    finally:
+        page.close()
+
+
+# ---------------------------------------------------------------- A21, A22: limits
+
+
+def test_a22_a_tiny_ratio_works_or_says_so_before_any_request(model_folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "lmdeploy", "chat", str(model_folder), "--cache-max-entry-count", "0.001"],
+        input="Count from 1 to 20.\n\n",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode == 0 and TWENTY in run.stdout) or (run.returncode != 0 and "cache_max_entry_count" in run.stderr), run.stderr
+    with pytest.raises(ConfigError, match="cache_max_entry_count"):
+        pipeline(str(model_folder), backend_config=TurbomindEngineConfig(cache_max_entry_count=1e-9))

@@ -1,0 +1,83 @@
+"""The engine on a CUDA device: the same tokens as on the CPU, the pool's size, no growth. One command runs all: `pytest tests/gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmdeploy.config import EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.start import build_engine
+from lmdeploy.messages import EngineRequest, SamplingParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PROMPTS = [[1, 5119, *range(300, 300 + n)] for n in (3, 17, 64, 65, 200, 1)]
+
+
+def run(engine: Engine, sampling: list[SamplingParams], prompts: list[list[int]]) -> list[list[int]]:
+    """Answers of a batch, in order."""
+    for i, (ids, params) in enumerate(zip(prompts, sampling, strict=True)):
+        engine.add(EngineRequest(request_id=i, token_ids=ids, sampling=params))
+    answers: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None, output.error
+            answers[output.request_id] += output.token_ids
+    return answers
+
+
+def engine_on(device: str, folder: Path, kind: type[EngineConfig] = TurbomindEngineConfig, **options: object) -> Engine:
+    return build_engine(folder, kind(device_type=device, max_batch_size=8, cache_max_entry_count=64, **{"dtype": "float32", **options}))
+
+
+@pytest.fixture(scope="module")
+def cpu(model_folder: Path) -> Iterator[Engine]:
+    engine = engine_on("cpu", model_folder, PytorchEngineConfig)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", [TurbomindEngineConfig, PytorchEngineConfig])
+def test_greedy_tokens_in_float32_are_those_of_the_cpu(kind: type[EngineConfig], cpu: Engine, model_folder: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    greedy = [SamplingParams(max_new_tokens=32, ignore_eos=True)] * len(PROMPTS)
+    cuda = engine_on("cuda", model_folder, kind)
+    assert run(cuda, greedy, PROMPTS) == run(cpu, greedy, PROMPTS)
+    assert run(cuda, greedy, PROMPTS) == run(cpu, greedy, PROMPTS), "and again, from the prefix cache"
+    cuda.close()
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch(model_folder: Path) -> None:
+    cuda = engine_on("cuda", model_folder)
+    seeded = [SamplingParams(max_new_tokens=24, temperature=1.1, top_p=0.9, seed=s, ignore_eos=True) for s in range(len(PROMPTS))]
+    together = run(cuda, seeded, PROMPTS)
+    assert [run(cuda, [s], [p])[0] for s, p in zip(seeded, PROMPTS, strict=True)] == together
+    cuda.close()
+
+
+def test_bfloat16_runs_and_the_bill_covers_what_the_device_gave(model_folder: Path) -> None:
+    before = torch.cuda.memory_allocated()
+    cuda = engine_on("cuda", model_folder, dtype="bfloat16")
+    bill = cuda.info.memory
+    assert bill.weights + bill.kv_pool <= torch.cuda.memory_allocated() - before
+    assert bill.total == pytest.approx(bill.weights + bill.kv_pool + bill.workspace + bill.other, rel=0.02)
+    run(cuda, [SamplingParams(max_new_tokens=8)] * 6, PROMPTS)
+    cuda.close()
+    del cuda
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 2**20, "close() gives everything back"
+
+
+def test_memory_does_not_grow_over_many_requests(model_folder: Path) -> None:
+    cuda = engine_on("cuda", model_folder)
+    run(cuda, [SamplingParams(max_new_tokens=4)] * 8, [[1, 7, 9 + i] for i in range(8)])
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    for start in range(0, 400, 8):
+        run(cuda, [SamplingParams(max_new_tokens=4)] * 8, [[1, 7, 9 + start + i] for i in range(8)])
+    assert torch.cuda.memory_reserved() - reserved < 32 * 2**20
+    cuda.close()
