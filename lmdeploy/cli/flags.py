@@ -284,6 +284,7 @@ def add_template_flags(parser: argparse.ArgumentParser) -> Any:
         metavar="{completion,infilling,chat,python}",
         help="what the model can do (default: chat)",
     )
+    return group
 
 
 def template_config(args: argparse.Namespace, model_name: str | None = None) -> ChatTemplateConfig | None:
