@@ -89,12 +89,16 @@ class EngineProcess:
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises EngineError when the engine is gone, OverloadedError when its queue is full."""
         if request.sampling.output_logits or request.sampling.output_last_hidden_state:
-            raise RequestError("output_logits and output_last_hidden_state need an engine in the same process (pipeline)", param="output_logits", code="unsupported")
+            raise RequestError(
+                "output_logits and output_last_hidden_state need an engine in the same process (pipeline)", param="output_logits", code="unsupported"
+            )
         with self._lock:
             if self._failure or self._closing.is_set():
                 raise EngineError(f"the engine has stopped: {self._failure or 'it was closed'}")
             if len(self._open) >= self._limit:
-                raise OverloadedError(f"{len(self._open)} requests are running or waiting, the limit (max_waiting + max_batch_size) is {self._limit}; try again later")
+                raise OverloadedError(
+                    f"{len(self._open)} requests are running or waiting, the limit (max_waiting + max_batch_size) is {self._limit}; try again later"
+                )
             self._open[request.request_id] = set(range(request.n))
         try:
             self._channel.send(wire.Submit(request))
@@ -109,10 +113,8 @@ class EngineProcess:
 
     def stats(self) -> EngineStats:
         """Figures of now; the last known ones when the engine does not answer within a second."""
-        ticket = self._ping()
-        with self._new_stats:
-            self._new_stats.wait_for(lambda: self._answered >= ticket or self._failure is not None or self._closing.is_set(), STATS_SECONDS)
-            return self._last_stats
+        self._wait_for(self._ping(), STATS_SECONDS)
+        return self._last_stats
 
     def close(self) -> None:
         """Stop the child: asked first, killed after some seconds. Open requests end with 'abort'."""
@@ -157,6 +159,12 @@ class EngineProcess:
         self._send(wire.GetStats(ticket))
         return ticket
 
+    def _wait_for(self, ticket: int, seconds: float) -> bool:
+        """Wait until the child has answered the ping `ticket`; False when it does not."""
+        with self._new_stats:
+            over = self._new_stats.wait_for(lambda: self._answered >= ticket or self._failure is not None or self._closing.is_set(), seconds)
+            return over and self._answered >= ticket
+
     def _read(self) -> None:
         """Thread: everything that the child says, until it is gone."""
         reason = None
@@ -181,10 +189,7 @@ class EngineProcess:
         while not self._closing.wait(self._ping_seconds):
             if self._failure is not None:
                 return
-            ticket, before = self._ping(), self._answered
-            with self._new_stats:
-                answered = self._new_stats.wait_for(lambda: self._answered >= ticket, self._ping_seconds)
-            unanswered = 0 if answered or self._answered > before else unanswered + 1
+            unanswered = 0 if self._wait_for(self._ping(), self._ping_seconds) else unanswered + 1
             if unanswered >= self._max_unanswered:
                 self._fail(f"the engine process {self.pid} did not answer {unanswered} pings and was killed")
                 self._child.kill()

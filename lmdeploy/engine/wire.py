@@ -7,6 +7,7 @@ parent and one child, so neither end can be reached from outside.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -125,10 +126,8 @@ class Channel(Generic[M]):
 
     def close(self) -> None:
         """Close this end; the peer's `receive` returns None."""
-        try:
+        with contextlib.suppress(OSError):  # the peer was first
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was first
         self._stream.close()
         self._sock.close()
 

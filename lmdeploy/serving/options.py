@@ -42,7 +42,9 @@ class ServerConfig(_Checked):
     disable_metrics: bool = option(False, "no /metrics")
     max_concurrent_requests: int | None = option(None, "requests worked on at a time; more wait in the server", check=at_least(1))
     allow_terminate_by_client: bool = option(False, "let clients stop the server by GET /terminate")
-    generation_config: str = option("auto", "sampling defaults: auto = the model's generation_config.json, lmdeploy = the library's", choices=("auto", "lmdeploy"))
+    generation_config: str = option(
+        "auto", "sampling defaults: auto = the model's generation_config.json, lmdeploy = the library's", choices=("auto", "lmdeploy")
+    )
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
     shutdown_seconds: float = option(5.0, "time that running requests get at shutdown", check=above(0))

@@ -1,0 +1,144 @@
+"""`APIClient`: a small client of the HTTP server. Methods are generators of dicts: one item, or one per event when streaming.
+
+Errors of the server raise RequestError (4xx) or EngineError (5xx, unreachable) with the server's own line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from lmdeploy.errors import EngineError, OverloadedError, RequestError, SessionBusyError
+
+
+class APIClient:
+    """Talks to one server. `api_server_url` without a scheme means http."""
+
+    def __init__(self, api_server_url: str, api_key: str | None = None, *, timeout: float | None = None) -> None:
+        url = api_server_url if "://" in api_server_url else f"http://{api_server_url}"
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.url = url.rstrip("/")
+        # answers may take long, connecting may not
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0), trust_env=False)
+
+    @property
+    def available_models(self) -> list[str]:
+        """Names of the served models."""
+        return [card["id"] for card in self._get("/v1/models")["data"]]
+
+    def health(self) -> dict[str, Any]:
+        """The server's own opinion of itself."""
+        return self._get("/health")
+
+    def encode(self, input: str | list[str], do_preprocess: bool = False, add_bos: bool = True) -> tuple[Any, Any]:
+        """(token ids, length); nested for a list of texts."""
+        answer = next(self._post("/v1/encode", {"input": input, "do_preprocess": do_preprocess, "add_bos": add_bos}))
+        return answer["input_ids"], answer["length"]
+
+    def chat_completions_v1(self, model: str, messages: str | list[dict[str, Any]], *, stream: bool = False, **fields: Any) -> Iterator[dict[str, Any]]:
+        """POST /v1/chat/completions; `fields` are the request's other fields, checked by the server."""
+        yield from self._post("/v1/chat/completions", {"model": model, "messages": messages, "stream": stream, **fields})
+
+    def completions_v1(self, model: str, prompt: str | list[Any], *, stream: bool = False, **fields: Any) -> Iterator[dict[str, Any]]:
+        """POST /v1/completions."""
+        yield from self._post("/v1/completions", {"model": model, "prompt": prompt, "stream": stream, **fields})
+
+    def generate(self, prompt: str | None = None, *, stream: bool = False, **fields: Any) -> Iterator[dict[str, Any]]:
+        """POST /generate; `input_ids=[...]` instead of a prompt is possible."""
+        given = {} if prompt is None else {"prompt": prompt}
+        yield from self._post("/generate", {**given, "stream": stream, **fields})
+
+    def chat_interactive_v1(
+        self, prompt: str | list[dict[str, Any]], *, session_id: int = -1, interactive_mode: bool = False, stream: bool = False, **fields: Any
+    ) -> Iterator[dict[str, Any]]:
+        """POST /v1/chat/interactive: the server keeps the history of the session."""
+        body = {"prompt": prompt, "session_id": session_id, "interactive_mode": interactive_mode, "stream": stream, **fields}
+        yield from self._post("/v1/chat/interactive", body)
+
+    def chat(self, prompt: str, session_id: int, request_output_len: int | None = 512, stream: bool = True, **fields: Any) -> Iterator[dict[str, Any]]:
+        """One turn of a kept session."""
+        yield from self.chat_interactive_v1(
+            prompt, session_id=session_id, interactive_mode=True, stream=stream, request_output_len=request_output_len, **fields
+        )
+
+    def end_session(self, session_id: int) -> None:
+        """Forget a session of `chat`."""
+        list(self.chat_interactive_v1("", session_id=session_id, request_output_len=0))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> APIClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ inside
+
+    def _get(self, path: str) -> dict[str, Any]:
+        try:
+            response = self._http.get(path)
+        except httpx.HTTPError as e:
+            raise self._unreachable(e) from e
+        if response.is_error:
+            raise _error(response.status_code, response.text)
+        return _object(response.text)
+
+    def _post(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if response.is_error:
+                    raise _error(response.status_code, response.read().decode("utf-8", "replace"))
+                if not body.get("stream"):
+                    yield _object(response.read().decode())
+                    return
+                for line in response.iter_lines():
+                    item = _event(line)
+                    if item is not None:
+                        yield item
+        except httpx.HTTPError as e:
+            raise self._unreachable(e) from e
+
+    def _unreachable(self, error: Exception) -> EngineError:
+        return EngineError(f"no answer from {self.url}: {str(error) or type(error).__name__}; is the server running, and is the address right?")
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """The JSON of one line of a stream (with or without `data:`); None for blanks and the end mark."""
+    text = line.removeprefix("data:").strip()
+    if not text or text == "[DONE]":
+        return None
+    item = _object(text)
+    if "error" in item and item["error"]:
+        raise _error(500, text)
+    return item
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise EngineError(f"the server sent no JSON: {text[:200]!r}") from e
+    if not isinstance(value, dict):
+        raise EngineError(f"the server sent {type(value).__name__}, not an object")
+    return value
+
+
+def _error(status: int, text: str) -> Exception:
+    try:
+        error = json.loads(text)["error"]
+        message, code, param = str(error["message"]), error.get("code"), error.get("param")
+    except (ValueError, KeyError, TypeError):
+        message, code, param = text[:200] or "no details", None, None
+    if status == 409:
+        return SessionBusyError(message, param=param, code=code or "session_busy")
+    if status in (429, 503) and code == "overloaded":
+        return OverloadedError(message, param=param, code=code)
+    if 400 <= status < 500:
+        return RequestError(message, param=param, code=code or f"http_{status}")
+    return EngineError(f"{message} (HTTP {status})")

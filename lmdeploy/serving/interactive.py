@@ -1,0 +1,174 @@
+"""POST /v1/chat/interactive: a conversation whose history the server keeps, under a session id. At most `max_sessions` are kept.
+
+The history is text; the engine's prefix cache makes repeating it cheap. A stream is one JSON object per line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lmdeploy import messages
+from lmdeploy.errors import RequestError
+from lmdeploy.serving.openai import convert
+from lmdeploy.serving.openai.errors import as_http_error, error_body, raise_if_failed, read_body
+from lmdeploy.serving.openai.protocol import InteractiveRequest
+from lmdeploy.serving.openai.stream import EventStream
+from lmdeploy.serving.service import Service, service_of, unless_gone
+
+router = APIRouter(tags=["lmdeploy"])
+
+
+class Conversation:
+    """One session: its messages, how many tokens they take, and whether its running answer is to stop."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.tokens = 0
+        self.cancelled = False
+
+
+class Conversations:
+    """The sessions of one app, the most recently used last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sessions: OrderedDict[int, Conversation] = OrderedDict()
+        self._ids = itertools.count(1)
+
+    def new_id(self) -> int:
+        """A session id that is not in use."""
+        return next(i for i in self._ids if i not in self._sessions)
+
+    def open(self, session_id: int) -> Conversation:
+        """The session, new when unknown; the least recently used one makes room."""
+        conversation = self._sessions.setdefault(session_id, Conversation())
+        self._sessions.move_to_end(session_id)
+        while len(self._sessions) > self._limit:
+            self._sessions.popitem(last=False)
+        conversation.cancelled = False
+        return conversation
+
+    def cancel(self, session_id: int) -> None:
+        """Stop the running answer of a session."""
+        if session_id in self._sessions:
+            self._sessions[session_id].cancelled = True
+
+    def end(self, session_id: int) -> None:
+        """Forget a session."""
+        self._sessions.pop(session_id, None)
+
+
+@router.post("/v1/chat/interactive", summary="Chat with a history kept by the server")
+async def chat_interactive(request: Request) -> Response:
+    """`interactive_mode` true keeps the session for the next turn; false ends it after the answer. `cancel` stops a running answer."""
+    service = service_of(request)
+    body = await read_body(request, InteractiveRequest)
+    convert.refuse_unsupported(body)
+    sessions = request.app.state.conversations
+    assert isinstance(sessions, Conversations)
+    given = body.session_id if body.session_id is not None and body.session_id >= 0 else None
+    if body.cancel:
+        return _cancel(sessions, given)
+    if not body.prompt and body.request_output_len == 0 and given is not None:
+        with service.session(given):
+            sessions.end(given)
+        return JSONResponse(_line("", 0, 0, 0, "stop"))
+    with ExitStack() as held:
+        session_id = sessions.new_id() if given is None else given
+        held.enter_context(service.session(session_id))
+        turn = Turn(service, sessions, session_id, body)
+        await turn.prepare()
+        lines = turn.lines()
+        if body.stream:
+            try:
+                first = await unless_gone(request, anext(lines))
+            except BaseException:
+                await lines.aclose()
+                raise
+            return EventStream(_chained(first, lines), held.pop_all(), media_type="application/x-ndjson")
+        return JSONResponse(await unless_gone(request, turn.whole(lines)))
+
+
+def _cancel(sessions: Conversations, session_id: int | None) -> Response:
+    if session_id is None:
+        raise RequestError("cancel needs a session_id", param="session_id")
+    sessions.cancel(session_id)
+    return JSONResponse(_line("", 0, 0, 0, "stop"))
+
+
+class Turn:
+    """One question and its answer within a session."""
+
+    def __init__(self, service: Service, sessions: Conversations, session_id: int, body: InteractiveRequest) -> None:
+        self._service, self._sessions, self._session_id, self._body = service, sessions, session_id, body
+        self._conversation = sessions.open(session_id)
+        self._before = self._conversation.tokens
+
+    async def prepare(self) -> None:
+        """Check and tokenise the history with the new turn. A refused turn leaves the session as it was."""
+        body = self._body
+        asked = [{"role": "user", "content": body.prompt}] if isinstance(body.prompt, str) else convert.messages_of(body.prompt)
+        if not body.prompt:
+            raise RequestError("the prompt is empty", param="prompt")
+        self._asked = [*self._conversation.history, *asked]
+        self._prepared = await self._service.prepare(self._asked, convert.interactive_config(body))
+
+    async def lines(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer's increments in the wire's form; keeps or ends the session after the last one."""
+        texts: list[str] = []
+        complete = False
+        try:
+            async with aclosing(self._service.increments(self._prepared)) as answers:
+                async for response in answers:
+                    raise_if_failed(response, self._service.frontend.failure)
+                    texts.append(response.text)
+                    stop = self._conversation.cancelled and response.finish_reason is None
+                    complete = stop or response.finish_reason is not None
+                    if complete:
+                        self._keep("".join(texts), response)
+                    yield self._increment(response, "stop" if stop else response.finish_reason)
+                    if complete:
+                        return
+        finally:
+            if not self._body.interactive_mode:
+                self._sessions.end(self._session_id)
+
+    async def whole(self, lines: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+        """All increments as one."""
+        texts, last = [], _line("", 0, 0, 0, "stop")
+        async with aclosing(lines):
+            async for last in lines:
+                texts.append(last["text"])
+        return {**last, "text": "".join(texts)}
+
+    def _keep(self, text: str, response: messages.Response) -> None:
+        self._conversation.history = [*self._asked, {"role": "assistant", "content": text}]
+        self._conversation.tokens = response.input_token_len + response.generate_token_len
+
+    def _increment(self, response: messages.Response, finish_reason: str | None) -> dict[str, Any]:
+        new_tokens = max(response.input_token_len - self._before, 0)
+        return _line(response.text, response.generate_token_len, new_tokens, self._before, finish_reason)
+
+
+def _line(text: str, tokens: int, input_tokens: int, history_tokens: int, finish_reason: str | None) -> dict[str, Any]:
+    return {"text": text, "tokens": tokens, "input_tokens": input_tokens, "history_tokens": history_tokens, "finish_reason": finish_reason}
+
+
+async def _chained(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield msgspec.json.encode(first) + b"\n"
+        try:
+            async for line in rest:
+                yield msgspec.json.encode(line) + b"\n"
+        except Exception as e:
+            failed = as_http_error(e)
+            yield msgspec.json.encode(error_body(failed.status, failed.message, failed.code, failed.param)) + b"\n"

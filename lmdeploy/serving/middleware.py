@@ -1,0 +1,145 @@
+"""The gate before every route: keys, body size, concurrency, request id, access log. Plain ASGI, nothing is buffered.
+
+Everything needs a key when keys are set, except what `_OPEN` lists: health, and the documentation page with its files.
+Keys are compared as digests in constant time. Prompts, keys and query strings are never logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lmdeploy.log import get_logger
+from lmdeploy.serving.metrics import Metrics
+from lmdeploy.serving.openai.errors import HttpError, error_response
+from lmdeploy.serving.options import ServerConfig
+
+access = get_logger("lmdeploy.access")
+
+_OPEN = ("/", "/health", "/openapi.json")
+_OPEN_FOLDER = "/static/"
+#: paths that are asked every few seconds by machines; their lines would drown the others
+_QUIET = ("/health", "/metrics")
+
+
+class Gate:
+    """ASGI middleware; one per app."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._keys = [_digest(key) for key in config.api_keys or ()]
+        self._limit = config.max_body_mib << 20
+        self._slots = asyncio.Semaphore(config.max_concurrent_requests) if config.max_concurrent_requests else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, then pass on with a counting `receive` and a watching `send`."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = _Call(scope, receive, send, self._limit)
+        try:
+            self._check(scope)
+            await self._run(scope, call)
+        except HttpError as e:
+            await error_response(e)(scope, receive, call.send)
+        finally:
+            call.log()
+
+    def _check(self, scope: Scope) -> None:
+        if self._keys and scope["method"] != "OPTIONS" and not _is_open(scope["path"]) and not self._knows(scope):
+            raise HttpError(401, "Missing or wrong API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length) > self._limit:
+            raise _too_large(self._limit)
+
+    def _knows(self, scope: Scope) -> bool:
+        kind, _, key = _header(scope, b"authorization").partition(b" ")
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        return kind.lower() == b"bearer" and any(matches)
+
+    async def _run(self, scope: Scope, call: _Call) -> None:
+        if self._slots is None or scope["method"] != "POST":
+            await self._app(scope, call.receive, call.send)
+            return
+        self._metrics.waiting.inc()
+        try:
+            await self._slots.acquire()
+        finally:
+            self._metrics.waiting.dec()
+        try:
+            await self._app(scope, call.receive, call.send)
+        finally:
+            self._slots.release()
+
+
+class _Call:
+    """One request on its way: counts the body, notes the status, knows how long it took."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+        self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
+        self._begin = time.monotonic()
+        self._size = 0
+        self._status = 499  # unless an answer is sent
+        self.request_id = uuid.uuid4().hex[:16]
+
+    async def receive(self) -> Message:
+        """The next part of the body; raises 413 as soon as there is too much of it."""
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
+            raise _too_large(self._limit)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on; the request id goes with the headers."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]}
+        await self._send(message)
+
+    def log(self) -> None:
+        """One line."""
+        if self._scope["path"] in _QUIET and self._status == 200:
+            return
+        host, port = (self._scope.get("client") or ("-", 0))[:2]
+        path = self._scope.get("raw_path", b"").decode("ascii", "replace")[:200]
+        access.info(
+            '%s:%s "%s %s HTTP/%s" %d %.3fs %s',
+            host,
+            port,
+            self._scope["method"],
+            path,
+            self._scope["http_version"],
+            self._status,
+            self._seconds,
+            self.request_id,
+        )
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._begin
+
+
+def _too_large(limit: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {limit} bytes (max_body_mib={limit >> 20})", code="body_too_large")
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN or path.startswith(_OPEN_FOLDER)
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    value: Any = next((v for k, v in scope["headers"] if k == name), b"")
+    assert isinstance(value, bytes)
+    return value
+
+
+def _digest(key: str | bytes) -> bytes:
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()

@@ -1,0 +1,54 @@
+"""POST /v1/chat/completions: wire -> prompt, answers -> wire; everything else is done elsewhere."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lmdeploy.serving.openai import convert
+from lmdeploy.serving.openai.errors import read_body
+from lmdeploy.serving.openai.protocol import ChatRequest
+from lmdeploy.serving.openai.stream import ChatChunks, stream_answer
+from lmdeploy.serving.service import Service, service_of
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/chat/completions", summary="Answer a conversation")
+async def chat_completions(request: Request) -> Response:
+    """`messages` is a list of {role, content}, or a plain text that is used without a template. `stream` sends events."""
+    service = service_of(request)
+    body = await read_body(request, ChatRequest)
+    service.check_model(body.model)
+    convert.refuse_unsupported(body)
+    with ExitStack() as held:
+        held.enter_context(service.session(body.session_id))
+        prompt, templated = convert.chat_prompt(body)
+        gen = convert.chat_config(body, service.defaults)
+        prepared = await service.prepare(prompt, gen, do_preprocess=templated, template_kwargs=convert.template_kwargs(body))
+        if body.stream:
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            chunks = ChatChunks(
+                service.model_name, prepared.n, include_usage=usage, tokenizer=service.frontend.tokenizer, token_ids=bool(body.return_token_ids)
+            )
+            chunks.top_logprobs = body.top_logprobs or 0
+            return await stream_answer(request, service, service.increments(prepared), chunks, held.pop_all())
+        answers = (await service.collect(request, [prepared]))[0]
+    return JSONResponse(_completion(service, body, answers))
+
+
+def _completion(service: Service, body: ChatRequest, answers: list[Any]) -> dict[str, Any]:
+    top, ids = body.top_logprobs or 0, bool(body.return_token_ids)
+    return {
+        "id": convert.new_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": convert.now(),
+        "model": service.model_name,
+        "choices": [convert.chat_choice(a, top, service.frontend.tokenizer, token_ids=ids) for a in answers],
+        "usage": convert.usage(answers[0].input_token_len, sum(a.generate_token_len for a in answers), answers[0].cached_tokens),
+        "service_tier": None,
+    }

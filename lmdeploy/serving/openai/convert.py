@@ -1,0 +1,242 @@
+"""Wire <-> messages, nothing else: request bodies become prompts and GenerationConfigs, Responses become OpenAI's dicts.
+
+Order of sampling values: the request's, else the model's generation_config.json, else the library's. The server always samples
+(do_sample) unless temperature is 0 or top_k is 1. What this version cannot obey is refused here with code 'unsupported'.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from lmdeploy.config import GenerationConfig
+from lmdeploy.errors import RequestError
+from lmdeploy.messages import Response
+from lmdeploy.serving.openai.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, InteractiveRequest, OpenAISampling, Sampling
+from lmdeploy.text.tokenizer import Tokenizer
+
+#: field of the wire = field of GenerationConfig; null means "not given"
+_SAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+_SAME_OPENAI = ("n", "presence_penalty", "frequency_penalty", "min_new_tokens", "stop_token_ids", "bad_words")
+#: fields that ask for what is not built yet, and the values that ask for nothing
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "adapter_name": (),
+    "suffix": ("",),
+    "best_of": (1,),
+    "image_url": ([], ""),
+}
+
+Prompt = str | list[int] | list[dict[str, Any]]
+
+
+def refuse_unsupported(request: Any) -> None:
+    """Raise RequestError for the first field that this version cannot obey; a field without effect is never silent."""
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(request, name, None)
+        if value is not None and value not in neutral:
+            raise RequestError(f"{name} is not available in this version of lmdeploy; leave it out or send null", param=name, code="unsupported")
+
+
+def generation_config(request: Sampling, defaults: dict[str, Any], **extra: Any) -> GenerationConfig:
+    """What the request asks of the sampler, on top of the model's own defaults."""
+    values = dict(defaults)
+    names = _SAME + (_SAME_OPENAI if isinstance(request, OpenAISampling) else ())
+    values.update({name: getattr(request, name) for name in names if getattr(request, name) is not None})
+    values.update({name: value for name, value in extra.items() if value is not None})
+    if request.stop:
+        values["stop_words"] = [request.stop] if isinstance(request.stop, str) else request.stop
+    values["max_new_tokens"] = _max_new_tokens(request)
+    return GenerationConfig(do_sample=True, **values)
+
+
+def _max_new_tokens(request: Sampling) -> int | None:
+    wanted = getattr(request, "max_completion_tokens", None)
+    return wanted if wanted is not None else getattr(request, "max_tokens", None)
+
+
+def chat_config(request: ChatRequest, defaults: dict[str, Any]) -> GenerationConfig:
+    """GenerationConfig of a chat request."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return generation_config(request, defaults, logprobs=logprobs, random_seed=_seed(request.seed), logit_bias=_logit_bias(request))
+
+
+def completion_config(request: CompletionRequest, defaults: dict[str, Any]) -> GenerationConfig:
+    """GenerationConfig of a completions request."""
+    prompt_logprobs = request.logprobs if request.echo else None
+    return generation_config(
+        request, defaults, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs, random_seed=_seed(request.seed), logit_bias=_logit_bias(request)
+    )
+
+
+def generate_config(request: GenerateRequest, defaults: dict[str, Any]) -> GenerationConfig:
+    """GenerationConfig of a /generate request."""
+    logprobs = 0 if request.return_logprob else None
+    return generation_config(request, defaults, logprobs=logprobs, random_seed=_seed(request.seed), stop_token_ids=request.stop_token_ids)
+
+
+def interactive_config(request: InteractiveRequest) -> GenerationConfig:
+    """GenerationConfig of an interactive request; its own defaults, as it always had."""
+    names = ("top_p", "top_k", "temperature", "repetition_penalty", "ignore_eos", "skip_special_tokens")
+    values = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop
+    return GenerationConfig(do_sample=True, max_new_tokens=request.request_output_len or None, stop_words=stop, **values)
+
+
+def _seed(seed: int | None) -> int | None:
+    """Seeds of any sign are accepted, as OpenAI does; the sampler wants 63 bits."""
+    return None if seed is None else seed & ((1 << 63) - 1)
+
+
+def _logit_bias(request: OpenAISampling) -> dict[int, float] | None:
+    out: dict[int, float] = {}
+    for key, bias in (request.logit_bias or {}).items():
+        if not (key.isascii() and key.isdigit()):
+            raise RequestError(f"logit_bias: key {key!r} is not a token id", param="logit_bias")
+        out[int(key)] = bias
+    return out or None
+
+
+def chat_prompt(request: ChatRequest) -> tuple[Prompt, bool]:
+    """The prompt, and whether the template applies: a plain text is used as it is, as this system always did."""
+    if request.input_ids is not None:
+        if request.messages:
+            raise RequestError("input_ids needs empty messages", param="input_ids")
+        return list(request.input_ids), False
+    if isinstance(request.messages, str):
+        return request.messages, False
+    if not request.messages:
+        raise RequestError("messages is empty; send at least one message", param="messages", code="empty_messages")
+    history = messages_of(request.messages)
+    if request.do_preprocess is False:
+        return "".join(m["content"] for m in history), False
+    return history, True
+
+
+def template_kwargs(request: ChatRequest) -> dict[str, Any] | None:
+    """Extra variables for the checkpoint's own template."""
+    extra = dict(request.chat_template_kwargs or {})
+    for name in ("enable_thinking", "reasoning_effort"):
+        if getattr(request, name) is not None:
+            extra.setdefault(name, getattr(request, name))
+    return extra or None
+
+
+def messages_of(wire: list[ChatMessage]) -> list[dict[str, Any]]:
+    """OpenAI messages as plain dicts; text parts are joined by newlines, a missing content is ''."""
+    return [_message(m, i) for i, m in enumerate(wire)]
+
+
+def _message(message: ChatMessage, place: int) -> dict[str, Any]:
+    out: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": _content(message, place)}
+    for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value:
+            out[name] = value
+    return out
+
+
+def _content(message: ChatMessage, place: int) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    texts = []
+    for number, part in enumerate(message.content):
+        if part.type not in ("text", "input_text", "output_text"):
+            where = f"messages.{place}.content.{number}"
+            raise RequestError(f"{where}: this model reads text only, not {part.type[:40]!r}", param=where, code="unsupported")
+        texts.append(part.text or "")
+    return "\n".join(texts)
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def new_id(prefix: str) -> str:
+    """A fresh answer id."""
+    return f"{prefix}-{uuid.uuid4().hex[:22]}"
+
+
+def now() -> int:
+    """`created` of an answer."""
+    return int(time.time())
+
+
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def chat_logprobs(ids: list[int], entries: list[dict[int, float]] | None, top: int, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """OpenAI's chat form of the log-probabilities of some generated tokens."""
+    if entries is None:
+        return None
+    content = []
+    for token, entry in zip(ids, entries, strict=True):
+        best = sorted(entry.items(), key=lambda item: -item[1])[:top]
+        content.append({**_token(token, entry[token], tokenizer), "top_logprobs": [_token(i, p, tokenizer) for i, p in best]})
+    return {"content": content, "refusal": None}
+
+
+def _token(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    raw = tokenizer.token_bytes(token)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def completion_logprobs(ids: list[int], entries: list[dict[int, float] | None], top: int, tokenizer: Tokenizer, offset: int = 0) -> dict[str, Any]:
+    """The older form of /v1/completions; the first prompt token (echo) has no log-probability."""
+    tokens, chosen, tops, offsets = [], [], [], []
+    for token, entry in zip(ids, entries, strict=True):
+        text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+        tokens.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        chosen.append(None if entry is None else finite(entry[token]))
+        best = sorted(entry.items(), key=lambda item: -item[1])[: max(top, 1)] if entry and top else []
+        tops.append({tokenizer.token_bytes(i).decode("utf-8", "replace"): finite(p) for i, p in best} if entry else None)
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops if top else None, "text_offset": offsets}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's floor of -9999 stands for a token that cannot come."""
+    return max(logprob, -9999.0)
+
+
+def chat_choice(answer: Response, top: int, tokenizer: Tokenizer, *, token_ids: bool) -> dict[str, Any]:
+    """One choice of a complete chat answer."""
+    choice: dict[str, Any] = {
+        "index": answer.index,
+        "message": {"role": "assistant", "content": answer.text, "reasoning_content": None, "tool_calls": None},
+        "logprobs": chat_logprobs(answer.token_ids, answer.logprobs, top, tokenizer),
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+    }
+    if token_ids:
+        choice["token_ids"] = answer.token_ids
+    return choice

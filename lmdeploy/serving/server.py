@@ -1,0 +1,132 @@
+"""Runs the HTTP server: the port first (a used one must be told before a model is loaded), then uvicorn until a signal.
+
+Ctrl-C or SIGTERM: no new connections, `shutdown_seconds` for running answers, then the engine is closed and its process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from lmdeploy import log
+from lmdeploy.config import ChatTemplateConfig, EngineConfig
+from lmdeploy.errors import ConfigError
+from lmdeploy.frontend import Frontend
+from lmdeploy.log import get_logger
+from lmdeploy.serving.app import create_app
+from lmdeploy.serving.options import ServerConfig
+
+logger = get_logger(__name__)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn that returns from `run` after a signal, instead of dying of it, so that the engine can be closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals stop the server; a second one stops it at once. Only the main thread can catch them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.handle_exit(number, frame)
+
+
+def reserve_port(config: ServerConfig) -> socket.socket:
+    """The listening socket. Raises ConfigError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.server_name else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((config.server_name, config.server_port))
+        sock.listen(2048)
+    except (OSError, UnicodeError) as e:
+        sock.close()
+        raise ConfigError(_cannot_listen(config, e)) from e
+    return sock
+
+
+def _cannot_listen(config: ServerConfig, error: Exception) -> str:
+    where = f"{config.server_name}:{config.server_port}"
+    number = getattr(error, "errno", None)
+    if number == errno.EADDRINUSE:
+        return f"port {config.server_port} of {config.server_name} is in use; stop the other program or choose another --server-port"
+    if number == errno.EACCES:
+        return f"no permission to listen on {where}; choose a --server-port above 1023"
+    return f"cannot listen on {where}: {error}; check --server-name"
+
+
+def url_of(sock: socket.socket, config: ServerConfig) -> str:
+    """What to type into a browser on this machine."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"{'https' if config.ssl else 'http'}://{host}:{port}"
+
+
+def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
+    """A uvicorn server of the app, not yet running; `serve(sockets=[...])` or `run(sockets=[...])` starts it."""
+    return HttpServer(
+        uvicorn.Config(
+            create_app(frontend, config),
+            log_level="warning",
+            access_log=False,
+            log_config=None,
+            lifespan="off",
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
+            ssl_keyfile=config.ssl_keyfile if config.ssl else None,
+            ssl_certfile=config.ssl_certfile if config.ssl else None,
+            h11_max_incomplete_event_size=1 << 16,
+        )
+    )
+
+
+def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | None = None) -> None:
+    """Serve until Ctrl-C or SIGTERM; closes the frontend. `sock` comes from `reserve_port`, called before the model was loaded."""
+    sock = sock or reserve_port(config)
+    log.setup(config.log_level)
+    logging.getLogger("lmdeploy.access").setLevel(logging.INFO)
+    url = url_of(sock, config)
+    try:
+        server = build_server(frontend, config)
+        _tell(frontend, config, url)
+        server.run(sockets=[sock])
+    finally:
+        frontend.close()
+        sock.close()
+
+
+def _tell(frontend: Frontend, config: ServerConfig, url: str) -> None:
+    """The lines that a user waits for; always shown, whatever the log level."""
+    told = logging.getLogger("lmdeploy.access")
+    told.info("serving %s; open %s in a browser for the API, stop with Ctrl-C", config.model_name or frontend.model_name, url)
+    if config.server_name in ("0.0.0.0", "::") and not config.api_keys:
+        told.warning("every machine of your network can use this server; --api-keys protects it, --server-name 127.0.0.1 hides it")
+
+
+def serve_model(
+    model_path: str | None, engine_config: EngineConfig, server_config: ServerConfig, chat_template_config: ChatTemplateConfig | None = None
+) -> None:
+    """Port, model (in a process of its own), server: all of `lmdeploy serve api_server`."""
+    sock = reserve_port(server_config)
+    try:
+        frontend = Frontend.open(model_path, engine_config, chat_template_config, separate_process=True, model_name=server_config.model_name)
+    except BaseException:
+        sock.close()
+        raise
+    run_server(frontend, server_config, sock)

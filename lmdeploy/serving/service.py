@@ -1,0 +1,182 @@
+"""`Service`: one served model and what its routes share; it lives on the app, never in a module.
+
+Every answer passes through `increments`, so metrics are counted once and closing it (client gone) aborts the request. Routes of
+all protocols use `collect` for whole answers and `merged` for streams of several prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from lmdeploy.config import GenerationConfig
+from lmdeploy.errors import SessionBusyError
+from lmdeploy.frontend import Frontend, Merger, Prepared
+from lmdeploy.log import get_logger
+from lmdeploy.messages import Response
+from lmdeploy.serving.metrics import Metrics
+from lmdeploy.serving.openai.convert import Prompt
+from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_failed
+from lmdeploy.serving.options import ServerConfig
+
+logger = get_logger(__name__)
+T = TypeVar("T")
+
+#: longer prompts are tokenised in a thread, so that they do not stall the streams of others
+_LONG_PROMPT = 1 << 14
+
+
+class Service:
+    """The state of one app: frontend, names, sessions in use, metrics."""
+
+    def __init__(self, frontend: Frontend, config: ServerConfig) -> None:
+        self.frontend, self.config = frontend, config
+        self.model_name = config.model_name or frontend.model_name
+        path = frontend.model_path.rstrip("/")
+        self.served_names = tuple(dict.fromkeys((self.model_name, frontend.model_path, path, path.rsplit("/", 1)[-1])))
+        self.metrics = Metrics(frontend, self.model_name)
+        self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
+        self._sessions: set[int] = set()
+        self._cancelled: dict[int, asyncio.Event] = {}
+
+    def check_model(self, name: str) -> None:
+        """Raise 404 unless `name` is the served model: its given name, its path, or the last part of the path."""
+        if name not in self.served_names:
+            raise HttpError(404, f"The model {name[:200]!r} does not exist. Served: {self.model_name!r}", code="model_not_found", param="model")
+
+    @contextlib.contextmanager
+    def session(self, session_id: int | None) -> Iterator[None]:
+        """Hold a session id while it is answered; -1 and None need none."""
+        if session_id is None or session_id < 0:
+            yield
+            return
+        if session_id in self._sessions:
+            raise SessionBusyError(f"The session_id {session_id} is occupied.", param="session_id", code="session_busy")
+        self._sessions.add(session_id)
+        try:
+            yield
+        finally:
+            self._sessions.discard(session_id)
+
+    async def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True, template_kwargs: dict[str, Any] | None = None) -> Prepared:
+        """Check and tokenise one prompt."""
+        self._log_prompt(prompt)
+        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) if isinstance(m, dict) else 1 for m in prompt)
+        if size < _LONG_PROMPT:
+            prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess, template_kwargs=template_kwargs)
+        else:
+            prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, do_preprocess=do_preprocess, template_kwargs=template_kwargs)
+        for notice in prepared.notices:
+            logger.info("%s", notice)
+        return prepared
+
+    def _log_prompt(self, prompt: Prompt) -> None:
+        if self.config.max_log_len:
+            logger.info("prompt %r", str(prompt)[: self.config.max_log_len])
+
+    async def increments(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
+        """The frontend's increments, counted; closing this generator aborts the request."""
+        observed = self.metrics.request()
+        try:
+            async with aclosing(_as_generator(self.frontend.astream(prepared))) as answers:
+                async for response in answers:
+                    observed.feed(response)
+                    yield response
+        finally:
+            observed.end()
+
+    async def collect(self, request: Request, prepared: list[Prepared]) -> list[list[Response]]:
+        """All answers to all prompts, computed together. Raises the first failure, and ClientGone when nobody waits any more."""
+        return await unless_gone(request, self._collect_all(prepared))
+
+    async def _collect_all(self, prepared: list[Prepared]) -> list[list[Response]]:
+        if len(prepared) == 1:
+            return [await self._collect(prepared[0])]
+        tasks = [asyncio.ensure_future(self._collect(p)) for p in prepared]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            await _cancel(tasks)
+
+    async def _collect(self, prepared: Prepared) -> list[Response]:
+        merged = Merger(prepared.n)
+        async with aclosing(self.increments(prepared)) as answers:
+            async for response in answers:
+                raise_if_failed(response, self.frontend.failure)
+                merged.add(response)
+        return merged.answers
+
+    async def merged(self, prepared: list[Prepared]) -> AsyncGenerator[Response, None]:
+        """Increments of several prompts as they come; `index` counts over all of them (place * n + answer)."""
+        if len(prepared) == 1:
+            async with aclosing(self.increments(prepared[0])) as answers:
+                async for response in answers:
+                    yield response
+            return
+        inbox: asyncio.Queue[Response | None] = asyncio.Queue()
+        tasks = [asyncio.ensure_future(self._pour(p, place, inbox)) for place, p in enumerate(prepared)]
+        try:
+            open_streams = len(tasks)
+            while open_streams:
+                response = await inbox.get()
+                if response is None:
+                    open_streams -= 1
+                else:
+                    yield response
+            await asyncio.gather(*tasks)  # raises what a stream raised
+        finally:
+            await _cancel(tasks)
+
+    async def _pour(self, prepared: Prepared, place: int, inbox: asyncio.Queue[Response | None]) -> None:
+        try:
+            async with aclosing(self.increments(prepared)) as answers:
+                async for response in answers:
+                    response.index += place * prepared.n
+                    inbox.put_nowait(response)
+        finally:
+            inbox.put_nowait(None)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that got the request."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; raises ClientGone, and cancels it, when the client closes its connection first."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        await _cancel([task, watch])
+
+
+async def _cancel(tasks: list[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _as_generator(answers: AsyncIterator[Response]) -> AsyncGenerator[Response, None]:
+    """`astream` is an async generator by contract; say so to the type checker."""
+    async with aclosing(answers) as closing:  # type: ignore[type-var]
+        async for response in closing:
+            yield response
