@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 from lmdeploy.engine.engine import Engine
@@ -71,21 +72,15 @@ class EngineThread:
         self._open: dict[int, set[int]] = {}  # request id -> answers that still need a final output
         self._failure: str | None = None
         self._listener: Listener | None = None
-        self._ready = threading.Event()
         self._started = threading.Event()
-        self._build_error: BaseException | None = None
-        self._engine: Engine | None = None
-        self._thread = threading.Thread(target=self._run, args=(build,), name="lmdeploy-engine", daemon=True)
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, built), name="lmdeploy-engine", daemon=True)
         self._thread.start()
-        self._ready.wait()
-        if self._build_error is not None:
-            self._thread.join()
-            raise self._build_error
+        self._engine = built.result()
 
     @property
     def info(self) -> EngineInfo:
         """Facts of the started engine."""
-        assert self._engine is not None
         return self._engine.info
 
     @property
@@ -115,7 +110,6 @@ class EngineThread:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now; requests still in the inbox are not counted."""
-        assert self._engine is not None
         return self._engine.stats()
 
     def close(self) -> None:
@@ -125,23 +119,22 @@ class EngineThread:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _run(self, build: Callable[[], Engine]) -> None:
+    def _run(self, build: Callable[[], Engine], built: Future[Engine]) -> None:
         try:
-            self._engine = build()
-        except BaseException as e:  # the constructor raises it in the caller's thread
-            self._build_error = e
+            engine = build()
+        except BaseException as e:  # raised by the constructor, in the caller's thread
+            built.set_exception(e)
             return
-        finally:
-            self._ready.set()
+        built.set_result(engine)
         self._started.wait()
         reason, code = "the engine is closed", "engine_closed"
         try:
-            self._loop(self._engine)
+            self._loop(engine)
         except Exception as e:
             logger.exception("the engine loop failed")
             reason, code = f"the engine failed: {type(e).__name__}: {e}", "engine_failed"
         self._end(reason, code)
-        self._engine.close()
+        engine.close()
 
     def _loop(self, engine: Engine) -> None:
         while True:

@@ -154,7 +154,7 @@ def check_request(request: EngineRequest, vocab_size: int, max_tokens: int) -> N
     needed = len(ids) + min(1, sampling.max_new_tokens)
     if needed > max_tokens:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens and an answer needs at least {needed - len(ids)} more, but session_len and the KV cache hold {max_tokens} together; "
+            f"the prompt has {len(ids)} tokens and the answer needs at least {needed - len(ids)}, but session_len and the KV cache allow {max_tokens}; "
             "shorten the prompt, or raise session_len or cache_max_entry_count",
             param="prompt",
             code="context_length_exceeded",
@@ -172,7 +172,7 @@ def check_request(request: EngineRequest, vocab_size: int, max_tokens: int) -> N
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         raise RequestError(f"{name}: token id {wrong} is not in the vocabulary (0..{vocab_size - 1})", param=name)
 
@@ -197,4 +197,4 @@ class _Rate:
         if len(points) < 2 or points[-1][0] < now - self._seconds:
             return 0.0
         (t0, c0), (_, c1) = points[0], points[-1]
-        return (c1 - c0) / max(now - t0, 1e-9)
+        return (c1 - c0) / max(now - max(t0, now - self._seconds), 1e-9)

@@ -1,0 +1,76 @@
+"""`EngineOutput`s of a sequence: what one result, or its end, tells the caller.
+
+Prompt log-probabilities are collected over the chunks of a prompt and go out whole, with the first token (or the end of a request
+without tokens). Logits and hidden states go out chunk by chunk. A row that was handed on before a pre-emption never comes twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmdeploy.engine.plan import PlanItem, SlotResult
+from lmdeploy.engine.sequence import Sequence
+from lmdeploy.messages import EngineOutput, FinishReason
+
+
+def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishReason | None) -> EngineOutput | None:
+    """What this result brought, or None for a chunk in the middle of a prompt that brought nothing."""
+    if slot.token_id is None and reason is None and not seq.wants_rows:
+        return None
+    output = EngineOutput(
+        request_id=seq.request.request_id,
+        index=seq.index,
+        finish_reason=reason,
+        num_prompt=seq.prompt_len,
+        num_cached=seq.num_cached,
+        num_generated=seq.num_generated,
+    )
+    if slot.token_id is not None:
+        output.token_ids = [slot.token_id]
+        if slot.logprobs is not None:
+            output.logprobs = [slot.logprobs]
+        if reason == "stop":
+            output.stop_token_id = slot.token_id
+    if seq.wants_rows or slot.logits is not None or slot.last_hidden_state is not None:
+        _take_rows(seq, item, slot, output)
+    brings = output.token_ids or reason is not None or output.logits is not None or output.last_hidden_state is not None
+    return output if brings else None
+
+
+def final_output(seq: Sequence, reason: FinishReason, error: str | None = None) -> EngineOutput:
+    """The last output of a sequence that no result ended."""
+    return EngineOutput(
+        request_id=seq.request.request_id,
+        index=seq.index,
+        finish_reason=reason,
+        num_prompt=seq.prompt_len,
+        num_cached=max(seq.num_cached, 0),
+        num_generated=seq.num_generated,
+        error=error,
+        error_code=None if error is None else "step_failed",
+    )
+
+
+def _take_rows(seq: Sequence, item: PlanItem, slot: SlotResult, output: EngineOutput) -> None:
+    """Prompt log-probabilities, logits and hidden states of this chunk; rows handed on before a pre-emption are left out.
+
+    Prompt log-probabilities are collected and go out whole with the first token (or the end); the others go out chunk by chunk.
+    """
+    fresh = 0
+    if seq.wants_rows:
+        fresh = max(seq.rows_done - item.start, 0)
+        if slot.prompt_logprobs and seq.rows_done < seq.prompt_len - 1:
+            seq.prompt_logprobs += slot.prompt_logprobs[fresh:]
+        seq.rows_done = max(seq.rows_done, seq.num_done)
+        if seq.sampling.prompt_logprobs is not None and (seq.num_generated == 1 or output.finish_reason is not None and seq.num_generated == 0):
+            assert len(seq.prompt_logprobs) == seq.prompt_len, f"{len(seq.prompt_logprobs)} prompt log-probabilities for {seq.prompt_len} tokens"
+            output.prompt_logprobs = seq.prompt_logprobs
+    if slot.logits is not None:
+        output.logits = _fresh_rows(slot.logits, fresh if seq.sampling.output_logits == "all" else 0, item.num_tokens)
+    if slot.last_hidden_state is not None:
+        output.last_hidden_state = _fresh_rows(slot.last_hidden_state, fresh if seq.sampling.output_last_hidden_state == "all" else 0, item.num_tokens)
+
+
+def _fresh_rows(rows: Any, skip: int, count: int) -> Any:
+    """`rows` without the first `skip` of `count`; None when none is left."""
+    return rows[skip:] if skip < count else None

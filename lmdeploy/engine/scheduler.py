@@ -1,0 +1,457 @@
+"""`Scheduler`: who computes what in the next step, and what a step's result means for each answer.
+
+One rule: `num_computed` of every sequence catches up with its `num_tokens`, within `max_prefill_token_num` tokens a step and
+`max_batch_size` slots; running sequences first, then waiting ones, both in order of arrival. There is no prefill and no decode
+phase. When blocks run out, the sequence that arrived last loses its own and is computed again later, so the oldest always
+progresses. `schedule` may be called again before the result of the last plan is known (see `Sequence`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+import msgspec
+
+from lmdeploy.engine.blocks import BlockPool
+from lmdeploy.engine.outputs import final_output, step_output
+from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.prefix_cache import PrefixCache, RootKey
+from lmdeploy.engine.sequence import Sequence
+from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """The resolved numbers that bound a schedule; defaults live in EngineConfig."""
+
+    num_blocks: int
+    block_size: int
+    max_batch_size: int
+    max_prefill_token_num: int
+    session_len: int
+    enable_prefix_caching: bool
+    rope_depends_on_length: bool
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt + answer: what the options and the whole pool allow."""
+        return min(self.session_len, self.num_blocks * self.block_size)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    aborted: int = 0
+    finished: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan whose result is not known, and whose items belong to whom (sequence, its epoch then)."""
+
+    plan: StepPlan
+    owners: list[tuple[Sequence, int]]
+
+
+class Scheduler:
+    """Owns all sequences and blocks."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.counts = Counts()
+        self.pool = BlockPool(limits.num_blocks)
+        self.cache = PrefixCache(self.pool, limits.block_size) if limits.enable_prefix_caching else None
+        self._requests: dict[int, list[Sequence]] = {}  # unfinished answers of each request
+        self._num_unfinished = 0
+        self._running: list[Sequence] = []  # have a slot; in order of arrival
+        self._waiting: list[tuple[int, Sequence]] = []  # a heap by arrival; may hold sequences that have ended
+        self._sharers: list[Sequence] = []  # waiting, yet holding blocks of their leader's prompt
+        self._free_slots = list(range(limits.max_batch_size - 1, -1, -1))
+        self._released: list[int] = []  # slots that the rank has not been told to forget
+        self._flights: deque[_Flight] = deque()
+        self._next_arrival = 0
+        self._next_step = 0
+
+    # ------------------------------------------------------------------ requests
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether an answer is waiting or running."""
+        return self._num_unfinished > 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers without a slot."""
+        return self._num_unfinished - len(self._running)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue all answers of a checked request. Where the prompt fills a block, answers 1.. wait for answer 0 to compute it."""
+        assert request.request_id not in self._requests, f"request_id={request.request_id} is in use"
+        sequences = [self._new_sequence(request, index) for index in range(request.n)]
+        self._requests[request.request_id] = sequences
+        self._num_unfinished += len(sequences)
+        leader = sequences[0]
+        if self._shared_blocks(leader) and not leader.wants_rows:
+            leader.siblings = sequences[1:]
+            self._wait(leader)
+        else:
+            for seq in sequences:
+                self._wait(seq)
+
+    def abort(self, request_id: int) -> list[EngineOutput]:
+        """End all unfinished answers of a request and free their blocks at once; results in flight for them are ignored."""
+        sequences = self._requests.get(request_id, [])
+        outputs = []
+        for seq in list(sequences):
+            seq.siblings = []
+            self._end(seq)
+            outputs.append(final_output(seq, "abort"))
+        self.counts.aborted += len(outputs)
+        if len(self._waiting) > 64 + 2 * self.num_waiting:  # mostly ended ones: many clients have gone
+            self._waiting = [entry for entry in self._waiting if not entry[1].ended]
+            heapq.heapify(self._waiting)
+        return outputs
+
+    def _new_sequence(self, request: EngineRequest, index: int) -> Sequence:
+        sampling = request.sampling
+        if index:
+            sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
+        max_tokens = min(len(request.token_ids) + sampling.max_new_tokens, self.limits.max_tokens)
+        self._next_arrival += 1
+        return Sequence(request, index, self._next_arrival, sampling, max_tokens)
+
+    def _wait(self, seq: Sequence) -> None:
+        heapq.heappush(self._waiting, (seq.arrival, seq))
+
+    # ------------------------------------------------------------------ scheduling
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute before results are seen."""
+        plan = StepPlan(self._next_step, [], [], [])
+        flight = _Flight(plan, [])
+        budget = self._schedule_running(flight, self.limits.max_prefill_token_num)
+        self._schedule_waiting(flight, budget)
+        if not plan.items:
+            return None
+        plan.released, self._released = self._released, []
+        self._next_step += 1
+        self._flights.append(flight)
+        return plan
+
+    def _schedule_running(self, flight: _Flight, budget: int) -> int:
+        """Items for running sequences, oldest first; returns what is left of the budget."""
+        running = self._running
+        block_size = self.limits.block_size
+        i = 0
+        while i < len(running) and budget > 0:  # pre-emption shortens the list from its end
+            seq = running[i]
+            todo = seq.num_tokens - seq.num_computed
+            if todo == 0 or (seq.num_pending and seq.num_tokens >= seq.max_tokens):
+                i += 1  # complete as soon as the results in flight are seen
+                continue
+            if todo > 1:
+                # the other running sequences keep their token a step, but the oldest is never left out
+                todo = min(todo, max(budget - self._decodes_after(i), 0 if i else 1))
+            missing = -(-(seq.num_computed + todo) // block_size) - len(seq.blocks)
+            if missing > 0 and not self._make_room(seq, missing):
+                break  # it was the last one, and had to go
+            if todo > 0:
+                new_blocks = self.pool.allocate(missing) if missing > 0 else []
+                seq.blocks += new_blocks
+                self._add_item(flight, seq, todo, new_blocks)
+                budget -= todo
+            i += 1
+        return budget
+
+    def _decodes_after(self, i: int) -> int:
+        return sum(seq.num_tokens - seq.num_computed == 1 for seq in self._running[i + 1 :])
+
+    def _schedule_waiting(self, flight: _Flight, budget: int) -> None:
+        """Start waiting sequences in order of arrival while budget, slots and blocks last."""
+        while budget > 0 and self._free_slots and (seq := self._first_waiting()) is not None:
+            if not self._take_blocks(seq):
+                return
+            heapq.heappop(self._waiting)
+            seq.slot = self._free_slots.pop()
+            insort(self._running, seq, key=_arrival)
+            flight.plan.new.append(self._new_on_rank(seq))
+            todo = min(budget, seq.num_tokens - seq.num_computed)
+            self._add_item(flight, seq, todo, list(seq.blocks))
+            budget -= todo
+
+    def _first_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][1].ended:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Give a waiting sequence the blocks of all its tokens, known prefixes first; False when there is no room yet.
+
+        One block for each running sequence must be left, or the newcomer would be pre-empted soon after it was computed.
+        """
+        pool, size = self.pool, self.limits.block_size
+        if self._running and seq.retry_version == pool.version:
+            return False
+        shares = bool(seq.blocks)
+        hits, node = ([], None) if shares or self.cache is None else self.cache.match(self._root_key(seq), seq.token_ids, seq.max_reusable)
+        missing = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits)
+        room = pool.num_free - sum(pool.references(block) == 0 for block in hits)
+        if self._running and room < missing + len(self._running):
+            seq.retry_version = pool.version
+            return False
+        if shares:
+            self._sharers.remove(seq)
+        else:
+            pool.acquire(hits)
+            seq.blocks, seq.node, seq.num_published = hits, node, len(hits)
+            seq.num_computed = seq.num_done = len(hits) * size
+        while pool.num_free < missing:  # nothing runs: only answers that wait with shared blocks hold any
+            self._unshare(self._sharers[-1])
+        seq.blocks += pool.allocate(missing)
+        if seq.num_cached < 0:
+            seq.num_cached = seq.num_done
+            self.counts.prompt_tokens += seq.prompt_len
+            self.counts.cached_tokens += seq.num_done
+        return True
+
+    def _make_room(self, seq: Sequence, missing: int) -> bool:
+        """Free blocks for a running sequence, at the cost of the last arrived; False when that was `seq` itself."""
+        while self.pool.num_free < missing:
+            if self._sharers:
+                self._unshare(self._sharers[-1])
+                continue
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the waiting ones, to be computed again; its full blocks stay in the prefix cache while nobody needs them."""
+        self.counts.preemptions += 1
+        self._leave(seq)
+        seq.num_done = seq.num_computed = seq.num_pending = 0
+        self._wait(seq)
+
+    def _unshare(self, seq: Sequence) -> None:
+        """Take back the blocks of its leader's prompt from a waiting answer."""
+        self._sharers.remove(seq)
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+        seq.num_done = seq.num_computed = 0
+
+    def _leave(self, seq: Sequence) -> None:
+        """Give back slot and blocks; what is in flight for the sequence becomes void."""
+        self._running.remove(seq)
+        self._free_slots.append(seq.slot)
+        self._released.append(seq.slot)
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+        seq.node, seq.num_published = None, 0
+        seq.slot = -1
+        seq.epoch += 1
+
+    def _add_item(self, flight: _Flight, seq: Sequence, num_tokens: int, new_blocks: list[int]) -> None:
+        end = seq.num_computed + num_tokens
+        sample = end == seq.num_tokens and seq.sampling.max_new_tokens > 0
+        flight.plan.items.append(PlanItem(seq.slot, seq.num_computed, num_tokens, new_blocks, sample))
+        flight.owners.append((seq, seq.epoch))
+        seq.num_computed = end
+        if sample:
+            seq.num_pending += 1
+
+    def _new_on_rank(self, seq: Sequence) -> NewSequence:
+        assert seq.num_pending == 0
+        rope_length = seq.request.rope_length or len(seq.request.token_ids)
+        return NewSequence(seq.slot, seq.token_ids.copy(), seq.prompt_len, seq.sampling, rope_length)
+
+    def _root_key(self, seq: Sequence) -> RootKey:
+        request = seq.request
+        return RootKey(request.cache_salt, (request.rope_length or len(request.token_ids)) if self.limits.rope_depends_on_length else 0)
+
+    # ------------------------------------------------------------------ results
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
+        """Take in the result of the oldest plan in flight."""
+        flight = self._flights.popleft()
+        assert flight.plan is plan and result.step == plan.step and len(result.slots) == len(plan.items), "results must come in the order of the plans"
+        self.counts.steps += 1
+        outputs = []
+        for (seq, epoch), item, slot in zip(flight.owners, plan.items, result.slots, strict=True):
+            if seq.epoch != epoch:
+                continue  # ended or pre-empted since
+            assert slot.slot == item.slot, f"result of slot {slot.slot} for slot {item.slot}"
+            output = self._take_result(seq, item, slot)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _take_result(self, seq: Sequence, item: PlanItem, slot: SlotResult) -> EngineOutput | None:
+        if slot.error is not None:
+            return self._fail(seq, slot.error)
+        assert (slot.token_id is not None) == item.sample, f"slot {slot.slot}: token {slot.token_id} for sample={item.sample}"
+        seq.num_done = item.start + item.num_tokens
+        if seq.num_done // self.limits.block_size > seq.num_published and self.cache is not None:
+            self._publish(seq, self.cache)
+        if seq.siblings and seq.num_done // self.limits.block_size >= self._shared_blocks(seq):
+            self._share(seq)
+        if slot.token_id is None:
+            reason: FinishReason | None = "length" if seq.sampling.max_new_tokens == 0 and seq.num_done == seq.prompt_len else None
+        else:
+            seq.num_pending -= 1
+            seq.token_ids.append(slot.token_id)
+            self.counts.generated_tokens += 1
+            reason = self._finish_reason(seq, slot.token_id)
+        output = step_output(seq, item, slot, reason)
+        if reason is not None:
+            self.counts.finished += 1
+            self._end(seq)
+        return output
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        if token_id in seq.stop_ids and seq.num_generated > seq.sampling.min_new_tokens:
+            return "stop"
+        return "length" if len(seq.token_ids) >= seq.max_tokens else None
+
+    def _publish(self, seq: Sequence, cache: PrefixCache) -> None:
+        """Offer the full blocks that are now certain to the prefix cache."""
+        size, key = self.limits.block_size, self._root_key(seq)
+        while seq.num_published < seq.num_done // size:
+            i = seq.num_published
+            node = cache.publish(key, seq.node, tuple(seq.token_ids[i * size : (i + 1) * size]), seq.blocks[i])
+            # its prefix was someone else's copy and has been evicted: publish our own from the start
+            seq.node, seq.num_published = node, (0 if node is None else i + 1)
+
+    def _shared_blocks(self, seq: Sequence) -> int:
+        """Blocks of the prompt that the answers of one request share: full ones, without the last token."""
+        return (seq.prompt_len - 1) // self.limits.block_size
+
+    def _share(self, leader: Sequence) -> None:
+        """Its siblings start with the computed blocks of the prompt; each then computes the rest of the prompt itself."""
+        count = self._shared_blocks(leader)
+        for seq in leader.siblings:
+            seq.blocks = leader.blocks[:count]
+            self.pool.acquire(seq.blocks)
+            seq.num_done = seq.num_computed = count * self.limits.block_size
+            seq.num_cached = leader.num_cached
+            self._sharers.append(seq)
+            self._wait(seq)
+        leader.siblings = []
+
+    def _end(self, seq: Sequence) -> None:
+        """Forget a sequence; if others waited for its prompt, the next of them computes it."""
+        assert not seq.ended
+        if seq.slot >= 0:
+            self._leave(seq)
+        elif seq.blocks:
+            self._unshare(seq)
+        if seq.siblings:
+            seq.siblings[0].siblings = seq.siblings[1:]
+            self._wait(seq.siblings[0])
+        seq.siblings = []
+        seq.ended = True
+        self._num_unfinished -= 1
+        unfinished = self._requests[seq.request.request_id]
+        unfinished.remove(seq)
+        if not unfinished:
+            del self._requests[seq.request.request_id]
+
+    def _fail(self, seq: Sequence, message: str) -> EngineOutput:
+        self.counts.failed += 1
+        self._end(seq)
+        return final_output(seq, "error", message)
+
+    # ------------------------------------------------------------------ failed steps
+
+    def rollback(self) -> list[Sequence]:
+        """Forget all plans in flight, as their results will not come; returns the sequences in them that still run, oldest first."""
+        found: dict[int, Sequence] = {}
+        released: list[int] = []
+        for flight in self._flights:
+            released += flight.plan.released
+            found.update({seq.arrival: seq for seq, epoch in flight.owners if seq.epoch == epoch})
+        self._flights.clear()
+        self._released = list(dict.fromkeys(released + self._released))  # the rank may not have seen them
+        for seq in found.values():
+            seq.num_computed, seq.num_pending = seq.num_done, 0
+        return [found[arrival] for arrival in sorted(found)]
+
+    def solo_plan(self, seq: Sequence) -> StepPlan:
+        """The next step of one running sequence alone, telling the rank everything about it again."""
+        released = list(dict.fromkeys([*self._released, seq.slot]))
+        self._released = []
+        plan = StepPlan(self._next_step, released, [self._new_on_rank(seq)], [])
+        self._next_step += 1
+        flight = _Flight(plan, [])
+        todo = min(seq.num_tokens - seq.num_computed, self.limits.max_prefill_token_num)
+        self._add_item(flight, seq, todo, seq.blocks.copy())
+        self._flights.append(flight)
+        return plan
+
+    def fail(self, seq: Sequence, message: str) -> list[EngineOutput]:
+        """The step of the solo plan of `seq` failed too: the sequence ends with an error."""
+        released = self._flights.pop().plan.released
+        assert not self._flights
+        self._released = list(dict.fromkeys(released + self._released))
+        return [self._fail(seq, message)]
+
+    # ------------------------------------------------------------------ looking in
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        c = self.counts
+        return EngineStats(
+            running=len(self._running),
+            waiting=self.num_waiting,
+            num_blocks=self.pool.num_blocks,
+            used_blocks=self.pool.num_used,
+            cached_blocks=self.pool.num_idle,
+            steps=c.steps,
+            prompt_tokens=c.prompt_tokens,
+            cached_tokens=c.cached_tokens,
+            generated_tokens=c.generated_tokens,
+            preemptions=c.preemptions,
+            aborted=c.aborted,
+            finished=c.finished,
+            failed=c.failed,
+        )
+
+    def check_integrity(self) -> None:
+        """Every block, slot and count is where it should be; for tests and for debugging (slow)."""
+        live = [seq for sequences in self._requests.values() for seq in sequences]
+        assert len(live) == self._num_unfinished and not any(seq.ended for seq in live)
+        self.pool.check_integrity(block for seq in live for block in seq.blocks)
+        if self.cache is not None:
+            self.cache.check_integrity()
+        running = self._running
+        assert [s.arrival for s in running] == sorted(s.arrival for s in running)
+        assert sorted([s.slot for s in running] + self._free_slots) == list(range(self.limits.max_batch_size)), "slots are lost or doubled"
+        waiting = [seq for _, seq in self._waiting if not seq.ended]
+        held = [sibling for seq in live for sibling in seq.siblings]
+        assert sorted(s.arrival for s in running + waiting + held) == sorted(s.arrival for s in live), "a sequence is nowhere or twice"
+        assert {s.arrival for s in self._sharers} == {s.arrival for s in waiting if s.blocks}
+        for seq in live:
+            self._check_sequence(seq)
+
+    def _check_sequence(self, seq: Sequence) -> None:
+        size = self.limits.block_size
+        assert 0 <= seq.num_done <= seq.num_computed <= seq.num_tokens <= seq.max_tokens + 1, f"counts of {seq.arrival}"
+        assert seq.num_done < seq.num_tokens or seq.sampling.max_new_tokens == 0
+        assert len(seq.blocks) * size >= seq.num_computed and len(set(seq.blocks)) == len(seq.blocks)
+        assert self._flights or (seq.num_computed == seq.num_done and seq.num_pending == 0)
+        for block in seq.blocks[seq.num_done // size :]:  # will be written
+            assert self.pool.references(block) == 1 and not self.pool.is_cached(block), f"block {block} of {seq.arrival} is not private"
+
+
+def _arrival(seq: Sequence) -> int:
+    return seq.arrival

@@ -1,0 +1,65 @@
+"""`Sequence`: one answer being computed. Only the scheduler changes it.
+
+Three counts move in order: `num_done <= num_computed <= num_tokens`. `num_done` positions certainly have their keys and values
+(results were seen); `num_computed` adds those of plans in flight; `num_tokens` adds tokens that plans in flight will sample
+(`num_pending`: the rank knows them, we do not yet). Without run-ahead the first two are equal between steps.
+"""
+
+from __future__ import annotations
+
+from lmdeploy.engine.prefix_cache import Node
+from lmdeploy.messages import EngineRequest, SamplingParams, TokenLogprobs
+
+
+class Sequence:
+    """State of one of the `n` answers of a request."""
+
+    __slots__ = (
+        *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
+        *("num_done", "num_computed", "num_pending", "blocks", "slot", "epoch", "retry_version", "siblings"),
+        *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs"),
+    )
+
+    def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int) -> None:
+        self.request = request
+        self.index = index  # which of the n answers
+        self.arrival = arrival  # order and priority: lower goes first
+        self.sampling = sampling  # the request's, seed offset by index
+        self.max_tokens = max_tokens  # prompt + answer end here at the latest
+        self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
+        self.token_ids = list(request.token_ids)  # prompt and known generated tokens
+        self.prompt_len = len(request.token_ids)
+        self.num_done = 0
+        self.num_computed = 0
+        self.num_pending = 0
+        self.blocks: list[int] = []  # block table; each entry holds one reference
+        self.slot = -1  # place on the rank; -1 while waiting
+        self.epoch = 0  # grows when the sequence leaves its slot: results of older plans are then void
+        self.node: Node | None = None  # the last published block in the prefix cache
+        self.num_published = 0  # leading blocks that were found in or offered to the prefix cache
+        self.num_cached = -1  # prompt tokens found in the prefix cache at the first start; -1 = not started
+        self.retry_version = -1  # pool.version at which there was no room
+        self.siblings: list[Sequence] = []  # answers that wait for this one's prompt
+        self.ended = False
+        self.wants_all_rows = "all" in (sampling.output_logits, sampling.output_last_hidden_state)
+        self.wants_rows = self.wants_all_rows or sampling.prompt_logprobs is not None
+        self.rows_done = 0  # positions whose output rows (prompt log-probabilities, logits) have been handed on
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist, on the rank at least."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_generated(self) -> int:
+        """Known tokens of the answer."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def max_reusable(self) -> int:
+        """Leading tokens that may come from a cache: the last one is computed, for its logits, and so is any whose output row is owed."""
+        last = self.num_tokens - 1
+        if not self.wants_rows or (not self.wants_all_rows and self.rows_done >= self.prompt_len - 1):
+            return last
+        return min(last, self.rows_done)

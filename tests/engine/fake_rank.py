@@ -1,0 +1,161 @@
+"""A rank without a model, and a strict judge of plans: what it computes depends on every key that a real rank would read.
+
+The "keys" of a position are a hash of all tokens up to it. They are stored by block and offset, exactly as told by the plans,
+and every key that an item may read is compared with what it must be. So a wrong block, a missing chunk, an overwritten shared
+block or a stale prefix hit fails at once. The next token is a hash of the keys, hence of all tokens before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.messages import EngineInfo, MemoryBill, TokenLogprobs
+
+MASK = (1 << 61) - 1
+
+
+class PoisonError(RuntimeError):
+    """A step met a token that breaks it."""
+
+
+@dataclass
+class Slot:
+    """What a rank keeps of a sequence."""
+
+    new: NewSequence
+    token_ids: list[int]
+    blocks: list[int] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)  # the right keys of token_ids[:len(keys)]
+
+
+def next_key(key: int, token_id: int) -> int:
+    """Keys of a position, from those of the one before."""
+    return (key * 1_000_003 + token_id * 7_919 + 12_345) % MASK
+
+
+def expected_tokens(prompt: list[int], count: int, *, vocab_size: int = 97, seed: int = 0, rope_length: int = 0) -> list[int]:
+    """The answer to a prompt, computed without blocks, batches or schedules."""
+    key = rope_length
+    for token in prompt:
+        key = next_key(key, token)
+    answer: list[int] = []
+    while len(answer) < count:
+        answer.append(draw(key, seed, len(answer), vocab_size))
+        key = next_key(key, answer[-1])
+    return answer
+
+
+def draw(key: int, seed: int, number: int, vocab_size: int) -> int:
+    """The token that follows."""
+    return next_key(next_key(key, seed), number) % vocab_size
+
+
+class FakeRank:
+    """An `Executor` that checks every plan. `poison`: computing this token raises; `bad_draw`: drawing this token is a slot error."""
+
+    def __init__(
+        self, num_blocks: int = 16, block_size: int = 4, max_batch_size: int = 4, session_len: int = 48, *, vocab_size: int = 97, rope_depends_on_length: bool = False
+    ) -> None:
+        bill = MemoryBill(
+            device="fake", weights=0, kv_pool=0, workspace=0, other=0, total=0, free=0, num_blocks=num_blocks, block_size=block_size, bytes_per_token=0, session_len=session_len
+        )
+        self.info = EngineInfo(
+            session_len=session_len, vocab_size=vocab_size, max_batch_size=max_batch_size, memory=bill, kernels={}, dtype="none", start_seconds=0.0
+        )
+        self.rope_depends_on_length = rope_depends_on_length
+        self.poison: int | None = None
+        self.bad_draw: int | None = None
+        self.broken = 0  # so many next steps raise, whatever is in them
+        self.half_applied = False  # a failing step has set up its slots already
+        self.plans: list[StepPlan] = []
+        self.slots: dict[int, Slot] = {}
+        self.closed = False
+        self._store: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._queue: deque[StepPlan] = deque()
+        self._next_step = 0
+
+    def submit(self, plan: StepPlan) -> None:
+        """Remember the plan; it is computed when its result is asked for."""
+        assert len(self._queue) < 2, "an executor need not take three plans at once"
+        assert plan.step >= self._next_step and plan.items
+        self._next_step = plan.step + 1
+        self.plans.append(plan)
+        self._queue.append(plan)
+
+    def result(self) -> StepResult:
+        """Check and compute the oldest plan."""
+        plan = self._queue.popleft()
+        if self.broken and not self.half_applied:
+            self.broken -= 1
+            raise RuntimeError("broken step")
+        for slot in plan.released:
+            self.slots.pop(slot, None)
+        for new in plan.new:
+            assert new.slot not in self.slots and 0 <= new.slot < self.info.max_batch_size, f"slot {new.slot} is taken"
+            self.slots[new.slot] = Slot(new, list(new.token_ids))
+        for item in plan.items:
+            self.slots[item.slot].blocks += item.new_blocks
+        if self.broken:
+            self.broken -= 1
+            raise RuntimeError("broken step")
+        assert len({item.slot for item in plan.items}) == len(plan.items), "a slot twice in one step"
+        return StepResult(plan.step, [self._compute(item) for item in plan.items], 0.0)
+
+    def close(self) -> None:
+        """Note that it happened."""
+        self.closed = True
+
+    def _compute(self, item: PlanItem) -> SlotResult:
+        slot = self.slots[item.slot]
+        end = item.start + item.num_tokens
+        assert item.num_tokens > 0 and end <= len(slot.token_ids), f"{item}: only {len(slot.token_ids)} tokens are known"
+        assert len(slot.blocks) * self._block_size >= end and len(set(slot.blocks)) == len(slot.blocks), f"{item}: blocks {slot.blocks}"
+        assert item.sample <= (end == len(slot.token_ids)), f"{item}: a token is drawn from the middle"
+        self._fill_keys(slot, end)
+        for position in range(item.start):
+            stored = self._store[slot.blocks[position // self._block_size]][position % self._block_size]
+            assert stored == slot.keys[position], f"{item}: wrong keys at position {position}"
+        for position in range(item.start, end):
+            if slot.token_ids[position] == self.poison:
+                raise PoisonError(f"token {self.poison}")
+            self._write(item.slot, slot, position)
+        return self._answer(item, slot, end)
+
+    def _fill_keys(self, slot: Slot, end: int) -> None:
+        while len(slot.keys) < end:
+            before = slot.keys[-1] if slot.keys else (slot.new.rope_length if self.rope_depends_on_length else 0)
+            slot.keys.append(next_key(before, slot.token_ids[len(slot.keys)]))
+
+    def _write(self, number: int, slot: Slot, position: int) -> None:
+        block, offset = slot.blocks[position // self._block_size], position % self._block_size
+        for other_number, other in self.slots.items():
+            if other_number != number and block in other.blocks:
+                shared = other.blocks.index(block) * self._block_size + offset
+                ok = shared >= len(other.keys) or other.keys[shared] == slot.keys[position]
+                assert ok, f"slot {number} overwrites keys of slot {other_number}"
+        self._store[block][offset] = slot.keys[position]
+
+    def _answer(self, item: PlanItem, slot: Slot, end: int) -> SlotResult:
+        sampling, prompt_len = slot.new.sampling, slot.new.prompt_len
+        result = SlotResult(item.slot)
+        if sampling.prompt_logprobs is not None:
+            rows = range(item.start, min(end, prompt_len - 1))
+            result.prompt_logprobs = [TokenLogprobs(slot.token_ids[p + 1], -float(slot.keys[p] % 100), []) for p in rows]
+        if sampling.output_logits == "all":
+            result.logits = slot.keys[item.start : end]
+        if not item.sample:
+            return result
+        token = draw(slot.keys[end - 1], sampling.seed, end - prompt_len, self._vocab_size)
+        if token == self.bad_draw:
+            return SlotResult(item.slot, error=f"token {token} cannot be drawn")
+        slot.token_ids.append(token)
+        result.token_id = token
+        if sampling.logprobs is not None:
+            result.logprobs = TokenLogprobs(token, -1.0, [])
+        if sampling.output_logits == "generation":
+            result.logits = slot.keys[end - 1 : end]
+        return result
