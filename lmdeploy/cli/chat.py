@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from lmdeploy import log
 from lmdeploy.cli.flags import add_config_flags, add_engine_flags, add_model_flag, add_template_flags, config_values, engine_config, template_config, truth
+from lmdeploy.cli.startup import EMBEDDED, describe
 from lmdeploy.cli.terminal import Conversation, Message, open_reader, open_screen
-from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from lmdeploy.config import ChatTemplateConfig, GenerationConfig
 from lmdeploy.errors import ConfigError, RequestError
 from lmdeploy.messages import Response
 
@@ -57,7 +58,7 @@ def run_chat(args: argparse.Namespace) -> int:
     screen = open_screen()
     reader = open_reader(screen)
     if args.model_path is None:
-        screen.note("no model given: this is the embedded tiny-internlm2-chat, a 20M-parameter demo model (its card: lmdeploy/assets/tiny-internlm2-chat)")
+        screen.note(EMBEDDED)
     from lmdeploy.frontend import Frontend
 
     with Frontend.open(args.model_path, config, template) as frontend:
@@ -76,22 +77,6 @@ def _template(args: argparse.Namespace) -> ChatTemplateConfig | None:
 
     named = template_by_name(name)
     return template_config(args, named.model_name if named else None)
-
-
-def describe(frontend: Frontend, config: EngineConfig) -> str:
-    """The start-up lines: what runs, how, and where the memory went."""
-    from lmdeploy.engine.memory import format_bill
-
-    info = frontend.info
-    kernels = ", ".join(f"{op} {name}" for op, name in info.kernels.items())
-    rows = {
-        "model": frontend.model_path,
-        "engine": f"{config.backend}, {info.dtype}, device {info.memory.device}, started in {info.start_seconds:.1f} s",
-        "limits": f"session_len {info.session_len}, max_batch_size {info.max_batch_size}, prefix caching {'on' if config.enable_prefix_caching else 'off'}",
-        "template": str(frontend.template.name),
-        "kernels": kernels,
-    }
-    return "\n".join(f"{name:<10}{text}" for name, text in rows.items()) + "\n" + format_bill(info.memory)
 
 
 class LocalModel:

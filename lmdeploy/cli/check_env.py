@@ -20,7 +20,22 @@ from typing import Any
 from lmdeploy.errors import ConfigError
 from lmdeploy.version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "tiktoken", "huggingface_hub", "fastapi", "uvicorn", "pydantic", "msgspec", "gradio", "transformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "sentencepiece",
+    "tiktoken",
+    "huggingface_hub",
+    "fastapi",
+    "uvicorn",
+    "pydantic",
+    "msgspec",
+    "gradio",
+    "transformers",
+)
 #: instruction sets that decide which CPU kernels are fast
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -229,9 +229,22 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     compatible.add_argument("--hf-overrides", type=_json_object, help=argparse.SUPPRESS)
     for name in [*EngineConfig.ALIASES, *EngineConfig.NO_EFFECT]:
         compatible.add_argument("--" + name.strip("_").replace("_", "-"), dest=name, type=_number_or_text, help=argparse.SUPPRESS)
-    for name, neutral in UNSUPPORTED.items():
+    add_unsupported_flags(compatible, UNSUPPORTED)
+
+
+def add_unsupported_flags(group: Any, table: dict[str, tuple[Any, ...]]) -> None:
+    """Flags that are known, so that their error can say what is wrong with them; name -> neutral values."""
+    for name, neutral in table.items():
         kind: dict[str, Any] = {"nargs": "?", "const": True, "type": truth} if neutral == (False,) else {}
-        compatible.add_argument("--" + name.replace("_", "-"), dest=name, help=argparse.SUPPRESS, **kind)
+        group.add_argument("--" + name.replace("_", "-"), dest=name, help=argparse.SUPPRESS, **kind)
+
+
+def refuse_unsupported(args: argparse.Namespace, table: dict[str, tuple[Any, ...]]) -> None:
+    """Raise ConfigError for a flag of the table that has another than a neutral value."""
+    for name, neutral in table.items():
+        value = getattr(args, name, None)
+        if value is not None and value not in neutral:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is not available in this version of lmdeploy; leave it out")
 
 
 def _number_or_text(text: str) -> Any:
@@ -245,10 +258,7 @@ def _number_or_text(text: str) -> Any:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The EngineConfig of the flags, as the class that `--backend` names."""
-    for name, neutral in UNSUPPORTED.items():
-        value = getattr(args, name, None)
-        if value is not None and value not in neutral:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is not available in this version of lmdeploy; leave it out")
+    refuse_unsupported(args, UNSUPPORTED)
     if getattr(args, "trust_remote_code", False):
         get_logger(__name__).warning("--trust-remote-code has no effect: lmdeploy never runs code from a model folder")
     values = config_values(args, EngineConfig)

@@ -108,7 +108,7 @@ def find_command(words: list[str]) -> tuple[Command | None, list[str]]:
 
 def _unknown(words: str) -> ConfigError:
     names = [c.words for c in COMMANDS]
-    near = difflib.get_close_matches(words, names, 1) or [n for n in names if words in n.split()]
+    near = difflib.get_close_matches(words, [*names, *dict.fromkeys(n.split()[0] for n in names)], 1) or [n for n in names if words in n.split()]
     hint = f"did you mean 'lmdeploy {near[0]}'?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"unknown command '{words}'; {hint}")
 
