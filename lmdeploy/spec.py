@@ -424,7 +424,7 @@ def load_spec(folder: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """The spec of a model folder. `overrides` (hf_overrides) replace values of config.json; nested objects are merged, null removes a key."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(_not_a_model(folder))
+        raise CheckpointError(explain_not_a_model(folder))
     raw = _read_json(folder / "config.json")
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(f"hf_overrides={_short(overrides)} must be a table of config.json keys and values")
@@ -457,8 +457,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _not_a_model(folder: Path) -> str:
-    """What is wrong with a path that has no config.json, and what to do."""
+def explain_not_a_model(folder: Path) -> str:
+    """One line on what a path without config.json is, and what to do."""
     if not folder.exists():
         return f"{folder}: there is no such folder"
     if not folder.is_dir():

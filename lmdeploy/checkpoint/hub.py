@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.log import get_logger
+from lmdeploy.spec import explain_not_a_model
 
 EMBEDDED = "tiny-internlm2-chat"
 WANTED = ("*.safetensors", "*.bin", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
@@ -29,7 +30,9 @@ def resolve_model(path: str | Path | None, download_dir: str | None = None, revi
         )
     folder = Path(path).expanduser()
     if folder.exists():
-        return folder  # load_spec says what is wrong with one that holds no model
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(explain_not_a_model(folder))
+        return folder
     if isinstance(path, str) and _HUB_ID.fullmatch(path):
         return _download(path, download_dir, revision)
     raise CheckpointError(f"{path}: there is no such folder, and it is no hub id (organisation/name)")
@@ -51,8 +54,9 @@ def _download(name: str, download_dir: str | None, revision: str | None) -> Path
 
     get_logger(__name__).info("%s is no folder; looking it up on the hub", name)
     place = f"{name}{f' at {revision}' if revision else ''}"
+    unwanted = [*UNWANTED, *_second_copies(name, revision)]
     try:
-        found = snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+        found = snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(WANTED), ignore_patterns=unwanted)
     except GatedRepoError:
         raise CheckpointError(f"{place}: the hub asks for a licence agreement and a token (`hf auth login`)") from None
     except RepositoryNotFoundError:
@@ -67,3 +71,14 @@ def _download(name: str, download_dir: str | None, revision: str | None) -> Path
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{place}: download from the hub failed ({type(error).__name__}: {reason[:200]}); try again or give a local folder") from None
     return Path(found)
+
+
+def _second_copies(name: str, revision: str | None) -> list[str]:
+    """`*.bin` when the hub has the same weights as safetensors, so that they are not downloaded twice."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # not reachable, or refused: the download that follows says why
+        return []
+    return ["*.bin"] if any(file.endswith(".safetensors") for file in files) else []
