@@ -161,16 +161,26 @@ class Harness:
     @torch.inference_mode()
     def step(self, new: Sequence[tuple[int, Sequence[int]]], *, rope_length: int | None = None) -> dict[int, Tensor]:
         """Append tokens to sequences (id, tokens); float32 logits [n, V] of each one's new tokens. `rope_length` counts when a sequence starts."""
-        work = sorted(new, key=lambda item: len(item[1]) != 1)  # those with one new token first, as the contract has it
+        inputs = self.begin(new, rope_length=rope_length)
+        logits = self.model.logits(self.model.forward(inputs))
+        work = self._ordered(new)
+        sizes = [len(tokens) for _, tokens in work]
+        return {name: rows.clone() for (name, _), rows in zip(work, logits.split(sizes), strict=True)}
+
+    def begin(self, new: Sequence[tuple[int, Sequence[int]]], *, rope_length: int | None = None) -> ForwardInputs:
+        """The inputs of a step that appends these tokens; logits of every row are wanted."""
+        work = self._ordered(new)
         for name, tokens in work:
             stored = self.sequences.setdefault(name, _Stored(rope_length=rope_length or len(tokens)))
             stored.length += len(tokens)
             while len(stored.blocks) * self.block_size < stored.length:
                 stored.blocks.append(self.free.pop())
-        inputs = self._inputs(work)
-        logits = self.model.logits(self.model.forward(inputs))
-        sizes = [len(tokens) for _, tokens in work]
-        return {name: rows.clone() for (name, _), rows in zip(work, logits.split(sizes), strict=True)}
+        return self._inputs(work)
+
+    @staticmethod
+    def _ordered(new: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, Sequence[int]]]:
+        """Those with one new token first, as the contract has it."""
+        return sorted(new, key=lambda item: len(item[1]) != 1)
 
     def drop(self, name: int) -> None:
         """Forget a sequence; its blocks are used again."""

@@ -159,7 +159,9 @@ def paged(lengths: list[int], counts: list[int], kv_heads: int, dim: int, block_
 @EACH_DTYPE
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 24), (3, 1, 20), (5, 5, 8)])
 @pytest.mark.parametrize("window", [0, 1, 5])
-def test_attention_of_mixed_decode_and_prefill_matches_a_loop_over_keys(device: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int) -> None:
+def test_attention_of_mixed_decode_and_prefill_matches_a_loop_over_keys(
+    device: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int
+) -> None:
     lengths, counts = [1, 9, 4, 7, 13], [1, 1, 1, 7, 5]  # first token, decode, decode on a full block, fresh prefill, chunk
     contents, caches, meta = paged(lengths, counts, kv_heads, dim, 4, dtype, device)
     q = make(sum(counts), heads, dim, dtype=dtype, device=device, seed=99)
@@ -197,7 +199,11 @@ def test_experts_sum_the_chosen_mlps_by_weight(device: str, dtype: torch.dtype, 
     gate_up = make(num_experts, 2 * inner, width, dtype=dtype, device=device, seed=1) / width**0.5
     down = make(num_experts, width, inner, dtype=dtype, device=device, seed=2) / inner**0.5
     generator = torch.Generator().manual_seed(3)
-    ids = torch.stack([torch.randperm(num_experts - 1, generator=generator)[:top_k] for _ in range(rows)]).to(device) if rows else torch.empty(0, 2).long().to(device)
+    ids = (
+        torch.stack([torch.randperm(num_experts - 1, generator=generator)[:top_k] for _ in range(rows)]).to(device)
+        if rows
+        else torch.empty(0, 2).long().to(device)
+    )
     weights = torch.rand(rows, top_k, generator=generator).to(device)
     out = torch.empty_like(x)
     REFERENCE.experts(x, gate_up, down, ids, weights, out)

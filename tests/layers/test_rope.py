@@ -26,7 +26,16 @@ KINDS = {
     ),
     "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, {"factor": 4.0}),
     "yarn, mscale": (
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 20, "beta_slow": 2, "truncate": False},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+            "beta_fast": 20,
+            "beta_slow": 2,
+            "truncate": False,
+        },
         {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False},
     ),
     "yarn, attention factor": (

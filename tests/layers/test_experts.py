@@ -1,0 +1,76 @@
+"""Experts: the router's choice, its weights, and each rank's slice of every expert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lmdeploy.checkpoint.source import WeightSource, open_source
+from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.layers.build import BuildContext, StepBuffers, StepShape
+from lmdeploy.layers.experts import ExpertNames, Experts
+from lmdeploy.parallel import Parallel
+from lmdeploy.spec import ModelSpec
+from tests.helpers import LLAMA_CONFIG, write_folder
+
+CPU, COUNT, WIDTH, INNER = torch.device("cpu"), 5, 12, 8
+DENSE = ModelSpec.from_config({**LLAMA_CONFIG, "hidden_size": WIDTH, "head_dim": 4})
+SPEC = replace(DENSE, num_experts=COUNT, experts_per_token=2, moe_intermediate_size=INNER)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"m.gate.weight": torch.randn(COUNT, WIDTH, generator=generator)}
+    for e in range(COUNT):
+        for name, shape in (("gate", (INNER, WIDTH)), ("up", (INNER, WIDTH)), ("down", (WIDTH, INNER))):
+            tensors[f"m.experts.{e}.{name}_proj.weight"] = torch.randn(shape, generator=generator)
+    return open_source(write_folder(tmp_path_factory.mktemp("experts"), {}, tensors))
+
+
+def run(source: WeightSource, spec: ModelSpec, x: torch.Tensor, rank: int = 0, size: int = 1) -> torch.Tensor:
+    """This rank's sum, without the sum over ranks."""
+    ctx = BuildContext(spec, Parallel(rank, size), REFERENCE, torch.float32, CPU)
+    layer = Experts(ctx, "m", ExpertNames())
+    layer.load(source)
+    layer.parallel = Parallel()
+    scratch = Scratch(len(x), torch.float32, CPU)
+    step = StepBuffers.take(scratch, StepShape.of(ctx, dense_mlp=False), len(x))
+    step.normed.copy_(x)
+    none = torch.empty(0, dtype=torch.int32)
+    meta = AttentionMeta(none, none, none, none, [], [], 0)
+    layer.forward(ForwardInputs(none, none, None, meta, [], none, scratch), step)  # experts read the buffers only
+    return step.proj
+
+
+def naive(source: WeightSource, x: torch.Tensor, normalise: bool) -> torch.Tensor:
+    def get(name: str, *shape: int) -> torch.Tensor:
+        out = torch.empty(shape)
+        source.take(name, out)
+        return out
+
+    shares = torch.softmax(x @ get("m.gate.weight", COUNT, WIDTH).t(), dim=-1)
+    out = torch.zeros_like(x)
+    for t, row in enumerate(shares):
+        best = sorted(range(COUNT), key=lambda e: -float(row[e]))[:2]
+        total = sum(float(row[e]) for e in best) if normalise else 1.0
+        for e in best:
+            gate, up = (get(f"m.experts.{e}.{name}_proj.weight", INNER, WIDTH) @ x[t] for name in ("gate", "up"))
+            out[t] += float(row[e]) / total * (get(f"m.experts.{e}.down_proj.weight", WIDTH, INNER) @ (gate * torch.sigmoid(gate) * up))
+    return out
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_two_likeliest_experts_are_summed_by_the_router(source: WeightSource, normalise: bool) -> None:
+    x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1))
+    found = run(source, replace(SPEC, norm_topk_prob=normalise), x)
+    torch.testing.assert_close(found, naive(source, x, normalise), rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_hold_slices_of_every_expert_that_sum_to_the_whole(source: WeightSource) -> None:
+    x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1))
+    total = sum(run(source, SPEC, x, rank, 2) for rank in range(2))
+    torch.testing.assert_close(total, run(source, SPEC, x), rtol=1e-5, atol=1e-5)

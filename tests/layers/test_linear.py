@@ -1,0 +1,99 @@
+"""Linear layers: what the ranks of a tensor-parallel group hold adds up to the whole, for every layout of the file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmdeploy.checkpoint.source import WeightSource, open_source
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.layers.build import BuildContext
+from lmdeploy.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
+from lmdeploy.parallel import Parallel
+from lmdeploy.spec import ModelSpec
+from tests.helpers import LLAMA_CONFIG, write_folder
+
+SPEC = ModelSpec.from_config({**LLAMA_CONFIG, "hidden_size": 12, "head_dim": 4, "intermediate_size": 10})
+DIM, HEADS, KV_HEADS, WIDTH = 4, 4, 2, 12
+
+
+def context(rank: int = 0, size: int = 1) -> BuildContext:
+    return BuildContext(SPEC, Parallel(rank, size), REFERENCE, torch.float32, torch.device("cpu"))
+
+
+def numbered(rows: int, first: int) -> torch.Tensor:
+    """Rows that can be told apart: row r is full of first + r."""
+    return (torch.arange(rows, dtype=torch.float32) + first).unsqueeze(1).repeat(1, WIDTH)
+
+
+def source_of(tmp_path: Path, **tensors: torch.Tensor) -> WeightSource:
+    return open_source(write_folder(tmp_path, {}, tensors))
+
+
+def loaded(layer: Linear, source: WeightSource) -> list[torch.Tensor]:
+    layer.load(source)
+    return list(layer.tensors())
+
+
+Q, K, V = numbered(HEADS * DIM, 0), numbered(KV_HEADS * DIM, 100), numbered(KV_HEADS * DIM, 200)
+FUSED = {
+    "separate": (("q", "k", "v"), False, {"a.q.weight": Q, "a.k.weight": K, "a.v.weight": V}),
+    "stacked": (("qkv",), False, {"a.qkv.weight": torch.cat((Q, K, V))}),
+    "interleaved": (("qkv",), True, {"a.qkv.weight": torch.cat((Q[:8], K[:4], V[:4], Q[8:], K[4:], V[4:]))}),
+}
+
+
+@pytest.mark.parametrize("layout", FUSED)
+@pytest.mark.parametrize("size", [1, 2])
+def test_qkv_rows_of_a_rank_are_its_queries_keys_and_values(tmp_path: Path, layout: str, size: int) -> None:
+    parts, interleaved, tensors = FUSED[layout]
+    source = source_of(tmp_path, **tensors)
+    for rank in range(size):
+        (weight,) = loaded(QKVLinear(context(rank, size), "a", parts, interleaved=interleaved), source)
+        wanted = torch.cat([t.chunk(size)[rank] for t in (Q, K, V)])
+        assert torch.equal(weight, wanted)
+
+
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_biases_are_laid_out_like_their_rows(tmp_path: Path, layout: str) -> None:
+    parts, interleaved, tensors = FUSED[layout]
+    biases = {name.replace("weight", "bias"): t[:, 0].clone() for name, t in tensors.items()}
+    weight, bias = loaded(QKVLinear(context(), "a", parts, interleaved=interleaved), source_of(tmp_path, **tensors, **biases))
+    assert torch.equal(bias, weight[:, 0])
+
+
+def test_a_head_count_that_cannot_be_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="tp=3"):
+        QKVLinear(context(0, 3), "a", ("q", "k", "v"))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_gate_and_up_of_a_rank_are_the_same_columns_of_the_mlp(tmp_path: Path, stacked: bool, size: int) -> None:
+    gate, up = numbered(10, 0), numbered(10, 50)
+    tensors = {"m.gate_up.weight": torch.cat((gate, up))} if stacked else {"m.gate.weight": gate, "m.up.weight": up}
+    source = source_of(tmp_path, **tensors)
+    for rank in range(size):
+        (weight,) = loaded(GateUpLinear(context(rank, size), "m", ("gate_up",) if stacked else ("gate", "up"), 10), source)
+        assert torch.equal(weight, torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank])))
+
+
+def test_row_layers_of_the_ranks_sum_to_the_whole_with_one_bias(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((7, WIDTH), (7,), (5, WIDTH)))
+    source, total = source_of(tmp_path, **{"o.weight": weight, "o.bias": bias}), torch.zeros(5, 7)
+    for rank in range(4):
+        layer, out = RowLinear(context(rank, 4), "o", WIDTH, 7, expect_bias=True), torch.empty(5, 7)
+        layer.load(source)
+        Linear.forward(layer, x.chunk(4, dim=1)[rank], out)  # without the sum over ranks, which is this test's own
+        total += out
+    torch.testing.assert_close(total, x @ weight.t() + bias)
+
+
+def test_weights_are_cast_to_the_type_of_the_model(tmp_path: Path) -> None:
+    ctx = replace(context(), dtype=torch.bfloat16)
+    (weight,) = loaded(QKVLinear(ctx, "a", ("q", "k", "v")), source_of(tmp_path, **FUSED["separate"][2]))
+    assert weight.dtype == torch.bfloat16 and torch.equal(weight, torch.cat((Q, K, V)).bfloat16())

@@ -1,0 +1,186 @@
+"""The decoder: loading, row selection, tied heads, biases, and what it says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmdeploy.errors import CheckpointError
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.models.decoder import Decoder
+from tests.helpers import LLAMA_CONFIG, Harness, llama_tensors, load_model, write_folder, write_internlm2, write_llama
+
+TOKENS = [5, 17, 99, 3, 42, 8, 77]
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Add, replace or (None) remove tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+
+
+def logits(folder: Path, **options: Any) -> torch.Tensor:
+    return Harness(load_model(folder, **options)).step([(0, TOKENS)])[0]
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    edit_weights(write_llama(tmp_path), **{"model.layers.1.self_attn.k_proj.weight": None})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight"):
+        load_model(tmp_path)
+
+
+def test_a_tensor_that_nobody_wants_is_named(tmp_path: Path) -> None:
+    edit_weights(write_llama(tmp_path), **{"model.layers.0.self_attn.lora.weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"self_attn\.lora\.weight"):
+        load_model(tmp_path)
+
+
+def test_a_tensor_of_another_size_is_named(tmp_path: Path) -> None:
+    edit_weights(write_internlm2(tmp_path), **{"model.layers.0.attention.wqkv.weight": torch.ones(8 * 24 - 24, 64)})
+    with pytest.raises(CheckpointError, match=r"attention\.wqkv\.weight"):
+        load_model(tmp_path)
+
+
+def test_a_tied_head_is_the_embedding_and_counts_once(tmp_path: Path) -> None:
+    tied, untied = load_model(write_llama(tmp_path / "a", tie_word_embeddings=True)), load_model(write_llama(tmp_path / "b"))
+    assert untied.weight_bytes - tied.weight_bytes == 131 * 64 * 4
+    assert untied.weight_bytes == (tmp_path / "b" / "model.safetensors").stat().st_size - _header(tmp_path / "b")
+
+
+def _header(folder: Path) -> int:
+    return 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+
+
+def test_a_head_in_the_file_of_a_tied_model_is_not_an_error(tmp_path: Path) -> None:
+    write_llama(tmp_path, tie_word_embeddings=True)
+    wanted = logits(tmp_path)
+    edit_weights(tmp_path, **{"lm_head.weight": torch.ones(131, 64)})
+    assert torch.equal(logits(tmp_path), wanted)
+
+
+def test_a_bias_in_the_file_is_used_though_the_config_is_silent(tmp_path: Path) -> None:
+    write_llama(tmp_path)
+    before = logits(tmp_path)
+    layer = "model.layers.0.self_attn"
+    edit_weights(tmp_path, **{f"{layer}.{name}_proj.bias": torch.full((rows * 24,), 0.5) for name, rows in (("q", 4), ("k", 2), ("v", 2))})
+    assert (logits(tmp_path) - before).abs().max() > 0.1
+
+
+def test_a_bias_of_the_config_that_the_file_lacks_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"q_proj\.bias"):
+        load_model(write_llama(tmp_path, attention_bias=True))
+
+
+def test_internlm3_is_llama_with_biases(tmp_path: Path) -> None:
+    tensors, generator = llama_tensors(LLAMA_CONFIG), torch.Generator().manual_seed(1)
+    for layer in range(2):
+        for name, rows in (("q", 4 * 24), ("k", 2 * 24), ("v", 2 * 24), ("o", 64)):
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = torch.randn(rows, generator=generator)
+    write_folder(tmp_path / "llama", {**LLAMA_CONFIG, "attention_bias": True}, tensors)
+    internlm3 = {**LLAMA_CONFIG, "architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3", "qkv_bias": True, "bias": False}
+    write_folder(tmp_path / "internlm3", internlm3, tensors)
+    assert torch.equal(logits(tmp_path / "internlm3"), logits(tmp_path / "llama"))
+
+
+@pytest.mark.parametrize("rows", [[6], [0, 3, 4], [5, 1], [2, 2], list(range(7)), []])
+def test_only_the_wanted_rows_are_finished_and_they_are_the_same(tmp_path: Path, rows: list[int]) -> None:
+    model = load_model(write_llama(tmp_path))
+    wanted = Harness(model).step([(0, TOKENS)])[0]
+    harness = Harness(model)
+    found = run_rows(harness, rows)
+    assert found.shape == (len(rows), 131)
+    torch.testing.assert_close(found, wanted[rows], rtol=0, atol=1e-5)
+    after = harness.step([(0, [9])])[0]  # KV of all rows was written all the same
+    torch.testing.assert_close(after[0], Harness(model).step([(0, [*TOKENS, 9])])[0][-1], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def run_rows(harness: Harness, rows: list[int]) -> torch.Tensor:
+    """Logits of some rows of TOKENS as sequence 0."""
+    harness.step([(0, TOKENS)])
+    harness.drop(0)
+    inputs = harness.begin([(0, TOKENS)])
+    inputs.logit_rows = torch.tensor(rows, dtype=torch.int64)
+    return harness.model.logits(harness.model.forward(inputs))
+
+
+def test_a_second_step_of_the_same_size_reserves_no_memory(tmp_path: Path) -> None:
+    harness = Harness(load_model(write_llama(tmp_path)))
+    harness.step([(0, TOKENS)])
+    reserved = harness.scratch.nbytes
+    harness.step([(1, TOKENS * 3), (0, [4])])
+    assert harness.scratch.nbytes == reserved > 0
+
+
+def test_two_models_in_one_process_do_not_meet(tmp_path: Path) -> None:
+    folders = [write_llama(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    alone = []
+    for folder in folders:
+        harness = Harness(load_model(folder))
+        alone.append([harness.step([(0, TOKENS)])[0], harness.step([(0, [7])])[0]])
+    together = [Harness(load_model(folder)) for folder in folders]
+    for turn, tokens in enumerate((TOKENS, [7])):
+        out = [harness.step([(0, tokens)])[0] for harness in together]
+        assert torch.equal(out[0], alone[0][turn]) and torch.equal(out[1], alone[1][turn])
+
+
+def test_layers_call_the_kernels_they_are_given(tmp_path: Path) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        calls.append((*weight.shape, x.shape[0]))
+        REFERENCE.linear(x, weight, bias, out)
+
+    harness = Harness(load_model(write_llama(tmp_path), kernels=replace(REFERENCE, linear=linear)))
+    harness.step([(0, TOKENS)])
+    layer = [(8 * 24, 64, 7), (64, 4 * 24, 7), (2 * 88, 64, 7), (64, 88, 7)]
+    assert calls == layer * 2 + [(131, 64, 7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_llama(tmp_path)
+    exact, rounded = logits(tmp_path), logits(tmp_path, dtype=dtype)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).pow(2).mean().sqrt() < 0.03 * exact.std()
+
+
+def test_logn_scales_queries_past_the_training_length(tmp_path: Path) -> None:
+    write_llama(tmp_path, max_position_embeddings=8)
+    plain, scaled = (Harness(load_model(tmp_path, overrides={"use_logn_attn": on})).step([(0, TOKENS * 3)])[0] for on in (False, True))
+    assert torch.equal(plain[:8], scaled[:8])
+    assert ((plain[8:] - scaled[8:]).abs().amax(dim=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("write", [write_llama, write_internlm2])
+def test_smoothing_groups_name_modules_of_the_file(tmp_path: Path, write: Any) -> None:
+    model: Decoder = load_model(write(tmp_path, num_key_value_heads=4))
+    on_disk = set(load_file(tmp_path / "model.safetensors"))
+    groups = model.smoothing_groups()
+    for group in groups:
+        for name in (group.source, *group.targets):
+            assert f"model.layers.1.{name}.weight" in on_disk
+    assert sum(group.source_is_norm for group in groups) == 2
+    covered = {target for group in groups if group.source_is_norm for target in group.targets}
+    llama = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
+    assert covered == (llama if write is write_llama else {"attention.wqkv", "feed_forward.w1", "feed_forward.w3"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5, "architectures": ["MistralForCausalLM"]}])
+def test_cuda_gives_the_logits_of_the_cpu(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_llama(tmp_path, **changes)
+    on_cpu, on_cuda = Harness(load_model(tmp_path)), Harness(load_model(tmp_path, device="cuda"))
+    for new in ([(0, TOKENS * 3), (1, TOKENS)], [(0, [4]), (1, TOKENS), (2, [9])]):
+        wanted, found = on_cpu.step(new), on_cuda.step(new)
+        for name, rows in wanted.items():
+            torch.testing.assert_close(found[name].cpu(), rows, rtol=0, atol=1e-4)
