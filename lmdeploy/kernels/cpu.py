@@ -1,0 +1,232 @@
+"""The fast CPU kernels: `native/*.cpp` behind the signatures of `api.Kernels`.
+
+A wrapper checks what its C code relies on (dtype, last axis contiguous, same types) and hands everything else to the reference.
+It costs about 2 us: pointers are ints, argument blocks are packed bytes, argtypes are set once. Results do not depend on
+what else is in the batch: a row has the same bits alone, in any batch, in any chunk and with any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdeploy.inputs import AttentionMeta
+from lmdeploy.kernels.api import Kernels
+from lmdeploy.kernels.build import NativeBuild, load_native
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.log import get_logger
+
+Tensor = torch.Tensor
+logger = get_logger(__name__)
+
+MAX_HEAD_DIM = 256
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_ARGUMENTS: dict[str, list[Any]] = {
+    "linear": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _I],
+    "rms_norm": [_P, _L, _P, _P, _F, _P, _L, _L, _I],
+    "head_norm": [_P, _L, _L, _P, _F, _L, _L, _L, _I],
+    "silu_mul": [_P, _P, _L, _L, _I],
+    "rope_write_kv": [ctypes.c_char_p, _I],
+    "attention": [ctypes.c_char_p, _I],
+}
+_ROPE = struct.Struct("9Q14q")  # RopeArgs in elementwise.cpp
+_ATTENTION = struct.Struct("7Q12qf4x")  # AttentionArgs in attention.cpp
+
+
+def _functions(library: ctypes.CDLL, name: str) -> dict[torch.dtype, Callable[..., int]]:
+    """The C function of an operator for each dtype."""
+    found: dict[torch.dtype, Callable[..., int]] = {}
+    for dtype, suffix in _SUFFIX.items():
+        function = library[f"lmd_{name}_{suffix}"]
+        function.argtypes, function.restype = _ARGUMENTS[name], _I if name == "linear" and suffix == "bf16" else None
+        found[dtype] = function
+    return found
+
+
+def _linear(library: ctypes.CDLL, threads: int, amx: bool) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], None]:
+    functions = _functions(library, "linear")
+    if not amx:
+        del functions[torch.bfloat16]  # oneDNN is faster than anything without AMX
+    fallback = REFERENCE.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        dtype = x.dtype
+        function = functions.get(dtype)
+        same = weight.dtype is dtype and out.dtype is dtype and (bias is None or (bias.dtype is dtype and bias.is_contiguous()))
+        if function is None or not same or not weight.is_contiguous() or x.stride(1) != 1 or out.stride(1) != 1:
+            return fallback(x, weight, bias, out)
+        n, k = weight.shape
+        bias_at = None if bias is None else bias.data_ptr()
+        rows = x.shape[0]
+        done = function(x.data_ptr(), x.stride(0), weight.data_ptr(), bias_at, out.data_ptr(), out.stride(0), rows, k, n, threads)
+        if done == 0:  # out of memory for the packed rows
+            return fallback(x, weight, bias, out)
+
+    return linear
+
+
+def _rms_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, float, Tensor], None]:
+    functions, fallback = _functions(library, "rms_norm"), REFERENCE.rms_norm
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        dtype = x.dtype
+        function = functions.get(dtype)
+        if function is None or weight.dtype is not dtype or out.dtype is not dtype or x.stride(1) != 1 or not out.is_contiguous():
+            return fallback(x, weight, eps, out)
+        function(x.data_ptr(), x.stride(0), None, weight.data_ptr(), eps, out.data_ptr(), x.shape[0], x.shape[1], threads)
+
+    return rms_norm
+
+
+def _add_rms_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, Tensor, float, Tensor], None]:
+    functions, fallback = _functions(library, "rms_norm"), REFERENCE.add_rms_norm
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        dtype = x.dtype
+        function = functions.get(dtype)
+        same = weight.dtype is dtype and out.dtype is dtype and residual.dtype is dtype
+        if function is None or not same or x.stride(1) != 1 or not out.is_contiguous() or not residual.is_contiguous():
+            return fallback(x, residual, weight, eps, out)
+        rows, width = x.shape
+        function(x.data_ptr(), x.stride(0), residual.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, width, threads)
+
+    return add_rms_norm
+
+
+def _head_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, float], None]:
+    functions, fallback = _functions(library, "head_norm"), REFERENCE.head_norm
+
+    def head_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+        function = functions.get(x.dtype)
+        if function is None or weight.dtype is not x.dtype or x.stride(2) != 1:
+            return fallback(x, weight, eps)
+        row, head, _ = x.stride()
+        function(x.data_ptr(), row, head, weight.data_ptr(), eps, *x.shape, threads)
+
+    return head_norm
+
+
+def _silu_mul(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor], None]:
+    functions, fallback = _functions(library, "silu_mul"), REFERENCE.silu_mul
+
+    def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+        function = functions.get(gate_up.dtype)
+        if function is None or out.dtype is not gate_up.dtype or not gate_up.is_contiguous() or not out.is_contiguous():
+            return fallback(gate_up, out)
+        function(gate_up.data_ptr(), out.data_ptr(), *out.shape, threads)
+
+    return silu_mul
+
+
+def _cache_fits(key_cache: Tensor, value_cache: Tensor, dtype: torch.dtype) -> bool:
+    """Both caches alike, of the activations' dtype, slots and dims packed."""
+    strides = key_cache.stride()
+    packed = strides[3] == 1 and strides[2] == key_cache.shape[3]
+    return packed and strides == value_cache.stride() and key_cache.dtype is dtype and value_cache.dtype is dtype
+
+
+def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
+    functions, fallback = _functions(library, "rope_write_kv"), REFERENCE.rope_write_kv
+
+    def rope_write_kv(
+        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        dtype = q.dtype
+        function = functions.get(dtype)
+        tables = cos.dtype is torch.float32 and sin.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+        scale_fits = q_scale is None or (q_scale.dtype is torch.float32 and q_scale.is_contiguous())
+        dims_packed = q.stride(2) == 1 and k.stride(2) == 1 and v.stride(2) == 1 and slot_mapping.is_contiguous()
+        if function is None or not (tables and scale_fits and dims_packed and _cache_fits(key_cache, value_cache, dtype)):
+            return fallback(q, k, v, cos, sin, q_scale, key_cache, value_cache, slot_mapping)
+        pointers = [x.data_ptr() for x in (q, k, v, cos, sin)]
+        pointers += [0 if q_scale is None else q_scale.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), slot_mapping.data_ptr()]
+        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+        rows, heads, head_dim = q.shape
+        sizes = (rows, heads, k.shape[1], head_dim, 2 * cos.shape[1], key_cache.shape[2], *key_cache.stride()[:2])
+        function(_ROPE.pack(*pointers, *strides, *sizes), threads)
+
+    return rope_write_kv
+
+
+def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, AttentionMeta, float, int, Tensor], None]:
+    functions, fallback = _functions(library, "attention"), REFERENCE.attention
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor
+    ) -> None:
+        dtype = q.dtype
+        function = functions.get(dtype)
+        head_dim, table = q.shape[2], meta.block_table
+        plain = q.stride(2) == 1 and out.dtype is dtype and out.stride(1) == 1 and table.stride(1) == 1
+        if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(key_cache, value_cache, dtype):
+            return fallback(q, k, v, key_cache, value_cache, meta, scale, window, out)
+        pointers = (q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr())
+        lengths = (meta.query_start.data_ptr(), meta.kv_lens.data_ptr(), table.data_ptr())
+        strides = (q.stride(0), q.stride(1), table.stride(0), *key_cache.stride()[:2], out.stride(0))
+        sizes = (len(meta.query_lens), q.shape[1], key_cache.shape[1], head_dim, key_cache.shape[2], window)
+        function(_ATTENTION.pack(*pointers, *lengths, *strides, *sizes, scale), threads)
+
+    return attention
+
+
+def _experts(
+    linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], None], silu_mul: Callable[[Tensor, Tensor], None]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]:
+    def experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, out: Tensor) -> None:
+        """The tokens of one expert are gathered and go through `linear` together; sums stay in float32 until the end."""
+        total = torch.zeros(out.shape, dtype=torch.float32)
+        choices = expert_ids.shape[1]
+        order = torch.argsort(expert_ids.flatten(), stable=True)
+        counts = torch.bincount(expert_ids.flatten(), minlength=gate_up.shape[0]).tolist()
+        share = expert_weights.flatten()
+        start = 0
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            picked = order[start : start + count]
+            start += count
+            token = picked // choices
+            both = x.new_empty(count, gate_up.shape[1])
+            hidden, result = x.new_empty(count, down.shape[2]), x.new_empty(count, out.shape[1])
+            linear(x[token], gate_up[expert], None, both)
+            silu_mul(both, hidden)
+            linear(hidden, down[expert], None, result)
+            total.index_add_(0, token, result.float().mul_(share[picked].unsqueeze(1)))
+        out.copy_(total)
+
+    return experts
+
+
+def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
+    """The set made of a loaded library; `threads` defaults to torch's."""
+    assert build.library is not None, build.reason
+    library, amx = build.library, build.variant == "amx"
+    workers = threads or torch.get_num_threads()
+    linear, silu_mul = _linear(library, workers, amx), _silu_mul(library, workers)
+    return Kernels(
+        linear=linear,
+        rms_norm=_rms_norm(library, workers),
+        add_rms_norm=_add_rms_norm(library, workers),
+        head_norm=_head_norm(library, workers),
+        rope_write_kv=_rope_write_kv(library, workers),
+        attention=_attention(library, workers),
+        silu_mul=silu_mul,
+        experts=_experts(linear, silu_mul),
+        names=dict.fromkeys(REFERENCE.names, f"native {build.variant}"),
+    )
+
+
+def cpu_kernels(threads: int | None = None, cache_dir: Path | None = None) -> Kernels:
+    """The native set, or the reference with a warning that says why."""
+    build = load_native(cache_dir)
+    if build.library is None:
+        logger.warning("CPU kernels fall back to torch: %s", build.reason)
+        return replace(REFERENCE, names=dict.fromkeys(REFERENCE.names, "torch"))
+    return native_kernels(build, threads)

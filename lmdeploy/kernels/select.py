@@ -1,0 +1,96 @@
+"""Chooses the implementation of every operator. Candidates stand in order of preference and answer with reasons against
+themselves; the first without a reason is taken. The same answers feed the choice, the log and `lmdeploy check_env`, so what is
+reported is what runs. Layers never choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lmdeploy.kernels.api import Kernels
+from lmdeploy.kernels.build import NativeBuild, load_native
+from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.log import get_logger
+
+logger = get_logger(__name__)
+
+OPERATORS = tuple(REFERENCE.names)
+#: (operator, the chosen candidate, every other candidate with the reasons against it)
+Report = list[tuple[str, str, list[tuple[str, list[str]]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What is asked of the kernels."""
+
+    backend: str
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int | None = None
+
+
+def _against_native(operator: str, need: Need, build: NativeBuild | None) -> list[str]:
+    """Reasons why the native CPU kernel of `operator` cannot serve; empty when it can."""
+    reasons = []
+    if need.backend != "turbomind":
+        reasons.append(f"backend={need.backend!r} means plain torch")
+    if need.device_type != "cpu":
+        reasons.append(f"runs on cpu, not on {need.device_type}")
+    if build is None:
+        return reasons
+    if build.library is None:
+        return [*reasons, build.reason]
+    if need.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"no {str(need.dtype).removeprefix('torch.')} kernel; use bfloat16 or float32 on CPU")
+    if operator in ("linear", "experts") and need.dtype is torch.bfloat16 and build.variant != "amx":
+        reasons.append(f"bfloat16 products need AMX ({'; '.join(build.notes) or build.variant}); torch is faster without")
+    if operator == "attention" and need.head_dim is not None and need.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim={need.head_dim} is above {MAX_HEAD_DIM}")
+    return reasons
+
+
+def _build_for(need: Need, cache_dir: Path | None) -> NativeBuild | None:
+    """Compile or load the native library only where it could be chosen."""
+    return load_native(cache_dir) if need.backend == "turbomind" and need.device_type == "cpu" else None
+
+
+def _report(need: Need, build: NativeBuild | None) -> Report:
+    native = f"native {build.variant}" if build is not None and build.library is not None else "native"
+    rows: Report = []
+    for operator in OPERATORS:
+        reasons = _against_native(operator, need, build)
+        rows.append((operator, "torch", [(native, reasons)]) if reasons else (operator, native, [("torch", ["slower"])]))
+    return rows
+
+
+def select(
+    backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, threads: int | None = None, cache_dir: Path | None = None
+) -> Kernels:
+    """The kernel set for an engine. A fallback from the fast set is logged with its reasons, one line a reason."""
+    need = Need(backend, device_type, dtype, head_dim)
+    build = _build_for(need, cache_dir)
+    rows = _report(need, build)
+    names = {operator: chosen for operator, chosen, _ in rows}
+    if build is None or build.library is None:
+        if build is not None:
+            logger.warning("CPU kernels fall back to torch: %s", build.reason)
+        return replace(REFERENCE, names=names)
+    fast = native_kernels(build, threads)
+    fallbacks: dict[str, list[str]] = {}
+    for operator, chosen, others in rows:
+        if chosen == "torch":
+            fallbacks.setdefault("; ".join(others[0][1]), []).append(operator)
+    for reason, operators in fallbacks.items():
+        logger.warning("%s: torch instead of the native kernel: %s", ", ".join(operators), reason)
+    chosen_functions = {name: getattr(fast if names[name] != "torch" else REFERENCE, name) for name in OPERATORS}
+    return Kernels(**chosen_functions, names=names)
+
+
+def report(backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, cache_dir: Path | None = None) -> Report:
+    """For each operator the chosen candidate and the reasons against the others, as `select` would decide now."""
+    need = Need(backend, device_type, dtype, head_dim)
+    return _report(need, _build_for(need, cache_dir))
