@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -124,11 +124,11 @@ class Service:
         try:
             open_streams = len(tasks)
             while open_streams:
-                response = await inbox.get()
-                if response is None:
+                arrived = await inbox.get()
+                if arrived is None:
                     open_streams -= 1
                 else:
-                    yield response
+                    yield arrived
             await asyncio.gather(*tasks)  # raises what a stream raised
         finally:
             await _cancel(tasks)
@@ -169,7 +169,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await _cancel([task, watch])
 
 
-async def _cancel(tasks: list[asyncio.Future[Any]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -50,8 +50,8 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
     if isinstance(body.prompt, str):
         return [body.prompt]
     if isinstance(body.prompt[0], int):
-        return [body.prompt]  # type: ignore[list-item]  # one list of ids
-    return list(body.prompt)  # type: ignore[arg-type]
+        return [body.prompt]
+    return list(body.prompt)
 
 
 def _text_of(service: Service, prompt: str | list[int]) -> str:

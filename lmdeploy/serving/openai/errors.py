@@ -22,7 +22,7 @@ B = TypeVar("B", bound=Body)
 RETRY_SECONDS = "5"
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 #: code of a failed answer -> HTTP status; all others are the request's fault
-_CODE_STATUS = {"engine_error": 500, "overloaded": 503, "session_busy": 409, "model_not_found": 404}
+_CODE_STATUS = {"engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "session_busy": 409}
 MAX_SHOWN = 80
 
 
