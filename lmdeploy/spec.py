@@ -146,6 +146,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, window="switched_by_layer", window_default=4096),
     "MistralForCausalLM": Family(qkv_bias=False, o_bias=False, window="always", window_default=4096),
     "MixtralForCausalLM": Family(qkv_bias=False, o_bias=False, rope_theta=1e6, norm_eps=1e-5, window="always", moe="mixtral"),
+    "Phi3ForCausalLM": Family(qkv_bias=False, o_bias=False, norm_eps=1e-5, window="always"),
     "Qwen3MoeForCausalLM": Family(qk_norm=True, window="switched", window_default=4096, moe="qwen3"),
 }
 

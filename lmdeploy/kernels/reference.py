@@ -79,10 +79,8 @@ def _gather(cache: Tensor, blocks: Tensor, skip: int, length: int, group: int) -
     return rows.repeat_interleave(group, dim=0).unsqueeze(0) if group > 1 else rows.unsqueeze(0)
 
 
-def _mask(query_len: int, kv_len: int, first_key: int, window: int, device: torch.device) -> Tensor | None:
-    """bool [query_len, kv_len - first_key], True = visible; None when every query sees every key."""
-    if query_len == 1 and (window <= 0 or kv_len - first_key <= window):
-        return None
+def _mask(query_len: int, kv_len: int, first_key: int, window: int, device: torch.device) -> Tensor:
+    """bool [query_len, kv_len - first_key], True = visible."""
     query = torch.arange(kv_len - query_len, kv_len, device=device).unsqueeze(1)
     key = torch.arange(first_key, kv_len, device=device)
     visible = key <= query
@@ -103,8 +101,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: T
         keys = _gather(key_cache, blocks, oldest - first_key, kv_len - oldest, group)
         values = _gather(value_cache, blocks, oldest - first_key, kv_len - oldest, group)
         queries = q[start : start + query_len].transpose(0, 1).unsqueeze(0).float()  # [1, H, query_len, D]
-        mask = _mask(query_len, kv_len, oldest, window, q.device)
-        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        # One query sees all keys that were gathered; a fresh prompt inside the window is plainly causal; only the rest needs a mask.
+        causal = 1 < query_len == kv_len and (window <= 0 or kv_len <= window)
+        mask = None if query_len == 1 or causal else _mask(query_len, kv_len, oldest, window, q.device)
+        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
         out[start : start + query_len].view(query_len, num_heads, head_dim).copy_(result[0].transpose(0, 1))
         start += query_len
 

@@ -60,6 +60,16 @@ FAMILIES: dict[str, Family] = {
         {"head_dim": 20, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": False, "mlp_only_layers": [1]},
     ),
     "phi3": Family("phi3", {"sliding_window": None}),
+    "phi3, window 6": Family("phi3", {"sliding_window": 6}),
+    "phi3, longrope": Family(
+        "phi3",
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "longrope", "short_factor": SHORT[:8], "long_factor": LONG[:8]},
+        },
+        greedy=False,
+    ),
 }
 
 
