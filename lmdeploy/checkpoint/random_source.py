@@ -43,12 +43,7 @@ class RandomSource:
     def take(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Fill `out`; the slice only varies the numbers."""
         offset = zlib.crc32(f"{name}:{rows.start if rows else 0}:{cols.start if cols else 0}".encode()) % BLOCK
-        if out.is_contiguous():
-            self._tile(out.view(-1), offset)
-        else:
-            for row in out:
-                self._tile(row.reshape(-1) if row.is_contiguous() else row, offset)
-                offset = (offset + row.numel()) % BLOCK
+        self._fill(out, offset)
         if out.dim() == 1 and name.endswith("weight"):  # a norm
             out.add_(1.0)
 
@@ -59,6 +54,14 @@ class RandomSource:
     def finish(self, ignore: Sequence[str] = ()) -> None:
         """Nothing can be left over; the blocks are freed."""
         self._blocks.clear()
+
+    def _fill(self, out: torch.Tensor, offset: int) -> None:
+        """Fill `out`, row by row where its rows do not follow each other in memory."""
+        if out.is_contiguous() or out.dim() == 1:
+            return self._tile(out.view(-1) if out.is_contiguous() else out, offset)
+        for row in out:
+            self._fill(row, offset)
+            offset = (offset + row.numel()) % BLOCK
 
     def _tile(self, out: torch.Tensor, offset: int) -> None:
         """Copy the block again and again into the flat `out`, beginning at `offset` of the block."""

@@ -109,7 +109,7 @@ class FolderSource:
             start, stop = _bounds(cols, tensor, 1, name, file)
             tensor = tensor[:, start:stop]
         total = sum(stop - start for start, stop in bounds)
-        if out.dim() != tensor.dim() or out.shape[0] != total:
+        if out.shape != (total, *tensor.shape[1:]):
             raise self._mismatch(name, file, (total, *tensor.shape[1:]), out)
         row = 0
         for view in _views(tensor, bounds):

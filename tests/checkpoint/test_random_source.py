@@ -1,0 +1,59 @@
+"""Random weights: repeatable, well spread, never repeating rows, and norm weights near 1."""
+
+from __future__ import annotations
+
+import torch
+
+from lmdeploy.checkpoint.random_source import BLOCK, RandomSource
+
+
+def taken(name: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    RandomSource(seed, 0.02).take(name, out)
+    return out
+
+
+def test_the_same_seed_and_name_give_the_same_numbers_and_others_do_not() -> None:
+    first = taken("a.weight", 64, 64)
+    assert torch.equal(first, taken("a.weight", 64, 64))
+    assert not torch.equal(first, taken("b.weight", 64, 64))
+    assert not torch.equal(first, taken("a.weight", 64, 64, seed=1))
+
+
+def test_numbers_have_the_asked_spread_also_beyond_one_block() -> None:
+    out = taken("a.weight", 3000, 2048, dtype=torch.bfloat16).float()
+    assert out.numel() > BLOCK
+    assert out.isfinite().all()
+    assert abs(out.std() - 0.02) < 0.001
+    assert abs(out.mean()) < 0.001
+    assert not torch.equal(out[0], out[BLOCK // 2048])
+
+
+def test_rows_of_a_fused_tensor_differ() -> None:
+    source, q, k = RandomSource(), torch.empty(8, 16), torch.empty(8, 16)
+    source.take_ranges("wqkv.weight", q, [slice(0, 8)])
+    source.take_ranges("wqkv.weight", k, [slice(8, 16)])
+    assert not torch.equal(q, k)
+
+
+def test_norm_weights_are_near_one_and_biases_are_small() -> None:
+    assert abs(taken("model.norm.weight", 1000).mean() - 1) < 0.01
+    assert abs(taken("q_proj.bias", 1000).mean()) < 0.01
+
+
+def test_strided_outputs_are_filled() -> None:
+    buffer = torch.full((6, 10), torch.nan)
+    RandomSource().take("a.weight", buffer[:, 2:5])
+    assert buffer[:, 2:5].isfinite().all()
+    assert buffer[:, :2].isnan().all()
+    stacked = torch.full((3, 4, 5), torch.nan)
+    RandomSource().take("experts.weight", stacked.transpose(0, 1))
+    assert stacked.isfinite().all()
+
+
+def test_biases_are_only_given_to_those_who_expect_them() -> None:
+    source = RandomSource()
+    assert source.has("a.weight")
+    assert not source.has("a.bias")
+    source.take("a.bias", torch.empty(3))
+    source.finish()
