@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lmdeploy.config import BACKENDS
 from lmdeploy.errors import ConfigError
 from lmdeploy.version import __version__
 
@@ -68,7 +69,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "devices": devices(),
-        "kernels": [row for backend in ("turbomind", "pytorch") for row in kernel_rows(backend)],
+        "kernels": kernel_rows(),
     }
 
 
@@ -135,6 +136,21 @@ def devices() -> list[dict[str, str]]:
     return rows
 
 
+def kernel_rows() -> list[dict[str, str]]:
+    """What `kernels.select` would choose on this machine, and its reasons, by backend, device, type and operator."""
+    import torch
+
+    from lmdeploy.kernels.select import report
+
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    rows = []
+    for backend, device, dtype in itertools.product(BACKENDS, kinds, DTYPES):
+        for op, kernel, others in report(backend, device, getattr(torch, dtype)):
+            against = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in others)
+            rows.append({"backend": backend, "device": device, "dtype": dtype, "op": op, "kernel": kernel, "against": against})
+    return rows
+
+
 def print_report(report: dict[str, Any]) -> None:
     """For people: short tables."""
     for name in ("versions", "machine"):
@@ -153,7 +169,8 @@ def print_kernels(rows: list[dict[str, str]]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    table = Table("backend", "device", "dtype", "operator", "kernel", "why not another", title="kernels", title_justify="left", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(row["backend"], row["device"], row["dtype"], row["op"], row["kernel"], row["against"])
+    table = Table("backend", "device", "dtype", "kernel", "operators", "why not another", title="kernels:", title_justify="left", box=None, pad_edge=False)
+    same = ("backend", "device", "dtype", "kernel", "against")
+    for key, group in itertools.groupby(sorted(rows, key=lambda r: [r[name] for name in same]), key=lambda r: [r[name] for name in same]):
+        table.add_row(*key[:4], ", ".join(row["op"] for row in group), key[4])
     console.print(table)

@@ -13,13 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
+from typing import BinaryIO, Protocol, TextIO
 
 from lmdeploy.errors import EngineError, LmdeployError, RequestError
 from lmdeploy.messages import Response
-
-if TYPE_CHECKING:
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 PROMPT = "double enter to end input >>> "
 NEW_CONVERSATION = "type `end` to begin a new conversation"
@@ -97,56 +94,54 @@ class LineReader:
                 ) from e
 
 
-class PromptReader:
-    """Messages typed in a terminal: arrow keys edit and recall, pasted text stays one message, any script."""
+class TypingReader:
+    """Messages typed in a terminal. readline gives editing, arrow keys and history, for any script; where Python lacks it, plain lines remain.
+
+    readline and no full-screen library: the prompt is written once for each message, so recorders and scripted terminals can wait for it.
+    """
 
     interactive = True
 
     def __init__(self, screen: Screen) -> None:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.history import InMemoryHistory
-        from prompt_toolkit.output.vt100 import Vt100_Output
-
-        output = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"))
-        output.enable_cpr = False  # do not ask the terminal where the cursor is: slow lines and recorders never answer
         self._screen = screen
-        self._session: PromptSession[str] = PromptSession(
-            multiline=True, history=InMemoryHistory(), key_bindings=_enter_twice(), prompt_continuation="", output=output
-        )
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # being imported is its effect: input() uses it
 
     def read(self) -> str | None:
         """See Reader."""
         self._screen.note()
+        lines: list[str] = []
         try:
-            return self._session.prompt(PROMPT).strip("\n")
+            while True:
+                line = self._line("" if lines else PROMPT)
+                if not line and not lines:
+                    return ""
+                if not line:
+                    break
+                lines.append(line)
+                if lines in (["exit"], ["end"]):
+                    break
         except EOFError:
-            return None
+            self._screen.note()
+            if not lines:
+                return None
+        return "\n".join(lines)
 
-
-def _enter_twice() -> KeyBindings:
-    """Enter on an empty last line, or after `exit` and `end`, sends; anywhere else it begins a new line."""
-    from prompt_toolkit.key_binding import KeyBindings
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def enter(event: KeyPressEvent) -> None:
-        document = event.current_buffer.document
-        at_end = document.is_cursor_at_the_end
-        if not document.text.strip():
-            event.current_buffer.reset()
-        elif document.text in ("exit", "end") or (at_end and not document.current_line.strip()):
-            event.current_buffer.validate_and_handle()
-        else:
-            event.current_buffer.insert_text("\n")
-
-    return keys
+    def _line(self, prompt: str) -> str:
+        """One line; what is no text is told and counts as empty."""
+        try:
+            line = input(prompt)
+            line.encode()
+            return line
+        except UnicodeError:
+            self._screen.note("error: that line is not valid UTF-8; type it again")
+            return ""
 
 
 def open_reader(screen: Screen) -> Reader:
-    """An editor when a person types, else plain lines."""
+    """Line editing when a person types, else plain lines."""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return PromptReader(screen)
+        return TypingReader(screen)
     return LineReader(sys.stdin.buffer, screen, echo=not sys.stdin.isatty())
 
 
