@@ -102,7 +102,7 @@ def _validation_error(error: ValidationError, model: type[Body]) -> HttpError:
     worst = max(findings, key=lambda f: (f["type"] == "extra_forbidden", len(f["loc"])))
     path = ".".join(str(part) for part in worst["loc"] if isinstance(part, int) or part.isidentifier() and part not in ("str", "int", "list", "dict", "bool"))
     if worst["type"] == "json_invalid":
-        return HttpError(400, f"the body is not valid JSON: {_one_line(worst['msg'])}", code="invalid_json")
+        return HttpError(400, f"the body is not valid JSON: {_one_line(worst['msg']).removeprefix('Invalid JSON: ')}", code="invalid_json")
     if worst["type"] == "extra_forbidden":
         return HttpError(400, _unknown_field(path, model), code="unknown_field", param=path)
     if worst["type"] == "missing":

@@ -1,0 +1,90 @@
+"""POST /v1/completions: forms of the prompt, indexes, echo, log-probabilities, streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import RunningServer
+from openai import OpenAI
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def complete(client: OpenAI, prompt: Any, **fields: Any) -> Any:
+    return client.completions.create(**{"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 6, **fields})
+
+
+def test_text_and_ids_give_the_same(client: OpenAI, server: RunningServer) -> None:
+    ids = server.frontend.tokenizer.encode("The sky is")
+    by_text, by_ids = complete(client, "The sky is"), complete(client, ids)
+    assert by_text.object == "text_completion"
+    assert by_text.choices[0].text == by_ids.choices[0].text != ""
+    assert by_text.usage.prompt_tokens == by_ids.usage.prompt_tokens == len(ids)
+
+
+def test_several_prompts_and_answers_are_numbered_in_order(client: OpenAI, server: RunningServer) -> None:
+    prompts = ["The sky is", "Count from 1", "Hello"]
+    answer = complete(client, prompts, n=2)
+    assert [c.index for c in answer.choices] == list(range(6))
+    alone = [complete(client, p).choices[0].text for p in prompts]
+    assert [c.text for c in answer.choices] == [t for t in alone for _ in range(2)]
+    ids = [server.frontend.tokenizer.encode(p) for p in prompts]
+    assert [c.text for c in complete(client, ids).choices] == alone
+    assert answer.usage.prompt_tokens == sum(map(len, ids))
+    assert answer.usage.completion_tokens == 36
+
+
+def test_a_stream_of_several_prompts_mixes_but_numbers_them(client: OpenAI) -> None:
+    prompts = ["The sky is", "Hello"]
+    texts = {i: "" for i in range(4)}
+    ends = []
+    for chunk in complete(client, prompts, n=2, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            ends += [choice.index] if choice.finish_reason else []
+        usage = chunk.usage
+    assert list(texts.values()) == [c.text for c in complete(client, prompts, n=2).choices]
+    assert sorted(ends) == [0, 1, 2, 3]
+    assert usage.completion_tokens == 24
+
+
+def test_echo_puts_the_prompt_before_each_answer(client: OpenAI) -> None:
+    plain = complete(client, ["The sky is", "Hello"]).choices
+    echoed = complete(client, ["The sky is", "Hello"], echo=True).choices
+    assert [e.text for e in echoed] == ["The sky is" + plain[0].text, "Hello" + plain[1].text]
+    assert "".join(c.choices[0].text for c in complete(client, "The sky is", echo=True, stream=True)) == echoed[0].text
+
+
+def test_logprobs_have_the_older_form(client: OpenAI) -> None:
+    choice = complete(client, "The sky is", logprobs=2).choices[0]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert all(p <= 0 for p in choice.logprobs.token_logprobs)
+    assert all(len(t) == 2 for t in choice.logprobs.top_logprobs)
+    assert choice.logprobs.text_offset[0] == 0 and choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+
+
+def test_logprobs_with_echo_cover_the_prompt(client: OpenAI, server: RunningServer) -> None:
+    choice = complete(client, "The sky is", logprobs=1, echo=True).choices[0]
+    prompt = server.frontend.tokenizer.encode("The sky is")
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == len(prompt) + 6
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(isinstance(p, float) and p <= 0 for p in choice.logprobs.token_logprobs[1:])
+
+
+def test_no_max_tokens_means_the_rest_of_the_context(server: RunningServer) -> None:
+    body = {"model": "tiny", "prompt": "The sky is", "temperature": 0, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        assert all(next(lines) != "data: [DONE]" for _ in range(2 * 100)), "more than 100 tokens (each event is a line and a blank one)"
+    server.until_idle()
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [1, -1], [1, "a"], 5, None, [10**6]])
+def test_impossible_prompts_are_refused(prompt: object, server: RunningServer) -> None:
+    reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt})
+    assert reply.status_code == 400, reply.text
+    assert "\n" not in reply.json()["error"]["message"]
