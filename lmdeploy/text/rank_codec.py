@@ -132,14 +132,13 @@ def _chunks(text: str) -> list[str]:
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    number = 0
-    try:
-        for number, line in enumerate(read_bounded(path, MAX_MODEL_BYTES).splitlines(), 1):
+    for number, line in enumerate(read_bounded(path, MAX_MODEL_BYTES).splitlines(), 1):
+        try:
             if line:
                 piece, rank = line.split()
                 ranks[base64.b64decode(piece, validate=True)] = int(rank)
-    except (ValueError, binascii.Error) as e:
-        raise CheckpointError(f"{path}: line {number} is not 'base64 rank': {e}") from e
+        except (ValueError, binascii.Error) as e:
+            raise CheckpointError(f"{path}: line {number} is not 'base64 rank': {e}") from e
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise CheckpointError(f"{path}: the ranks of {len(ranks)} lines are not 0..{len(ranks) - 1}; the file is broken or cut short")
     return ranks
