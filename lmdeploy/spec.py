@@ -123,12 +123,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What an architecture's own code takes for granted, and config.json therefore does not say. Keys are names of config.json, or a constant."""
+    """What an architecture's own code takes for granted, and config.json therefore does not say.
 
-    qkv_bias: str | bool = "attention_bias"
-    o_bias: str | bool = "attention_bias"
-    mlp_bias: str | bool = False
-    bias_default: bool = False
+    Biases: the keys of config.json that say so (the first one present counts, none = no), or a constant.
+    """
+
+    qkv_bias: tuple[str, ...] | bool = ("attention_bias",)
+    o_bias: tuple[str, ...] | bool = ("attention_bias",)
+    mlp_bias: tuple[str, ...] | bool = False
     qk_norm: bool = False
     head_dim: int | None = None  # None = hidden_size / num_attention_heads
     rope_theta: float = 10000.0
@@ -139,9 +141,12 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "InternLM2ForCausalLM": Family(qkv_bias="bias", o_bias="bias", bias_default=True),
-    "InternLM3ForCausalLM": Family(qkv_bias="qkv_bias", o_bias="bias", mlp_bias="bias"),
-    "LlamaForCausalLM": Family(mlp_bias="mlp_bias"),
+    "InternLM2ForCausalLM": Family(qkv_bias=("bias",), o_bias=("bias",)),
+    # The second names are those under which transformers 5 saves its own InternLM3.
+    "InternLM3ForCausalLM": Family(
+        qkv_bias=("qkv_bias", "attention_bias"), o_bias=("bias", "mlp_bias"), mlp_bias=("bias", "mlp_bias"), head_dim=128, norm_eps=1e-5
+    ),
+    "LlamaForCausalLM": Family(mlp_bias=("mlp_bias",)),
     "Qwen2ForCausalLM": Family(qkv_bias=True, o_bias=False, window="switched_by_layer", window_default=4096),
     "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, window="switched_by_layer", window_default=4096),
     "MistralForCausalLM": Family(qkv_bias=False, o_bias=False, window="always", window_default=4096),
@@ -367,7 +372,12 @@ def _biases(facts: _Facts, family: Family) -> dict[str, Any]:
     if (activation := facts.text("hidden_act", "silu")) not in ("silu", "swish"):
         raise facts.wrong("hidden_act", f"is not supported; known: silu ({activation} would need another MLP)")
     rules = {"qkv_bias": family.qkv_bias, "o_bias": family.o_bias, "mlp_bias": family.mlp_bias}
-    return {name: rule if isinstance(rule, bool) else facts.boolean(rule, family.bias_default) for name, rule in rules.items()}
+    return {name: rule if isinstance(rule, bool) else _first_said(facts, rule) for name, rule in rules.items()}
+
+
+def _first_said(facts: _Facts, keys: Sequence[str]) -> bool:
+    """The first of the keys that config.json has; False when it has none."""
+    return next((facts.boolean(key, False) for key in keys if facts.has(key)), False)
 
 
 def _mixture(facts: _Facts, num_layers: int, family: Family) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def shared_configs() -> dict[str, dict[str, Any]]:
         ("InternLM2ForCausalLM", {"bias": True}, (True, True, False)),
         ("InternLM3ForCausalLM", {"qkv_bias": True, "bias": False}, (True, False, False)),
         ("InternLM3ForCausalLM", {"qkv_bias": False, "bias": True}, (False, True, True)),
+        ("InternLM3ForCausalLM", {"attention_bias": True, "mlp_bias": True}, (True, True, True)),
+        ("InternLM2ForCausalLM", {}, (False, False, False)),
         ("Qwen2ForCausalLM", {}, (True, False, False)),
         ("Qwen3ForCausalLM", {"attention_bias": True}, (True, True, False)),
         ("MistralForCausalLM", {"attention_bias": True}, (False, False, False)),
@@ -122,7 +124,8 @@ def test_sliding_windows(architecture: str, changes: dict[str, Any], expected: t
 
 
 @pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"]
+    "architecture",
+    ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "InternLM3ForCausalLM"],
 )
 @pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, {"rope_theta": 5e5}])
 def test_defaults_are_those_of_transformers(architecture: str, changes: dict[str, Any]) -> None:

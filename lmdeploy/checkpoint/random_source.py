@@ -58,7 +58,8 @@ class RandomSource:
     def _fill(self, out: torch.Tensor, offset: int) -> None:
         """Fill `out`, row by row where its rows do not follow each other in memory."""
         if out.is_contiguous() or out.dim() == 1:
-            return self._tile(out.view(-1) if out.is_contiguous() else out, offset)
+            self._tile(out.view(-1) if out.is_contiguous() else out, offset)
+            return
         for row in out:
             self._fill(row, offset)
             offset = (offset + row.numel()) % BLOCK

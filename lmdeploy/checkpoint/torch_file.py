@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +65,11 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
     """The state dict of a file."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: refused, because it holds more than tensors or is damaged ({reason[:200]}); convert it to safetensors") from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read ({reason[:200]}); it is truncated or no torch file") from None
+    except Exception as error:  # a damaged file can raise anything from struct.error to UnicodeDecodeError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if type(error).__name__ == "UnpicklingError":
+            raise CheckpointError(f"{path}: refused, because it holds more than tensors or is damaged ({reason}); convert it to safetensors") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason}); it is truncated or no torch file") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds a {type(raw).__name__}, not a table of tensors")
     for name, value in raw.items():

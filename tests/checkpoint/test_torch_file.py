@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmdeploy.checkpoint.torch_file import TorchFile
 from lmdeploy.errors import CheckpointError
@@ -62,6 +64,24 @@ def test_only_a_table_of_tensors_is_a_checkpoint(tmp_path: Path, content: Any) -
     path = tmp_path / "pytorch_model.bin"
     torch.save(content, path)
     assert "tensor" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_byte_never_escapes_as_another_exception(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, path, _use_new_zipfile_serialization=data.draw(st.booleans()))
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw)
+    try:
+        file = TorchFile(path)
+        for name in file.names():
+            file.tensor(name).clone()
+    except CheckpointError as error:
+        assert "\n" not in str(error)
 
 
 def test_shared_and_strided_tensors_are_read(tmp_path: Path) -> None:

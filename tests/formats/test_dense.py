@@ -100,3 +100,14 @@ def test_a_tensor_spec_knows_its_shape_by_its_axes() -> None:
     assert TensorSpec("weight", 0, 1).shape(8, 6) == (8, 6)
     assert TensorSpec("qweight", 1, 0).shape(8, 6) == (6, 8)
     assert TensorSpec("bias", 0, None).shape(8, 6) == (8,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_land_on_the_gpu_cast_and_cut(source: WeightSource, dtype: torch.dtype) -> None:
+    layer = DenseWeight.allocate(8, 3, True, dtype, torch.device("cuda"))
+    layer.load(source, [Part("q", 8, 6, [slice(0, 2), slice(4, 6)], slice(1, 4)), Part("k", 4, 6, cols=slice(1, 4))])
+    assert layer.weight.is_cuda
+    assert torch.equal(layer.weight.cpu(), torch.cat([Q[[0, 1, 4, 5], 1:4], K[:, 1:4]]).to(dtype))
+    assert layer.bias is not None
+    assert torch.equal(layer.bias.cpu(), torch.cat([Q_BIAS[[0, 1, 4, 5]], K_BIAS]).to(dtype))
