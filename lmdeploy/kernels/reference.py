@@ -15,6 +15,9 @@ from lmdeploy.kernels.api import Kernels
 
 Tensor = torch.Tensor
 
+#: Numbers that decoding gathers at once for keys, and again for values: 64 MiB each in float32.
+GATHER_LIMIT = 1 << 24
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ weight.T + bias. x [T, K], weight [N, K], bias [N], out [T, N]."""
@@ -87,26 +90,67 @@ def _mask(query_len: int, kv_len: int, first_key: int, window: int, device: torc
     return visible & (key > query - window) if window > 0 else visible
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
-    """Causal attention of the new tokens of each sequence over its cached keys, one sequence at a time. q [T, H, D], out [T, H * D]."""
+def _extend(q: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, row: int, start: int, scale: float, window: int, out: Tensor) -> None:
+    """Attention of sequence `row`, whose new tokens begin at row `start` of q and out."""
     num_heads, head_dim = q.shape[1:]
-    block_size = key_cache.shape[2]
-    group = num_heads // key_cache.shape[1]
-    start = 0
-    for row, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens_host, strict=True)):
-        oldest = max(0, kv_len - query_len - window + 1) if window > 0 else 0  # no query sees keys before it
-        first_block = oldest // block_size
-        first_key = first_block * block_size
-        blocks = meta.block_table[row, first_block : (kv_len + block_size - 1) // block_size]
-        keys = _gather(key_cache, blocks, oldest - first_key, kv_len - oldest, group)
-        values = _gather(value_cache, blocks, oldest - first_key, kv_len - oldest, group)
-        queries = q[start : start + query_len].transpose(0, 1).unsqueeze(0).float()  # [1, H, query_len, D]
-        # One query sees all keys that were gathered; a fresh prompt inside the window is plainly causal; only the rest needs a mask.
-        causal = 1 < query_len == kv_len and (window <= 0 or kv_len <= window)
-        mask = None if query_len == 1 or causal else _mask(query_len, kv_len, oldest, window, q.device)
-        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
-        out[start : start + query_len].view(query_len, num_heads, head_dim).copy_(result[0].transpose(0, 1))
-        start += query_len
+    group, block_size = num_heads // key_cache.shape[1], key_cache.shape[2]
+    query_len, kv_len = meta.query_lens[row], meta.kv_lens_host[row]
+    oldest = max(0, kv_len - query_len - window + 1) if window > 0 else 0  # no query sees keys before it
+    first_block = oldest // block_size
+    blocks = meta.block_table[row, first_block : -(-kv_len // block_size)]
+    skip = oldest - first_block * block_size
+    keys, values = (_gather(cache, blocks, skip, kv_len - oldest, group) for cache in (key_cache, value_cache))
+    queries = q[start : start + query_len].transpose(0, 1).unsqueeze(0).float()  # [1, H, query_len, D]
+    # One query sees all keys that were gathered; a fresh prompt inside the window is plainly causal; only the rest needs a mask.
+    causal = 1 < query_len == kv_len and (window <= 0 or kv_len <= window)
+    mask = None if query_len == 1 or causal else _mask(query_len, kv_len, oldest, window, q.device)
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+    out[start : start + query_len].view(query_len, num_heads, head_dim).copy_(result[0].transpose(0, 1))
+
+
+def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, rows: slice, scale: float, window: int, out: Tensor) -> None:
+    """Attention of several sequences with one new token each, padded to the longest of them.
+
+    The heads that share a KV head take the place of query positions, so that keys are not repeated.
+    """
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    used = -(-max(meta.kv_lens_host[rows]) // block_size)
+    lengths = meta.kv_lens[rows].unsqueeze(1)  # [n, 1]
+    place = torch.arange(used * block_size, device=q.device)
+    visible = place < lengths  # [n, L]
+    if window > 0:
+        visible &= place >= lengths - window
+    table = meta.block_table[rows, :used].masked_fill(place[::block_size] >= lengths, 0)  # entries past the sequence are undefined
+    hidden = ~visible[:, None, :, None]  # what lies there may be NaN, which no mask removes
+    keys, values = (cache[table].transpose(1, 2).flatten(2, 3).float().masked_fill_(hidden, 0) for cache in (key_cache, value_cache))  # [n, K, L, D]
+    queries = q[rows].reshape(-1, num_kv_heads, q.shape[1] // num_kv_heads, head_dim).float()  # [n, K, H / K, D]
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible[:, None, None], scale=scale)
+    out[rows].view(-1, num_kv_heads, queries.shape[2], head_dim).copy_(result)
+
+
+def _decode_groups(lengths: list[int], row_size: int) -> list[slice]:
+    """Consecutive sequences whose padded keys (longest x row_size numbers each) stay within GATHER_LIMIT together."""
+    groups, first, longest = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and max(longest, length) * (i + 1 - first) * row_size > GATHER_LIMIT:
+            groups.append(slice(first, i))
+            first, longest = i, 0
+        longest = max(longest, length)
+    return [*groups, slice(first, len(lengths))] if lengths else groups
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
+    """Causal attention of the new tokens of each sequence over its cached keys. q [T, H, D], out [T, H * D].
+
+    Sequences with one new token are computed together, the others one at a time.
+    """
+    row_size = key_cache.shape[1] * key_cache.shape[3]
+    for rows in _decode_groups(meta.kv_lens_host[: meta.num_decode], row_size):
+        _decode(q, key_cache, value_cache, meta, rows, scale, window, out)
+    start = meta.num_decode
+    for row in range(meta.num_decode, len(meta.query_lens)):
+        _extend(q, key_cache, value_cache, meta, row, start, scale, window, out)
+        start += meta.query_lens[row]
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:

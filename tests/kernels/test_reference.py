@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmdeploy.inputs import AttentionMeta
+from lmdeploy.kernels import reference
 from lmdeploy.kernels.reference import REFERENCE
 
 Tensor = torch.Tensor
@@ -173,6 +174,17 @@ def test_attention_of_mixed_decode_and_prefill_matches_a_loop_over_keys(
         wanted = naive_attention(q[start : start + count].cpu(), keys.cpu(), values.cpu(), dim**-0.5, window)
         assert_close(out[start : start + count], wanted.flatten(1), dtype, 4)
         start += count
+
+
+@pytest.mark.parametrize("limit", [1, 9 * 16, 1 << 24])
+def test_decoding_in_groups_of_any_size_is_the_same(device: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "GATHER_LIMIT", limit)
+    lengths = [3, 9, 1, 4, 8, 2]
+    contents, caches, meta = paged(lengths, [1] * 6, 2, 8, 4, torch.float32, device)
+    q, out = make(6, 4, 8, dtype=torch.float32, device=device), torch.empty(6, 32, device=device)
+    REFERENCE.attention(q, q[:, :2], q[:, :2], caches[0], caches[1], meta, 0.3, 0, out)
+    for row, (keys, values) in enumerate(contents):
+        assert_close(out[row : row + 1], naive_attention(q[row : row + 1].cpu(), keys.cpu(), values.cpu(), 0.3, 0).flatten(1), torch.float32, 4)
 
 
 def test_attention_reads_queries_that_are_a_part_of_qkv(device: str) -> None:
