@@ -144,39 +144,27 @@ def _compile(variant: Variant, compiler: str, openmp: list[Path], target: Path) 
         os.replace(linked, target)
 
 
-def _load(path: Path, variant: Variant) -> ctypes.CDLL:
+def _open(path: Path) -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"cannot load {path.name}: {error}") from None
-    if variant.name == "amx" and not library.lmd_enable_amx():
-        raise BuildError("the operating system refuses AMX tile state to this process")
-    return library
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
 
 
 def _build(variant: Variant, compiler: str, folder: Path) -> tuple[ctypes.CDLL, Path]:
-    """Load the cached object; compile when it is missing, and once more when it does not load."""
+    """Load the cached object; compile when it is missing, and once more when it is damaged."""
     openmp = mapped_openmp()
     target = folder / f"kernels-{variant.name}-{_key(variant, compiler, openmp)}.so"
     with _locked(folder):
-        fresh = not target.exists()
-        if fresh:
+        library = _open(target) if target.exists() else None
+        if library is None:
             _compile(variant, compiler, openmp, target)
-        try:
-            return _load(target, variant), target
-        except BuildError:
-            if fresh or variant.name == "amx" and _loads(target):
-                raise
-        _compile(variant, compiler, openmp, target)
-        return _load(target, variant), target
-
-
-def _loads(path: Path) -> bool:
-    try:
-        ctypes.CDLL(str(path))
-    except OSError:
-        return False
-    return True
+            library = _open(target)
+    if library is None:
+        raise BuildError(f"{target} was built but does not load")
+    if variant.name == "amx" and not library.lmd_enable_amx():
+        raise BuildError("the operating system refuses AMX tile state to this process")
+    return library, target
 
 
 def load_native(cache_dir: Path | None = None, compiler: str = "g++", variants: tuple[Variant, ...] = VARIANTS) -> NativeBuild:

@@ -158,9 +158,7 @@ def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
 def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, AttentionMeta, float, int, Tensor], None]:
     functions, fallback = _functions(library, "attention"), REFERENCE.attention
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor
-    ) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
         dtype = q.dtype
         function = functions.get(dtype)
         head_dim, table = q.shape[2], meta.block_table

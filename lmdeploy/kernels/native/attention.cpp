@@ -4,9 +4,7 @@
 // Keys are met in blocks of 64 that start at position 0, whatever the query: so a token's result has the same bits
 // decoded alone, prefilled at once, in chunks, or behind a cached prefix. Keys past a query add exactly nothing.
 #include <algorithm>
-#include <cmath>
-
-#include <omp.h>
+#include <atomic>
 
 #include "amx.hpp"
 
@@ -14,7 +12,7 @@ namespace lmd {
 
 constexpr long BLOCK = 64;       // keys met at once
 constexpr long TASK_ROWS = 256;  // query rows (tokens x heads of the group) of one task at most
-constexpr long MAX_D = 256;
+constexpr long WORTH_THREADS = 1 << 16;  // products of a query with a key element
 constexpr float NEVER = -1e30f;  // the maximum before any key was seen; finite, so that NEVER - NEVER is 0
 
 struct AttentionArgs {
@@ -210,7 +208,6 @@ struct AmxTask {
 
     // Scores -> weights: P^T as right-hand tiles. Rescales the sums where the maximum rose.
     void softmax(long tile, long base) const {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         alignas(64) int32_t last[16], first[16];  // keys of this block that a query sees: first..last
         long least = BLOCK, most = 0;
         for (long i = 0; i < 16; i++) {
@@ -218,7 +215,6 @@ struct AmxTask {
             last[i] = int32_t(std::min(at, BLOCK)), first[i] = p.window > 0 ? int32_t(std::max(0L, at - p.window + 1)) : 0;
             least = std::min(least, long(last[i])), most = std::max(most, long(first[i]));
         }
-        (void)lane;
         const bool whole = least >= BLOCK - 1 && most == 0;
         const __m512i low = _mm512_load_si512(first), high = _mm512_load_si512(last);
         const __m512 scale = _mm512_set1_ps(p.scale), never = _mm512_set1_ps(NEVER);
@@ -299,30 +295,37 @@ struct AmxTask {
 };
 #endif
 
+// Take tasks until none is left; whoever is free takes the next.
+template <typename E>
+static void attend(const AttentionArgs& p, const Task* tasks, long n, std::atomic<long>& next) {
+#ifdef LMD_AMX
+    if constexpr (sizeof(E) == 2) {
+        Tiles state;
+        for (long i = next++; i < n; i = next++) AmxTask(p, tasks[i]).run();
+        return;
+    }
+#endif
+    for (long i = next++; i < n; i = next++) attend_plain<E>(p, tasks[i]);
+}
+
 template <typename E>
 static void attention(const AttentionArgs& p, int threads) {
-    const long G = p.H / p.K, chunk = std::max(1L, TASK_ROWS / G);
-    long count = 0;
-    for (long b = 0; b < p.B; b++) count += (p.query_start[b + 1] - p.query_start[b] + chunk - 1) / chunk;
-    Task* tasks = (Task*)scratch(size_t(count) * p.K * sizeof(Task), 3);
-    long n = 0;
-    for (long b = 0; b < p.B; b++)  // the last chunk of a prompt sees most keys: it goes first
-        for (long length = p.query_start[b + 1] - p.query_start[b], c = (length + chunk - 1) / chunk - 1; c >= 0; c--)
-            for (long h = 0; h < p.K; h++) tasks[n++] = {b, h, c * chunk, std::min(chunk, length - c * chunk)};
-#pragma omp parallel num_threads(n > 1 ? threads : 1)
-    {
-#ifdef LMD_AMX
-        if constexpr (sizeof(E) == 2) {
-            Tiles tiles;
-#pragma omp for schedule(dynamic, 1)
-            for (long i = 0; i < n; i++) AmxTask(p, tasks[i]).run();
-        } else
-#endif
-        {
-#pragma omp for schedule(dynamic, 1)
-            for (long i = 0; i < n; i++) attend_plain<E>(p, tasks[i]);
-        }
+    const long chunk = std::max(1L, TASK_ROWS / (p.H / p.K));
+    long count = 0, work = 0;
+    for (long b = 0; b < p.B; b++) {
+        const long length = p.query_start[b + 1] - p.query_start[b];
+        count += (length + chunk - 1) / chunk * p.K, work += length * p.kv_lens[b] * p.H * p.D;
     }
+    Task* tasks = (Task*)scratch(size_t(count) * sizeof(Task), 3);
+    long n = 0;
+    for (long b = 0; b < p.B; b++) {  // the last chunk of a prompt sees most keys: it goes first
+        const long length = p.query_start[b + 1] - p.query_start[b];
+        for (long c = (length + chunk - 1) / chunk - 1; c >= 0; c--)
+            for (long h = 0; h < p.K; h++) tasks[n++] = {b, h, c * chunk, std::min(chunk, length - c * chunk)};
+    }
+    std::atomic<long> next{0};
+    const int team = work < WORTH_THREADS ? 1 : threads;
+    share(team, team, [&](long, long) { attend<E>(p, tasks, n, next); });
 }
 
 }  // namespace lmd

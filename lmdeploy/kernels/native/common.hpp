@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+
+#include <omp.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #define LMD_AMX 1
@@ -84,6 +85,19 @@ inline vf exp(vf x) {
     vi scale = ((vi)shifted << 23) + 0x3f800000;
     vf result = p * (vf)scale;
     return (vf)(~tiny & (vi)result);
+}
+
+// Run body(first, last) over 0..n on `threads` threads of the pool that torch uses, or right here: an OpenMP region of one
+// thread still costs some microseconds, more than a norm of one row.
+template <class Body>
+inline void share(long n, int threads, const Body& body) {
+    if (threads <= 1 || n <= 1) return body(0, n);
+#pragma omp parallel num_threads(threads)
+    {
+        const long team = omp_get_num_threads(), me = omp_get_thread_num();
+        const long first = n * me / team, last = n * (me + 1) / team;
+        if (first < last) body(first, last);
+    }
 }
 
 // Scratch of the calling thread, grown and kept: a step must not allocate. `slot` lets one call hold several buffers.

@@ -2,8 +2,6 @@
 // rounding at each result. Threads start only when the work outweighs waking them (about 5 us).
 #include <cmath>
 
-#include <omp.h>
-
 #include "common.hpp"
 
 namespace lmd {
@@ -43,46 +41,52 @@ static void add_row(const E* x, E* residual, long n) {
 // out [T, M] = rms_norm(x); with `residual`: residual += x first, and its norm is taken.
 template <typename E>
 static void rms_norm(const E* x, long x_stride, E* residual, const E* w, float eps, E* out, long T, long M, int threads) {
-#pragma omp parallel for num_threads(team(T * M, threads))
-    for (long t = 0; t < T; t++) {
-        const E* row = x + t * x_stride;
-        if (residual) {
-            add_row(row, residual + t * M, M);
-            row = residual + t * M;
+    share(T, team(T * M, threads), [=](long first, long last) {
+        for (long t = first; t < last; t++) {
+            const E* row = x + t * x_stride;
+            if (residual) {
+                add_row(row, residual + t * M, M);
+                row = residual + t * M;
+            }
+            norm_row(row, w, eps, out + t * M, M);
         }
-        norm_row(row, w, eps, out + t * M, M);
-    }
+    });
 }
 
 template <typename E>
 static void head_norm(E* x, long row_stride, long head_stride, const E* w, float eps, long T, long H, long D, int threads) {
-#pragma omp parallel for num_threads(team(T * H * D, threads))
-    for (long t = 0; t < T; t++)
-        for (long h = 0; h < H; h++) {
-            E* head = x + t * row_stride + h * head_stride;
+    share(T * H, team(T * H * D, threads), [=](long first, long last) {
+        for (long i = first; i < last; i++) {
+            E* head = x + i / H * row_stride + i % H * head_stride;
             norm_row(head, w, eps, head, D);
         }
+    });
+}
+
+template <typename E>
+static void silu_piece(const E* gate, const E* up, E* out, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf x = load(gate + i);
+        store(out + i, x / (1.0f + exp(-x)) * load(up + i));
+    }
+    for (; i < n; i++) {
+        const float x = to_float(gate[i]);
+        put(out + i, x / (1.0f + exp(fill(-x))[0]) * to_float(up[i]));
+    }
 }
 
 template <typename E>
 static void silu_mul(const E* gate_up, E* out, long T, long F, int threads) {
     constexpr long PIECE = 4096;  // so that one long row is shared too
     const long pieces = (F + PIECE - 1) / PIECE;
-#pragma omp parallel for num_threads(team(T * F, threads))
-    for (long j = 0; j < T * pieces; j++) {
-        const long t = j / pieces, first = j % pieces * PIECE, last = first + PIECE < F ? first + PIECE : F;
-        const E *g = gate_up + t * 2 * F, *u = g + F;
-        E* o = out + t * F;
-        long i = first;
-        for (; i + LANES <= last; i += LANES) {
-            vf x = load(g + i);
-            store(o + i, x / (1.0f + exp(-x)) * load(u + i));
+    share(T * pieces, team(T * F, threads), [=](long first, long last) {
+        for (long j = first; j < last; j++) {
+            const long t = j / pieces, at = j % pieces * PIECE;
+            const E* gate = gate_up + t * 2 * F + at;
+            silu_piece(gate, gate + F, out + t * F + at, F - at < PIECE ? F - at : PIECE);
         }
-        for (; i < last; i++) {
-            const float x = to_float(g[i]);
-            put(o + i, x / (1.0f + exp(fill(-x))[0]) * to_float(u[i]));
-        }
-    }
+    });
 }
 
 // (x1, x2) of the two halves of the first R dims -> (x1 cos - x2 sin, x2 cos + x1 sin), all D dims times `scale`.
@@ -114,20 +118,24 @@ struct RopeArgs {  // one call's numbers in one block: a call with 20 arguments 
 };
 
 template <typename E>
-static void rope_write_kv(const RopeArgs& p, int threads) {
-#pragma omp parallel for num_threads(team(p.T * (p.H + 2 * p.K) * p.D, threads))
-    for (long t = 0; t < p.T; t++) {
-        const float *cos = p.cos + t * (p.R / 2), *sin = p.sin + t * (p.R / 2);
-        for (long h = 0; h < p.H; h++)
-            rotate((E*)p.q + t * p.q_row + h * p.q_head, cos, sin, p.D, p.R, p.q_scale ? p.q_scale[t] : 1.0f);
-        const int64_t at = p.slots[t] / p.S * p.block_stride + p.slots[t] % p.S * p.D;
-        for (long h = 0; h < p.K; h++) {
-            E* k = (E*)p.k + t * p.k_row + h * p.k_head;
-            rotate(k, cos, sin, p.D, p.R, 1.0f);
-            std::memcpy((E*)p.key_cache + at + h * p.head_stride, k, p.D * sizeof(E));
-            std::memcpy((E*)p.value_cache + at + h * p.head_stride, (E*)p.v + t * p.v_row + h * p.v_head, p.D * sizeof(E));
-        }
+static void rope_row(const RopeArgs& p, long t) {
+    const float *cos = p.cos + t * (p.R / 2), *sin = p.sin + t * (p.R / 2);
+    for (long h = 0; h < p.H; h++)
+        rotate((E*)p.q + t * p.q_row + h * p.q_head, cos, sin, p.D, p.R, p.q_scale ? p.q_scale[t] : 1.0f);
+    const int64_t at = p.slots[t] / p.S * p.block_stride + p.slots[t] % p.S * p.D;
+    for (long h = 0; h < p.K; h++) {
+        E* k = (E*)p.k + t * p.k_row + h * p.k_head;
+        rotate(k, cos, sin, p.D, p.R, 1.0f);
+        std::memcpy((E*)p.key_cache + at + h * p.head_stride, k, p.D * sizeof(E));
+        std::memcpy((E*)p.value_cache + at + h * p.head_stride, (E*)p.v + t * p.v_row + h * p.v_head, p.D * sizeof(E));
     }
+}
+
+template <typename E>
+static void rope_write_kv(const RopeArgs& p, int threads) {
+    share(p.T, team(p.T * (p.H + 2 * p.K) * p.D, threads), [&](long first, long last) {
+        for (long t = first; t < last; t++) rope_row<E>(p, t);
+    });
 }
 
 }  // namespace lmd

@@ -6,11 +6,11 @@
 // float32: dot products of 16 lanes, the same chain for every blocking.
 #include <algorithm>
 
-#include <omp.h>
-
 #include "amx.hpp"
 
 namespace lmd {
+
+constexpr long WORTH_THREADS = 1 << 17;  // multiplications
 
 // ---- float32 -------------------------------------------------------------------------------------------------------
 
@@ -48,11 +48,8 @@ static void dot_rows(const float* x, long xs, const float* w, long K, const floa
 
 static void linear_f32(const float* x, long xs, const float* w, const float* bias, float* out, long os, long T, long K, long N,
                        int threads) {
-    const long groups = (N + 3) / 4;
-#pragma omp parallel num_threads(threads)
-    {
-        const long team = omp_get_num_threads(), me = omp_get_thread_num();
-        const long first = groups * me / team * 4, last = std::min(N, groups * (me + 1) / team * 4);
+    share((N + 3) / 4, T * K * N < WORTH_THREADS ? 1 : threads, [=](long first_group, long last_group) {
+        const long first = first_group * 4, last = std::min(N, last_group * 4);
         // 16 rows of x at a time stay in L1/L2 while a panel of 64 weight rows passes
         for (long panel = first; panel < last; panel += 64)
             for (long t = 0; t < T; t += 16) {
@@ -63,7 +60,7 @@ static void linear_f32(const float* x, long xs, const float* w, const float* bia
                 for (; n < end; n++)
                     dot_rows<1>(x + t * xs, xs, w + n * K, K, bias ? bias + n : nullptr, out + t * os + n, os, rows);
             }
-    }
+    });
 }
 
 #ifdef LMD_AMX
@@ -234,21 +231,18 @@ static bool linear_bf16(Bf16Linear p, int threads) {
     p.packed = (bf16*)scratch(size_t(t_blocks) * p.k_blocks * TILE * 2, 0);
     if (!p.packed) return false;
     const long pieces = t_blocks * p.k_blocks, n_blocks = (p.N + 15) / 16;
-#pragma omp parallel num_threads(threads)
-    {
-        const long team = omp_get_num_threads(), me = omp_get_thread_num();
-        for (long i = pieces * me / team; i < pieces * (me + 1) / team; i++) {
+    const int team = p.T * p.K * p.N < WORTH_THREADS ? 1 : threads;
+    share(pieces, pieces < 64 ? 1 : team, [&p](long first, long last) {
+        for (long i = first; i < last; i++) {
             const long t = i / p.k_blocks * 16, k = i % p.k_blocks * 32;
             pack_columns(p.x + t * p.x_stride + k, p.x_stride, p.T - t, p.K - k, p.packed + i * TILE);
         }
-#pragma omp barrier
-        const long first = n_blocks * me / team, last = n_blocks * (me + 1) / team;
-        if (first < last) {
-            if (p.T <= 16) few_rows<1>(p, first, last);
-            else if (p.T <= 32) few_rows<2>(p, first, last);
-            else many_rows(p, first, last);
-        }
-    }
+    });
+    share(n_blocks, team, [&p](long first, long last) {
+        if (p.T <= 16) few_rows<1>(p, first, last);
+        else if (p.T <= 32) few_rows<2>(p, first, last);
+        else many_rows(p, first, last);
+    });
     return true;
 }
 #endif
