@@ -34,7 +34,7 @@ class PoolRequest:
 
 @dataclass(frozen=True, slots=True)
 class PoolSize:
-    """What the user gets, and why it is less than the share asked for."""
+    """What the user gets, and why it is less than what was asked for: one line a reason."""
 
     num_blocks: int
     session_len: int
@@ -80,7 +80,7 @@ def _with_session(request: PoolRequest, blocks: int, notes: list[str]) -> PoolSi
     elif tokens < session_len:
         notes.append(f"session_len is {tokens} instead of {session_len}: that is what the KV cache holds; raise cache_max_entry_count for more")
         session_len = tokens
-    return PoolSize(blocks, session_len, "; ".join(notes))
+    return PoolSize(blocks, session_len, "\n".join(notes))
 
 
 def _share_too_small(request: PoolRequest, block_bytes: int, free: int) -> str:

@@ -66,6 +66,7 @@ class ModelRunner:
             self.session_len, self.note = size.session_len, size.note
             self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device)
             self._make_tables(size.session_len)
+            self.sampler.reserve(self.max_batch_size)
         trim()
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
         numbers = (size.num_blocks, pool.block_size, token_bytes)
@@ -75,7 +76,7 @@ class ModelRunner:
         spec = self.model.spec
         self.tables = SlotTables(self.max_batch_size, session_len, self.kv.block_size, self.device)
         self.sampling = SamplingTable(self.max_batch_size, spec.vocab_size, self.device)
-        self.sampler = Sampler(self.sampling, self.tables.tokens, self.max_batch_size)
+        self.sampler = Sampler(self.sampling, self.tables.tokens)
         self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
         self._wants: list[SamplingParams | None] = [None] * self.max_batch_size  # of slots that want more than tokens
         self._broken: dict[int, str] = {}
@@ -192,12 +193,10 @@ class ModelRunner:
         """
         longest = self.tables.width - 1
         length = min(self.max_tokens, longest)
-        count = min(self.max_batch_size, self.max_tokens // length)
-        self._run_dummy([PlanItem(slot, 0, length, [], True) for slot in range(max(1, count))], SamplingParams(max_new_tokens=1))
-        end = min(longest, 2 * self.max_tokens) - 1
-        batch = [PlanItem(slot, end, 1, [], True) for slot in range(min(self.max_batch_size, self.max_tokens))]
+        count = max(1, min(self.max_batch_size, self.max_tokens // length))
+        self._run_dummy([PlanItem(slot, 0, length, [], True) for slot in range(count)], SamplingParams(max_new_tokens=1))
+        batch = [PlanItem(slot, min(1, longest - 1), 1, [], True) for slot in range(min(self.max_batch_size, self.max_tokens))]
         self._run_dummy(batch, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1))
-        self._run_dummy(batch, SamplingParams(max_new_tokens=2, temperature=1.0))
 
     def _run_dummy(self, items: list[PlanItem], params: SamplingParams) -> None:
         for item in items:

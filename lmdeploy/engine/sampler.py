@@ -123,9 +123,14 @@ class SamplingTable:
 class Sampler:
     """Chooses tokens. Owns its work buffers; reads the token table for penalties and bad words."""
 
-    def __init__(self, table: SamplingTable, tokens: Tensor, max_rows: int) -> None:
+    def __init__(self, table: SamplingTable, tokens: Tensor) -> None:
         self.table, self.tokens = table, tokens  # int32 [slots, session_len + 1]
-        self.scratch = Scratch(max_rows, torch.float32, tokens.device)
+        self.scratch = Scratch(1, torch.float32, tokens.device)
+
+    def reserve(self, max_rows: int) -> None:
+        """Take the work buffers for batches of `max_rows` now, so that no later step does."""
+        for name in ("probs", "work"):
+            self.scratch.take(name, max_rows, self.table.vocab_size)
 
     def sample(self, logits: Tensor, slots: Ints, lengths: Ints) -> Tensor:
         """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed).
@@ -186,7 +191,7 @@ class Sampler:
         generated = known & (place >= self._tensor(self.table.prompt_len[slots])[:, None])
         host = self.table.host[slots]
         if host[:, PRESENCE].any() or host[:, FREQUENCY].any():
-            counts = self.scratch.take("counts", x.shape[0], x.shape[1]).zero_().scatter_add_(1, ids, generated.float()).gather(1, ids)
+            counts = self.scratch.take("work", x.shape[0], x.shape[1]).zero_().scatter_add_(1, ids, generated.float()).gather(1, ids)
             cost = counts * values[:, FREQUENCY, None] + (counts > 0) * values[:, PRESENCE, None]
             x.scatter_(1, ids, x.gather(1, ids) - cost)
         if x is not logits:
@@ -256,7 +261,7 @@ class Sampler:
         """No top-k and no top-p: the CDF runs in the order of the ids, so nothing is sorted."""
         probs = torch.softmax(x, dim=-1, out=self.scratch.take("probs", *x.shape))
         probs.masked_fill_(probs < values[:, MIN_P, None] * probs.amax(-1, keepdim=True), 0.0)
-        cdf = torch.cumsum(probs, dim=-1, out=self.scratch.take("cdf", *x.shape))
+        cdf = torch.cumsum(probs, dim=-1, out=self.scratch.take("work", *x.shape))
         return _search(cdf, numbers)
 
     def _tensor(self, array: Ints) -> Tensor:

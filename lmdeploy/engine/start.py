@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from lmdeploy.checkpoint.random_source import RandomSource
 from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.kv_cache import PoolRequest, gib
+from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.errors import ConfigError
 from lmdeploy.kernels.select import select
@@ -110,14 +112,16 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     resolved = resolve_config(config, spec, device)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    if device.type == "cpu":
+        hold_steady()
     dtype: torch.dtype = getattr(torch, resolved.dtype)
     kernels = select(resolved.backend, device.type, dtype)
     model = build_model(spec, dtype, device, kernels, Parallel())
-    model.load(_weights(model_path, config, spec))
+    model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype)
-    if runner.note:
-        logger.warning("%s", runner.note)
+    for note in runner.memory.note.splitlines():
+        logger.warning("%s", note)
     info = EngineInfo(
         session_len=runner.session_len,
         vocab_size=spec.vocab_size,
@@ -136,9 +140,5 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     )
 
 
-def _weights(model_path: Path, config: EngineConfig, spec: ModelSpec) -> WeightSource:
-    if not config.random_weights:
-        return open_source(model_path)
-    from lmdeploy.checkpoint.source import RandomSource
-
-    return RandomSource(spec)
+def _weights(model_path: Path, config: EngineConfig) -> WeightSource:
+    return RandomSource() if config.random_weights else open_source(model_path)
