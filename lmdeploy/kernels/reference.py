@@ -146,7 +146,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: T
     """
     row_size = key_cache.shape[1] * key_cache.shape[3]
     for rows in _decode_groups(meta.kv_lens_host[: meta.num_decode], row_size):
-        _decode(q, key_cache, value_cache, meta, rows, scale, window, out)
+        if rows.stop - rows.start == 1:  # nothing to pad, so nothing to mask
+            _extend(q, key_cache, value_cache, meta, rows.start, rows.start, scale, window, out)
+        else:
+            _decode(q, key_cache, value_cache, meta, rows, scale, window, out)
     start = meta.num_decode
     for row in range(meta.num_decode, len(meta.query_lens)):
         _extend(q, key_cache, value_cache, meta, row, start, scale, window, out)

@@ -7,6 +7,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels import reference
@@ -173,6 +175,23 @@ def test_attention_of_mixed_decode_and_prefill_matches_a_loop_over_keys(
     for (keys, values), count in zip(contents, counts, strict=True):
         wanted = naive_attention(q[start : start + count].cpu(), keys.cpu(), values.cpu(), dim**-0.5, window)
         assert_close(out[start : start + count], wanted.flatten(1), dtype, 4)
+        start += count
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention_of_any_batch_matches_the_loop(device: str, data: st.DataObject) -> None:
+    pairs = data.draw(st.lists(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), st.sampled_from([1, n, max(1, n // 2)]))), min_size=1, max_size=5))
+    pairs.sort(key=lambda pair: pair[1] != 1)  # decode rows first
+    lengths, counts = [n for n, _ in pairs], [n for _, n in pairs]
+    block_size, window, heads = data.draw(st.sampled_from([1, 3, 8])), data.draw(st.sampled_from([0, 2, 6])), data.draw(st.sampled_from([(2, 1), (2, 2)]))
+    contents, caches, meta = paged(lengths, counts, heads[1], 6, block_size, torch.float32, device)
+    q, out = make(sum(counts), heads[0], 6, dtype=torch.float32, device=device), torch.empty(sum(counts), heads[0] * 6, device=device)
+    REFERENCE.attention(q, q[:, : heads[1]], q[:, : heads[1]], caches[0], caches[1], meta, 0.4, window, out)
+    start = 0
+    for (keys, values), count in zip(contents, counts, strict=True):
+        wanted = naive_attention(q[start : start + count].cpu(), keys.cpu(), values.cpu(), 0.4, window)
+        assert_close(out[start : start + count], wanted.flatten(1), torch.float32, 4)
         start += count
 
 
