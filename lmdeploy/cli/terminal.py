@@ -89,6 +89,7 @@ class LineReader:
             try:
                 yield raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as e:
+                self._screen.note()
                 raise RequestError(
                     f"line {self._line} of the input is not valid UTF-8 (byte 0x{raw[e.start]:02x} at position {e.start}); convert it first"
                 ) from e
