@@ -79,8 +79,10 @@ class Engine:
         """Compute one step; what it brought each answer. Raises EngineError when the executor is lost."""
         start = time.monotonic()
         outputs, self._outputs = self._outputs, []
+        plan = self._scheduler.schedule()
+        assert plan is not None or self._in_flight or not self._scheduler.has_unfinished, "unfinished sequences and nothing to compute"
         try:
-            done = self._advance()
+            done = self._advance(plan)
         except EngineError:
             raise
         except Exception as e:
@@ -105,14 +107,12 @@ class Engine:
         """Free everything; may be called twice."""
         self._executor.close()
 
-    def _advance(self) -> tuple[StepPlan, StepResult] | None:
-        """Launch the next plan, and fetch the oldest result unless we may still run ahead of it."""
-        plan = self._scheduler.schedule()
+    def _advance(self, plan: StepPlan | None) -> tuple[StepPlan, StepResult] | None:
+        """Launch the plan, and fetch the oldest result unless we may still run ahead of it."""
         if plan is not None:
             self._executor.submit(plan)
             self._in_flight.append(plan)
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._run_ahead):
-            assert plan is not None or not self._scheduler.has_unfinished, "unfinished sequences and nothing to compute"
             return None
         oldest = self._in_flight.popleft()
         return oldest, self._executor.result()

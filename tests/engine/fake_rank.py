@@ -7,6 +7,7 @@ block or a stale prefix hit fails at once. The next token is a hash of the keys,
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -20,6 +21,16 @@ class PoisonError(RuntimeError):
     """A step met a token that breaks it."""
 
 
+class WrongPlan(BaseException):
+    """A plan that no rank could obey; not an Exception, so that no error handling of the engine can hide it."""
+
+
+def check(fact: bool, message: str) -> None:
+    """`assert` that an engine cannot catch."""
+    if not fact:
+        raise WrongPlan(message)
+
+
 @dataclass
 class Slot:
     """What a rank keeps of a sequence."""
@@ -28,6 +39,7 @@ class Slot:
     token_ids: list[int]
     blocks: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)  # the right keys of token_ids[:len(keys)]
+    failed: bool = False
 
 
 def next_key(key: int, token_id: int) -> int:
@@ -35,11 +47,14 @@ def next_key(key: int, token_id: int) -> int:
     return (key * 1_000_003 + token_id * 7_919 + 12_345) % MASK
 
 
+def key_chain(token_ids: list[int], rope_length: int = 0) -> list[int]:
+    """The keys of every position."""
+    return list(itertools.accumulate(token_ids, next_key, initial=rope_length))[1:]
+
+
 def expected_tokens(prompt: list[int], count: int, *, vocab_size: int = 97, seed: int = 0, rope_length: int = 0) -> list[int]:
     """The answer to a prompt, computed without blocks, batches or schedules."""
-    key = rope_length
-    for token in prompt:
-        key = next_key(key, token)
+    key = key_chain(prompt, rope_length)[-1]
     answer: list[int] = []
     while len(answer) < count:
         answer.append(draw(key, seed, len(answer), vocab_size))
@@ -56,10 +71,27 @@ class FakeRank:
     """An `Executor` that checks every plan. `poison`: computing this token raises; `bad_draw`: drawing this token is a slot error."""
 
     def __init__(
-        self, num_blocks: int = 16, block_size: int = 4, max_batch_size: int = 4, session_len: int = 48, *, vocab_size: int = 97, rope_depends_on_length: bool = False
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_batch_size: int = 4,
+        session_len: int = 48,
+        *,
+        vocab_size: int = 97,
+        rope_depends_on_length: bool = False,
     ) -> None:
         bill = MemoryBill(
-            device="fake", weights=0, kv_pool=0, workspace=0, other=0, total=0, free=0, num_blocks=num_blocks, block_size=block_size, bytes_per_token=0, session_len=session_len
+            device="fake",
+            weights=0,
+            kv_pool=0,
+            workspace=0,
+            other=0,
+            total=0,
+            free=0,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            bytes_per_token=0,
+            session_len=session_len,
         )
         self.info = EngineInfo(
             session_len=session_len, vocab_size=vocab_size, max_batch_size=max_batch_size, memory=bill, kernels={}, dtype="none", start_seconds=0.0
@@ -77,33 +109,45 @@ class FakeRank:
         self._vocab_size = vocab_size
         self._queue: deque[StepPlan] = deque()
         self._next_step = 0
+        self._doomed = 0
 
     def submit(self, plan: StepPlan) -> None:
         """Remember the plan; it is computed when its result is asked for."""
-        assert len(self._queue) < 2, "an executor need not take three plans at once"
-        assert plan.step >= self._next_step and plan.items
+        check(len(self._queue) < 2, "an executor need not take three plans at once")
+        check(plan.step >= self._next_step and bool(plan.items), f"step {plan.step} after {self._next_step}, or without items")
         self._next_step = plan.step + 1
         self.plans.append(plan)
         self._queue.append(plan)
 
     def result(self) -> StepResult:
-        """Check and compute the oldest plan."""
+        """Check and compute the oldest plan. What was launched on top of a step that failed, fails."""
         plan = self._queue.popleft()
-        if self.broken and not self.half_applied:
-            self.broken -= 1
-            raise RuntimeError("broken step")
-        for slot in plan.released:
-            self.slots.pop(slot, None)
+        if self._doomed:
+            self._doomed -= 1
+            raise RuntimeError("built on a failed step")
+        try:
+            return self._run(plan)
+        except Exception:
+            self._doomed = len(self._queue)
+            raise
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        self._fail_if_broken(before=True)
+        for number in plan.released:
+            self.slots.pop(number, None)
         for new in plan.new:
-            assert new.slot not in self.slots and 0 <= new.slot < self.info.max_batch_size, f"slot {new.slot} is taken"
+            check(new.slot not in self.slots and 0 <= new.slot < self.info.max_batch_size, f"slot {new.slot} is taken")
             self.slots[new.slot] = Slot(new, list(new.token_ids))
         for item in plan.items:
             self.slots[item.slot].blocks += item.new_blocks
-        if self.broken:
+        self._fail_if_broken(before=False)
+        check(len({item.slot for item in plan.items}) == len(plan.items), "a slot twice in one step")
+        return StepResult(plan.step, [self._compute(item) for item in plan.items], 0.0)
+
+    def _fail_if_broken(self, *, before: bool) -> None:
+        if self.broken and before != self.half_applied:
             self.broken -= 1
             raise RuntimeError("broken step")
-        assert len({item.slot for item in plan.items}) == len(plan.items), "a slot twice in one step"
-        return StepResult(plan.step, [self._compute(item) for item in plan.items], 0.0)
 
     def close(self) -> None:
         """Note that it happened."""
@@ -112,13 +156,15 @@ class FakeRank:
     def _compute(self, item: PlanItem) -> SlotResult:
         slot = self.slots[item.slot]
         end = item.start + item.num_tokens
-        assert item.num_tokens > 0 and end <= len(slot.token_ids), f"{item}: only {len(slot.token_ids)} tokens are known"
-        assert len(slot.blocks) * self._block_size >= end and len(set(slot.blocks)) == len(slot.blocks), f"{item}: blocks {slot.blocks}"
-        assert item.sample <= (end == len(slot.token_ids)), f"{item}: a token is drawn from the middle"
+        if slot.failed:  # launched before the error was seen: nobody will look at the result
+            return SlotResult(item.slot, error="failed before")
+        check(item.num_tokens > 0 and end <= len(slot.token_ids), f"{item}: only {len(slot.token_ids)} tokens are known")
+        check(len(slot.blocks) * self._block_size >= end and len(set(slot.blocks)) == len(slot.blocks), f"{item}: blocks {slot.blocks}")
+        check(not item.sample or end == len(slot.token_ids), f"{item}: a token is drawn from the middle")
         self._fill_keys(slot, end)
         for position in range(item.start):
             stored = self._store[slot.blocks[position // self._block_size]][position % self._block_size]
-            assert stored == slot.keys[position], f"{item}: wrong keys at position {position}"
+            check(stored == slot.keys[position], f"{item}: wrong keys at position {position}")
         for position in range(item.start, end):
             if slot.token_ids[position] == self.poison:
                 raise PoisonError(f"token {self.poison}")
@@ -135,8 +181,8 @@ class FakeRank:
         for other_number, other in self.slots.items():
             if other_number != number and block in other.blocks:
                 shared = other.blocks.index(block) * self._block_size + offset
-                ok = shared >= len(other.keys) or other.keys[shared] == slot.keys[position]
-                assert ok, f"slot {number} overwrites keys of slot {other_number}"
+                same = shared >= len(other.keys) or other.keys[shared] == slot.keys[position]
+                check(same, f"slot {number} overwrites keys of slot {other_number}")
         self._store[block][offset] = slot.keys[position]
 
     def _answer(self, item: PlanItem, slot: Slot, end: int) -> SlotResult:
@@ -151,6 +197,7 @@ class FakeRank:
             return result
         token = draw(slot.keys[end - 1], sampling.seed, end - prompt_len, self._vocab_size)
         if token == self.bad_draw:
+            slot.failed = True
             return SlotResult(item.slot, error=f"token {token} cannot be drawn")
         slot.token_ids.append(token)
         result.token_id = token

@@ -15,7 +15,8 @@ from lmdeploy.messages import EngineInfo
 class Executor(Protocol):
     """Computes step plans on one or more ranks.
 
-    Failures: what concerns one sequence comes as `SlotResult.error`. Any exception but EngineError from `submit` or `result`
+    Failures: what concerns one sequence comes as `SlotResult.error`; an item of the same slot that is already launched may then
+    compute on any token, its result is ignored. Any exception but EngineError from `submit` or `result`
     means "this step failed": the engine forgets every plan in flight (their results are still fetched and thrown away) and
     computes the sequences again one by one. Such a retry names its slot in `released` and in `new` and carries its whole
     block table, so it does not matter how much of the failed plan a rank had applied. Thus a rank must ignore a released

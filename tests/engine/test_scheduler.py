@@ -1,0 +1,350 @@
+"""The scheduler, through an engine and a rank that checks every plan; then random operations in `machine.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from lmdeploy.engine.engine import Engine
+from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
+from tests.engine.fake_rank import FakeRank, expected_tokens
+from tests.engine.machine import EngineMachine
+
+PROMPT = list(range(1, 14))  # three full blocks of 4 and one token
+
+
+def build(rank: FakeRank, *, budget: int = 64, caching: bool = True, run_ahead: int = 0) -> Engine:
+    return Engine(
+        rank,
+        max_prefill_token_num=budget,
+        max_waiting=100,
+        enable_prefix_caching=caching,
+        rope_depends_on_length=rank.rope_depends_on_length,
+        run_ahead=run_ahead,
+    )
+
+
+def request(
+    request_id: int, prompt: list[int] = PROMPT, max_new_tokens: int = 4, *, n: int = 1, salt: str = "", rope: int = 0, **sampling: Any
+) -> EngineRequest:
+    params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
+    return EngineRequest(request_id=request_id, token_ids=prompt, sampling=params, n=n, cache_salt=salt, rope_length=rope)
+
+
+def finish(engine: Engine, *requests: EngineRequest) -> dict[tuple[int, int], list[EngineOutput]]:
+    """Add, then step to the end; outputs by (request, answer)."""
+    for r in requests:
+        engine.add(r)
+    found: dict[tuple[int, int], list[EngineOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault((output.request_id, output.index), []).append(output)
+        engine.scheduler.check_integrity()
+    return found
+
+
+def tokens(outputs: list[EngineOutput]) -> list[int]:
+    return [t for o in outputs for t in o.token_ids]
+
+
+# ------------------------------------------------------------------ the catch-up rule
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget_beside_running_answers() -> None:
+    rank = FakeRank(num_blocks=32)
+    engine = build(rank, budget=8)
+    engine.add(request(1, [5, 6], max_new_tokens=12))
+    engine.step()
+    engine.add(request(2, list(range(1, 21))))
+    for _ in range(4):
+        engine.step()
+    chunks = [[(item.num_tokens, item.sample) for item in plan.items] for plan in rank.plans[1:]]
+    assert chunks == [[(1, True), (7, False)], [(1, True), (7, False)], [(1, True), (6, True)], [(1, True), (1, True)]]
+
+
+def test_running_answers_keep_their_token_a_step_while_an_older_one_is_computed_again() -> None:
+    rank = FakeRank(num_blocks=32)
+    engine = build(rank, budget=6)
+    engine.add(request(1, list(range(1, 31)), max_new_tokens=9))
+    engine.add(request(2, [5, 6], max_new_tokens=20))
+    while len(rank.slots) < 2:
+        engine.step()
+    oldest = engine.scheduler._running[0]
+    oldest.num_done = oldest.num_computed = 0  # as if its blocks had been lost
+    for _ in range(7):
+        engine.step()
+    assert [[item.num_tokens for item in plan.items] for plan in rank.plans[-7:-1]] == [[5, 1]] * 6
+
+
+def test_the_oldest_gets_a_token_a_step_even_of_a_budget_smaller_than_the_batch() -> None:
+    rank = FakeRank(num_blocks=32)
+    engine = build(rank, budget=2)
+    for i in range(4):
+        engine.add(request(i, [i + 1], max_new_tokens=5))
+    for _ in range(5):
+        engine.step()
+        assert rank.plans[-1].items[0].slot == rank.plans[0].items[0].slot
+
+
+def test_answers_start_in_order_of_arrival_and_never_overtake() -> None:
+    rank = FakeRank(num_blocks=64, max_batch_size=2)
+    engine = build(rank)
+    for i in range(6):
+        engine.add(request(i, [i + 1, 2, 3], max_new_tokens=2 + i % 3))
+    order: list[int] = []
+    while engine.has_work:
+        engine.step()
+        order += [new.token_ids[0] - 1 for new in rank.plans[-1].new]
+    assert order == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_short_request_does_not_overtake_a_long_one_that_waits_for_blocks() -> None:
+    rank = FakeRank(num_blocks=8, max_batch_size=4, session_len=32)
+    engine = build(rank)
+    engine.add(request(1, list(range(16)), max_new_tokens=6))
+    engine.step()
+    engine.add(request(2, list(range(30, 54)), max_new_tokens=2))
+    engine.add(request(3, [9], max_new_tokens=1))
+    finish(engine)
+    starts = [new.token_ids[0] for plan in rank.plans for new in plan.new]
+    assert starts.index(30) < starts.index(9)
+
+
+def test_answers_do_not_depend_on_batch_chunks_or_cache() -> None:
+    prompts = [PROMPT, PROMPT[:9] + [40, 41], [7], PROMPT + [3, 3, 3]]
+    mixed = [request(i, p, 9, seed=i) for i, p in enumerate(prompts)]
+    for budget in (1, 3, 64):
+        for caching in (True, False):
+            engine = build(FakeRank(num_blocks=24), budget=budget, caching=caching)
+            for _ in range(2):  # cold, then with hits
+                found = finish(engine, *mixed)
+                assert [tokens(found[i, 0]) for i in range(4)] == [expected_tokens(p, 9, seed=i) for i, p in enumerate(prompts)]
+
+
+# ------------------------------------------------------------------ ends
+
+
+@pytest.mark.parametrize(("place", "min_new_tokens", "length"), [(0, 0, 1), (2, 0, 3), (2, 2, 3), (2, 3, 6)])
+def test_a_stop_id_ends_the_answer_but_not_before_min_new_tokens(place: int, min_new_tokens: int, length: int) -> None:
+    want = expected_tokens(PROMPT, 6)
+    assert len(set(want)) == 6
+    found = finish(build(FakeRank()), request(1, max_new_tokens=6, stop_token_ids=(want[place],), min_new_tokens=min_new_tokens))[1, 0]
+    assert tokens(found) == want[:length]
+    last = found[-1]
+    assert (last.finish_reason, last.stop_token_id) == (("stop", want[place]) if length < 6 else ("length", None))
+    assert last.num_generated == length and all(o.finish_reason is None for o in found[:-1])
+
+
+def test_ignore_eos_goes_on_to_max_new_tokens() -> None:
+    want = expected_tokens(PROMPT, 6)
+    found = finish(build(FakeRank()), request(1, max_new_tokens=6, stop_token_ids=tuple(want), ignore_eos=True))[1, 0]
+    assert tokens(found) == want and found[-1].finish_reason == "length"
+
+
+def test_session_len_ends_an_answer_whatever_max_new_tokens_says() -> None:
+    found = finish(build(FakeRank(session_len=20)), request(1, max_new_tokens=1000))[1, 0]
+    assert len(tokens(found)) == 7 and found[-1].finish_reason == "length"
+
+
+def test_a_pool_smaller_than_session_len_ends_an_answer_too() -> None:
+    found = finish(build(FakeRank(num_blocks=4, session_len=48)), request(1, max_new_tokens=1000))[1, 0]
+    assert len(tokens(found)) == 3 and found[-1].finish_reason == "length"
+
+
+def test_no_new_tokens_means_that_only_the_prompt_is_computed() -> None:
+    rank = FakeRank()
+    found = finish(build(rank, budget=5), request(1, max_new_tokens=0, prompt_logprobs=0, output_logits="all"))[1, 0]
+    assert [o.finish_reason for o in found] == [None, None, "length"]
+    assert sum(len(o.logits) for o in found) == len(PROMPT)
+    assert found[-1].prompt_logprobs is not None and len(found[-1].prompt_logprobs) == len(PROMPT)
+    assert not any(item.sample for plan in rank.plans for item in plan.items) and found[-1].num_generated == 0
+
+
+# ------------------------------------------------------------------ prefix cache
+
+
+def test_a_second_equal_prompt_computes_only_its_last_block() -> None:
+    rank = FakeRank()
+    engine = build(rank)
+    finish(engine, request(1))
+    found = finish(engine, request(2))[2, 0]
+    assert found[-1].num_cached == 12
+    assert [(i.start, i.num_tokens) for plan in rank.plans for i in plan.items if plan.new][-1] == (12, 1)
+    assert engine.stats().cached_tokens == 12
+
+
+def test_at_least_one_prompt_token_is_computed() -> None:
+    rank = FakeRank()
+    engine = build(rank)
+    finish(engine, request(1, PROMPT[:8]))
+    assert finish(engine, request(2, PROMPT[:8]))[2, 0][-1].num_cached == 4
+
+
+def test_generated_blocks_are_found_by_the_next_turn() -> None:
+    engine = build(FakeRank())
+    answer = tokens(finish(engine, request(1, max_new_tokens=8))[1, 0])
+    assert finish(engine, request(2, PROMPT + answer + [1]))[2, 0][-1].num_cached == 20
+
+
+def test_blocks_of_a_running_answer_are_shared() -> None:
+    engine = build(FakeRank())
+    engine.add(request(1, max_new_tokens=10))
+    engine.step()
+    engine.add(request(2))
+    engine.step()
+    assert engine.stats().used_blocks == 5  # 3 shared, and 1 each
+
+
+@pytest.mark.parametrize(("first", "second", "hits"), [({}, {"salt": "a"}, 0), ({"salt": "a"}, {"salt": "a"}, 12), ({"salt": "a"}, {"salt": "b"}, 0)])
+def test_salts_do_not_share(first: dict[str, str], second: dict[str, str], hits: int) -> None:
+    engine = build(FakeRank())
+    finish(engine, request(1, salt=first.get("salt", "")))
+    assert finish(engine, request(2, salt=second.get("salt", "")))[2, 0][-1].num_cached == hits
+
+
+@pytest.mark.parametrize(("depends", "hits"), [(True, 0), (False, 12)])
+def test_rope_lengths_share_only_where_rope_does_not_depend_on_them(depends: bool, hits: int) -> None:
+    engine = build(FakeRank(rope_depends_on_length=depends))
+    finish(engine, request(1, rope=20))
+    assert finish(engine, request(2, rope=30))[2, 0][-1].num_cached == hits
+    assert finish(engine, request(3, rope=20))[3, 0][-1].num_cached == 12
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    engine = build(FakeRank(), caching=False)
+    finish(engine, request(1))
+    assert finish(engine, request(2))[2, 0][-1].num_cached == 0
+    assert engine.stats().cached_blocks == 0
+
+
+def test_prompt_logprobs_and_all_logits_are_complete_despite_a_cached_prompt() -> None:
+    engine = build(FakeRank(), budget=5)
+    finish(engine, request(1))
+    found = finish(engine, request(2, prompt_logprobs=0, output_logits="all"))[2, 0]
+    first = next(o for o in found if o.prompt_logprobs is not None)
+    assert first.prompt_logprobs is not None and first.token_ids and first.prompt_logprobs[0] is None
+    assert [p.token_id for p in first.prompt_logprobs[1:] if p is not None] == PROMPT[1:]
+    assert sum(len(o.logits or []) for o in found) == len(PROMPT) + 3
+
+
+# ------------------------------------------------------------------ several answers
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_answers_of_one_prompt_share_its_blocks(caching: bool) -> None:
+    rank = FakeRank(num_blocks=32, max_batch_size=4)
+    engine = build(rank, caching=caching)
+    engine.add(request(1, n=4, max_new_tokens=6))
+    engine.step()
+    assert [len(plan.items) for plan in rank.plans] == [1]
+    engine.step()
+    assert engine.stats().used_blocks == 3 + 4
+    assert [(i.start, i.num_tokens) for i in rank.plans[1].items] == [(13, 1), (12, 1), (12, 1), (12, 1)]
+    found = finish(engine)
+    for index in range(4):
+        assert tokens(found[1, index])[-4:] == expected_tokens(PROMPT, 6, seed=index)[-4:]
+
+
+def test_seeds_of_the_answers_differ_by_their_index() -> None:
+    rank = FakeRank(num_blocks=32)
+    found = finish(build(rank), request(1, n=3, seed=10))
+    assert sorted(new.sampling.seed for plan in rank.plans for new in plan.new) == [10, 11, 12]
+    assert [tokens(found[1, i]) for i in range(3)] == [expected_tokens(PROMPT, 4, seed=10 + i) for i in range(3)]
+
+
+def test_when_the_first_answer_fails_the_next_computes_the_prompt() -> None:
+    rank = FakeRank(num_blocks=32)
+    rank.broken, rank.half_applied = 2, True  # the step, and its repetition alone
+    found = finish(build(rank, budget=5), request(1, n=3))
+    assert [found[1, i][-1].finish_reason for i in range(3)] == ["error", "length", "length"]
+    assert tokens(found[1, 2]) == expected_tokens(PROMPT, 4, seed=2)
+
+
+# ------------------------------------------------------------------ pre-emption
+
+
+def test_the_last_arrived_gives_way_and_every_answer_is_right() -> None:
+    rank = FakeRank(num_blocks=8, max_batch_size=4, session_len=32)
+    engine = build(rank)
+    prompts = [[i] * 6 for i in range(1, 5)]
+    found = finish(engine, *(request(i, p, 14, seed=i) for i, p in enumerate(prompts)))
+    assert engine.stats().preemptions > 0
+    assert [tokens(found[i, 0]) for i in range(4)] == [expected_tokens(p, 14, seed=i) for i, p in enumerate(prompts)]
+
+
+def test_a_preempted_sequence_keeps_its_cached_blocks_while_nobody_needs_them() -> None:
+    rank = FakeRank(num_blocks=6, session_len=24)
+    engine = build(rank)
+    finish(engine, request(1, [1] * 7, 10), request(2, [2] * 7, 10))
+    assert engine.stats().preemptions > 0
+    again = [plan for plan in rank.plans for new in plan.new if new.token_ids[0] == 2 and len(new.token_ids) > 7]
+    assert again and all(item.start > 0 for item in again[0].items)
+
+
+def test_the_oldest_is_never_preempted_and_gets_a_token_in_every_step() -> None:
+    engine = build(FakeRank(num_blocks=6, max_batch_size=4, session_len=24), budget=4)
+    engine.add(request(0, [9] * 3, 13))
+    got: list[int] = []
+    for i in range(1, 14):  # a new one in every step, each growing to the whole pool
+        engine.add(request(i, [i] * 2, 22))
+        got += [t for o in engine.step() if o.request_id == 0 for t in o.token_ids]
+        assert len(got) == i
+    assert got == expected_tokens([9] * 3, 13) and engine.stats().preemptions > 0
+
+
+def test_every_one_of_many_that_fill_the_pool_alone_is_answered_in_order() -> None:
+    engine = build(FakeRank(num_blocks=4, max_batch_size=4, session_len=16), budget=4)
+    found = finish(engine, *(request(i, [i] * 9, 7, seed=i) for i in range(12)))
+    assert all(tokens(found[i, 0]) == expected_tokens([i] * 9, 7, seed=i) for i in range(12))
+
+
+# ------------------------------------------------------------------ abort
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_abort_frees_the_blocks_at_once_wherever_the_request_is(steps: int, run_ahead: int) -> None:
+    engine = build(FakeRank(max_batch_size=2), budget=5, run_ahead=run_ahead)
+    engine.add(request(1, n=3, max_new_tokens=30))
+    for _ in range(steps):
+        engine.step()
+    engine.abort(1)
+    assert engine.stats().used_blocks == engine.stats().running == engine.stats().waiting == 0
+    found = finish(engine)
+    assert sorted(k for k, o in found.items() if o[-1].finish_reason == "abort") == [(1, 0), (1, 1), (1, 2)]
+    assert all(len(o) == 1 and not o[0].token_ids for o in found.values()), "nothing comes of the step in flight"
+    assert tokens(finish(engine, request(1))[1, 0]) == expected_tokens(PROMPT, 4), "the id may be used again"
+
+
+def test_abort_of_an_unknown_request_is_nothing() -> None:
+    engine = build(FakeRank())
+    engine.abort(99)
+    assert not engine.has_work
+
+
+def test_ended_requests_do_not_pile_up_in_the_waiting_queue() -> None:
+    engine = build(FakeRank(max_batch_size=1))
+    engine.add(request(0, max_new_tokens=30))
+    engine.step()
+    for i in range(1, 1000):
+        engine.add(request(i))
+        engine.abort(i)
+    assert len(engine.scheduler._waiting) <= 65
+
+
+# ------------------------------------------------------------------ random operations
+
+
+class AheadMachine(EngineMachine):
+    """The same, launching a step before the last one's result is seen."""
+
+    run_ahead = 1
+
+
+SETTINGS = settings(max_examples=120, stateful_step_count=30, deadline=None, derandomize=True)
+TestRandomRequests = EngineMachine.TestCase
+TestRandomRequests.settings = SETTINGS
+TestRandomRequestsWithRunAhead = AheadMachine.TestCase
+TestRandomRequestsWithRunAhead.settings = SETTINGS
