@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,13 +62,14 @@ def _linear(library: ctypes.CDLL, threads: int, amx: bool) -> Callable[[Tensor, 
         function = functions.get(dtype)
         same = weight.dtype is dtype and out.dtype is dtype and (bias is None or (bias.dtype is dtype and bias.is_contiguous()))
         if function is None or not same or not weight.is_contiguous() or x.stride(1) != 1 or out.stride(1) != 1:
-            return fallback(x, weight, bias, out)
+            fallback(x, weight, bias, out)
+            return
         n, k = weight.shape
         bias_at = None if bias is None else bias.data_ptr()
         rows = x.shape[0]
         done = function(x.data_ptr(), x.stride(0), weight.data_ptr(), bias_at, out.data_ptr(), out.stride(0), rows, k, n, threads)
         if done == 0:  # out of memory for the packed rows
-            return fallback(x, weight, bias, out)
+            fallback(x, weight, bias, out)
 
     return linear
 
@@ -79,7 +81,8 @@ def _rms_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, f
         dtype = x.dtype
         function = functions.get(dtype)
         if function is None or weight.dtype is not dtype or out.dtype is not dtype or x.stride(1) != 1 or not out.is_contiguous():
-            return fallback(x, weight, eps, out)
+            fallback(x, weight, eps, out)
+            return
         function(x.data_ptr(), x.stride(0), None, weight.data_ptr(), eps, out.data_ptr(), x.shape[0], x.shape[1], threads)
 
     return rms_norm
@@ -93,7 +96,8 @@ def _add_rms_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tenso
         function = functions.get(dtype)
         same = weight.dtype is dtype and out.dtype is dtype and residual.dtype is dtype
         if function is None or not same or x.stride(1) != 1 or not out.is_contiguous() or not residual.is_contiguous():
-            return fallback(x, residual, weight, eps, out)
+            fallback(x, residual, weight, eps, out)
+            return
         rows, width = x.shape
         function(x.data_ptr(), x.stride(0), residual.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, width, threads)
 
@@ -106,7 +110,8 @@ def _head_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, 
     def head_norm(x: Tensor, weight: Tensor, eps: float) -> None:
         function = functions.get(x.dtype)
         if function is None or weight.dtype is not x.dtype or x.stride(2) != 1:
-            return fallback(x, weight, eps)
+            fallback(x, weight, eps)
+            return
         row, head, _ = x.stride()
         function(x.data_ptr(), row, head, weight.data_ptr(), eps, *x.shape, threads)
 
@@ -119,7 +124,8 @@ def _silu_mul(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor], 
     def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         function = functions.get(gate_up.dtype)
         if function is None or out.dtype is not gate_up.dtype or not gate_up.is_contiguous() or not out.is_contiguous():
-            return fallback(gate_up, out)
+            fallback(gate_up, out)
+            return
         function(gate_up.data_ptr(), out.data_ptr(), *out.shape, threads)
 
     return silu_mul
@@ -144,7 +150,8 @@ def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
         scale_fits = q_scale is None or (q_scale.dtype is torch.float32 and q_scale.is_contiguous())
         dims_packed = q.stride(2) == 1 and k.stride(2) == 1 and v.stride(2) == 1 and slot_mapping.is_contiguous()
         if function is None or not (tables and scale_fits and dims_packed and _cache_fits(key_cache, value_cache, dtype)):
-            return fallback(q, k, v, cos, sin, q_scale, key_cache, value_cache, slot_mapping)
+            fallback(q, k, v, cos, sin, q_scale, key_cache, value_cache, slot_mapping)
+            return
         pointers = [x.data_ptr() for x in (q, k, v, cos, sin)]
         pointers += [0 if q_scale is None else q_scale.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), slot_mapping.data_ptr()]
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
@@ -164,7 +171,8 @@ def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, 
         head_dim, table = q.shape[2], meta.block_table
         plain = q.stride(2) == 1 and out.dtype is dtype and out.stride(1) == 1 and table.stride(1) == 1
         if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(key_cache, value_cache, dtype):
-            return fallback(q, k, v, key_cache, value_cache, meta, scale, window, out)
+            fallback(q, k, v, key_cache, value_cache, meta, scale, window, out)
+            return
         pointers = (q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr())
         lengths = (meta.query_start.data_ptr(), meta.kv_lens.data_ptr(), table.data_ptr())
         strides = (q.stride(0), q.stride(1), table.stride(0), *key_cache.stride()[:2], out.stride(0))
@@ -219,6 +227,20 @@ def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
         experts=_experts(linear, silu_mul),
         names=dict.fromkeys(REFERENCE.names, f"native {build.variant}"),
     )
+
+
+def read_bandwidth(build: NativeBuild, data: Tensor, threads: int) -> float:
+    """GB/s at which this machine reads `data` (contiguous, larger than the caches) once: the best of five."""
+    assert build.library is not None, build.reason
+    function = build.library["lmd_read"]
+    function.argtypes, function.restype = [_P, _L, _I], ctypes.c_uint64
+    nbytes = data.nbytes // 256 * 256
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        function(data.data_ptr(), nbytes, threads)
+        best = min(best, time.perf_counter() - start)
+    return nbytes / best / 1e9
 
 
 def cpu_kernels(threads: int | None = None, cache_dir: Path | None = None) -> Kernels:

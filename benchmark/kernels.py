@@ -1,0 +1,167 @@
+"""Each CPU kernel next to the ceiling measured in the same run, and next to torch: `python -m benchmark.kernels`.
+
+Shapes of InternLM2.5-1.8B. Weights and caches rotate over more than a gigabyte, so that they come from memory as in a decode step,
+not from a cache. A row's percentage is against the nearer of the two limits: bytes / read bandwidth or flops / matmul rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmark import common
+from lmdeploy.inputs import AttentionMeta
+from lmdeploy.kernels.api import Kernels
+from lmdeploy.kernels.build import NativeBuild, load_native
+from lmdeploy.kernels.cpu import native_kernels, read_bandwidth
+from lmdeploy.kernels.reference import REFERENCE
+
+Tensor = torch.Tensor
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, BLOCK_SIZE = 2048, 16, 8, 128, 8192, 64
+LINEARS = {"qkv": (2048, 4096), "o": (2048, 2048), "gate_up": (2048, 16384), "down": (8192, 2048), "head": (2048, 92544)}
+BYTES_TO_ROTATE = 1_200_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel at one size: `run(i)` works on the i-th of `copies` sets of data."""
+
+    name: str
+    nbytes: float
+    flops: float
+    copies: int
+    run: Callable[[Kernels, int], None]
+
+
+def seconds_per_call(case: Case, kernels: Kernels, budget: float) -> float:
+    """Median over rounds, each of several calls on different data, within about `budget` seconds."""
+    case.run(kernels, 0)
+    start = time.perf_counter()
+    case.run(kernels, 1 % case.copies)
+    once = time.perf_counter() - start
+    calls = max(1, min(case.copies if case.copies > 1 else 1000, int(budget / 5 / max(once, 1e-6))))
+    rounds, at = [], 0
+    for _ in range(5):
+        start = time.perf_counter()
+        for i in range(at, at + calls):
+            case.run(kernels, i % case.copies)
+        rounds.append((time.perf_counter() - start) / calls)
+        at += calls
+    return statistics.median(rounds)
+
+
+def linear_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor) -> Case:
+    """One matrix of the model times `rows` rows; distinct weights are cut from `pool`."""
+    inner, outer = LINEARS[name]
+    copies = max(1, pool.numel() // (inner * outer))
+    weights = pool[: copies * inner * outer].view(copies, outer, inner)
+    x, out = torch.randn(rows, inner).to(dtype), torch.empty(rows, outer, dtype=dtype)
+    nbytes = (inner * outer + rows * (inner + outer)) * dtype.itemsize
+    return Case(f"linear {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, lambda k, i: k.linear(x, weights[i], None, out))
+
+
+def attention_case(query_len: int, kv_len: int, sequences: int, dtype: torch.dtype, pool: Tensor) -> Case:
+    """Equal sequences over a shuffled cache; the caches of different layers are cut from `pool`."""
+    per_sequence = (kv_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    blocks = per_sequence * sequences
+    size = blocks * KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    copies = max(1, pool.numel() // (2 * size))
+    caches = pool[: copies * 2 * size].view(copies, 2, blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    rows = query_len * sequences
+    q, out = torch.randn(rows, HEADS, HEAD_DIM).to(dtype), torch.empty(rows, HEADS * HEAD_DIM, dtype=dtype)
+    table = torch.randperm(blocks).int().view(sequences, per_sequence)
+    start = torch.arange(0, rows + 1, query_len, dtype=torch.int32)
+    lens = [kv_len] * sequences
+    decodes = sequences if query_len == 1 else 0
+    meta = AttentionMeta(start, torch.tensor(lens, dtype=torch.int32), table, torch.empty(0, dtype=torch.int64), [query_len] * sequences, lens, decodes)
+    pairs = sequences * (query_len * (kv_len - query_len) + query_len * (query_len + 1) / 2)
+    nbytes = (2 * sequences * kv_len * KV_HEADS + 2 * rows * HEADS) * HEAD_DIM * dtype.itemsize
+    scale = HEAD_DIM**-0.5
+
+    def run(kernels: Kernels, i: int) -> None:
+        kernels.attention(q, q, q, caches[i, 0], caches[i, 1], meta, scale, 0, out)
+
+    return Case(f"attention B={sequences} new={query_len} kv={kv_len}", nbytes, 4.0 * pairs * HEADS * HEAD_DIM, copies, run)
+
+
+def small_cases(rows: int, dtype: torch.dtype) -> list[Case]:
+    """Norms, SiLU and rope: their data was just written by the step, so it is in cache and is not rotated."""
+    x, residual, weight = torch.randn(rows, HIDDEN).to(dtype), torch.randn(rows, HIDDEN).to(dtype), torch.ones(HIDDEN, dtype=dtype)
+    out, both, mixed = torch.empty_like(x), torch.randn(rows, 2 * INTER).to(dtype), torch.empty(rows, INTER, dtype=dtype)
+    qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)
+    q, k, v = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS], qkv[:, HEADS + KV_HEADS :]
+    angles, slots = torch.randn(rows, HEAD_DIM // 2), torch.randperm(rows + BLOCK_SIZE)[:rows]
+    cos, sin = angles.cos(), angles.sin()
+    cache = torch.zeros(2, rows // BLOCK_SIZE + 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype)
+    return [
+        Case(f"rms_norm T={rows}", 2.0 * x.nbytes, 0, 1, lambda kernels, _: kernels.rms_norm(x, weight, 1e-5, out)),
+        Case(f"add_rms_norm T={rows}", 4.0 * x.nbytes, 0, 1, lambda kernels, _: kernels.add_rms_norm(x, residual.zero_(), weight, 1e-5, out)),
+        Case(f"silu_mul T={rows}", 1.5 * both.nbytes, 0, 1, lambda kernels, _: kernels.silu_mul(both, mixed)),
+        Case(
+            f"rope_write_kv T={rows}",
+            2.0 * qkv.nbytes,
+            0,
+            1,
+            lambda kernels, _: kernels.rope_write_kv(q, k, v, cos, sin, None, cache[0], cache[1], slots),
+        ),
+    ]
+
+
+def measure_ceilings(build: NativeBuild, pool: Tensor, threads: int) -> common.Ceilings:
+    """Read bandwidth over the pool, and torch's best large product of the same type."""
+    read = read_bandwidth(build, pool, threads)
+    side = 2048
+    a = torch.randn(side, side).to(pool.dtype)
+    out = torch.empty_like(a)
+    return common.Ceilings(read, 2 * side**3 / common.timed(lambda: torch.mm(a, a, out=out)) / 1e9)
+
+
+def show(case: Case, seconds: float, torch_seconds: float | None, ceilings: common.Ceilings) -> None:
+    """One line of the table."""
+    floor = max(case.nbytes / ceilings.read_gbs, case.flops / ceilings.bf16_gflops) / 1e9
+    peer = f"{torch_seconds / seconds:6.2f}x" if torch_seconds is not None else "      -"
+    rates = f"{case.nbytes / seconds / 1e9:8.1f} GB/s {case.flops / seconds / 1e9:7.0f} GFLOP/s"
+    print(f"{case.name:<34}{seconds * 1e6:10.1f} us {rates} {100 * floor / seconds:6.0f} % {peer}", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 512], help="rows of the linear layers")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.4, help="time for one figure")
+    parser.add_argument("--no-torch", action="store_true", help="do not measure torch beside it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    build = load_native()
+    if build.library is None:
+        raise SystemExit(f"no native kernels here: {build.reason}")
+    kernels, dtype = native_kernels(build, args.threads), getattr(torch, args.dtype)
+    pool = torch.empty(BYTES_TO_ROTATE // dtype.itemsize, dtype=dtype).uniform_(-1, 1)
+    ceilings = measure_ceilings(build, pool, args.threads)
+    print(f"{args.dtype}, {args.threads} threads, native {build.variant}; others keep {common.busy_cores():.2f} cores busy")
+    print(f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, torch matmul {ceilings.bf16_gflops:.0f} GFLOP/s; last column: times as fast as torch")
+    cases = [linear_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
+    cases += [attention_case(*size, dtype, pool) for size in ((1, 512, 1), (1, 512, 8), (1, 8192, 1), (512, 512, 1), (512, 4096, 1))]
+    cases += small_cases(1, dtype) + small_cases(512, dtype)
+    for case in cases:
+        if args.only in case.name:
+            mine = seconds_per_call(case, kernels, args.seconds)
+            show(case, mine, None if args.no_torch else seconds_per_call(case, REFERENCE, args.seconds), ceilings)
+
+
+if __name__ == "__main__":
+    main()
