@@ -241,7 +241,7 @@ def test_stop_ids_are_collected_from_both_files() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "dtype"), [("torch_dtype", "bfloat16", "bfloat16"), ("dtype", "torch.float16", "float16"), ("dtype", None, "float32")]
 )
-def test_dtype_old_and_new_spelling(key: str, value: str | None, dtype: str) -> None:
+def test_dtype_old_and_new_spelling(key: str, value: Any, dtype: str) -> None:
     assert ModelSpec.from_config(config(**{key: value})).dtype == dtype
 
 

@@ -85,7 +85,7 @@ def _from_index(folder: Path, index: Path, opener: Callable[[Path], TensorFile])
     present = {name: set(file.names()) for name, file in files.items()}
     for tensor, name in weight_map.items():
         if tensor not in present[name]:
-            raise CheckpointError(f"{index}: tensor '{tensor}' should be in {name}, but that file does not have it")
+            raise CheckpointError(f"{index}: tensor {tensor!r} should be in {name!r}, but that file does not have it")
     file_of = {tensor: files[name] for tensor, name in weight_map.items()}
     for file in files.values():
         for tensor in file.names():
@@ -100,7 +100,7 @@ def _from_files(folder: Path, paths: list[Path], opener: Callable[[Path], Tensor
         file = opener(path)
         for tensor in file.names():
             if tensor in file_of:
-                raise CheckpointError(f"{folder}: tensor '{tensor}' is in both {file_of[tensor].path.name} and {path.name}; remove one or add an index")
+                raise CheckpointError(f"{folder}: tensor {tensor!r} is in both {file_of[tensor].path.name} and {path.name}; remove one or add an index")
             file_of[tensor] = file
     return file_of
 

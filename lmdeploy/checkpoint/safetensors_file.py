@@ -77,10 +77,8 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, begin, length)
 
     def close(self) -> None:
-        """Unmap."""
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        """Unmap, as soon as no view of the map is left (an exception's traceback may still hold one)."""
+        self._map = None
 
     def _open_map(self) -> mmap.mmap:
         """Map the file; private and never written, because torch warns about read-only buffers."""
@@ -140,7 +138,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> Entry:
     """One tensor's line of the header, checked."""
-    where = f"{path}: tensor '{name}'"
+    where = f"{path}: tensor {name!r}"
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: its header entry is not an object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
@@ -165,10 +163,10 @@ def _check_cover(path: Path, entries: dict[str, Entry], data_start: int, size: i
     end, before = data_start, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < end:
-            raise CheckpointError(f"{path}: tensor '{name}' starts at byte {entry.begin}, inside {before}, which ends at {end}")
+            raise CheckpointError(f"{path}: tensor {name!r} starts at byte {entry.begin}, inside {before}, which ends at {end}")
         if entry.begin > end:
-            raise CheckpointError(f"{path}: bytes {end}..{entry.begin} before tensor '{name}' belong to no tensor")
-        end, before = entry.end, f"tensor '{name}'"
+            raise CheckpointError(f"{path}: bytes {end}..{entry.begin} before tensor {name!r} belong to no tensor")
+        end, before = entry.end, f"tensor {name!r}"
     if end != size:
         raise CheckpointError(f"{path}: bytes {end}..{size} after {before} belong to no tensor")
 

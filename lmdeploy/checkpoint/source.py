@@ -125,7 +125,7 @@ class FolderSource:
         patterns = (*HARMLESS, *ignore)
         left = sorted(n for names in self._left.values() for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns))
         if left:
-            shown = ", ".join(f"{n} ({self._file_of[n].path.name})" for n in left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+            shown = ", ".join(f"{n!r} ({self._file_of[n].path.name})" for n in left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
             raise CheckpointError(f"{self.folder}: {len(left)} tensors do not belong to the model that config.json describes: {shown}")
 
     def close(self) -> None:
@@ -136,24 +136,33 @@ class FolderSource:
     def _file(self, name: str) -> TensorFile:
         file = self._file_of.get(name)
         if file is None:
+            if name.endswith(".weight") and (packed := f"{name[: -len('weight')]}qweight") in self._file_of:
+                raise CheckpointError(
+                    f"{self.folder}: the weights are quantised ({packed!r}); this layer loads 16- and 32-bit weights, give the unquantised model"
+                )
             near = difflib.get_close_matches(name, self._file_of, 3)
-            hint = f"the nearest names are {', '.join(near)}" if near else f"it has {len(self._file_of)} other tensors, e.g. {next(iter(self._file_of))}"
-            raise CheckpointError(f"{self.folder}: tensor '{name}' is missing; {hint}")
+            hint = (
+                f"the nearest names are {', '.join(map(repr, near))}"
+                if near
+                else f"it has {len(self._file_of)} other tensors, e.g. {next(iter(self._file_of))!r}"
+            )
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing; {hint}")
         return file
 
     def _check_whole(self, name: str, file: TensorFile, shape: Sequence[int] | None) -> None:
         if shape is not None and tuple(shape) != file.shape(name):
-            raise CheckpointError(f"{file.path}: tensor '{name}' has shape {list(file.shape(name))}, but config.json asks for {list(shape)}")
+            raise CheckpointError(f"{file.path}: tensor {name!r} has shape {list(file.shape(name))}, but config.json asks for {list(shape)}")
 
     def _mismatch(self, name: str, file: TensorFile, found: Sequence[int], out: torch.Tensor) -> CheckpointError:
-        return CheckpointError(f"{file.path}: tensor '{name}' has shape {list(found)} where {list(out.shape)} is expected")
+        return CheckpointError(f"{file.path}: tensor {name!r} has shape {list(found)} where {list(out.shape)} is expected")
 
     def _copy(self, name: str, file: TensorFile, out: torch.Tensor, view: torch.Tensor) -> None:
         """Copy in chunks of the first axis, giving the mapped pages back after each, so that they do not pile up."""
         if view.shape != out.shape:
             raise self._mismatch(name, file, view.shape, out)
-        if view.is_floating_point() != out.is_floating_point():
-            raise CheckpointError(f"{file.path}: tensor '{name}' is {str(view.dtype)[6:]} where {str(out.dtype)[6:]} is expected")
+        # 8-bit floats mean nothing without their scales, so they are not cast either.
+        if view.is_floating_point() != out.is_floating_point() or (view.dtype.itemsize == 1) != (out.dtype.itemsize == 1):
+            raise CheckpointError(f"{file.path}: tensor {name!r} is {str(view.dtype)[6:]} where {str(out.dtype)[6:]} is expected")
         rows = view.shape[0] if view.dim() else 1
         step = max(1, CHUNK_BYTES * rows // max(1, view.nbytes))
         for start in range(0, rows, step):
@@ -178,7 +187,7 @@ def _bounds(wanted: slice, tensor: torch.Tensor, axis: int, name: str, file: Ten
     start, stop = wanted.start or 0, size if wanted.stop is None else wanted.stop
     if wanted.step not in (None, 1) or not 0 <= start <= stop <= size:
         raise CheckpointError(
-            f"{file.path}: tensor '{name}' has shape {list(tensor.shape)}, too small for {'rows' if axis == 0 else 'columns'} {start}..{stop}"
+            f"{file.path}: tensor {name!r} has shape {list(tensor.shape)}, too small for {'rows' if axis == 0 else 'columns'} {start}..{stop}"
         )
     return start, stop
 

@@ -11,6 +11,7 @@ import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from lmdeploy.checkpoint.hub import UNWANTED, WANTED, resolve_model
 from lmdeploy.errors import CheckpointError
@@ -49,7 +50,8 @@ class Hub:
     """Stands in for the network: remembers what was asked for, answers or fails."""
 
     def __init__(self, answer: Path | Exception, files: list[str] | Exception) -> None:
-        self.answer, self.files, self.asked = answer, files, {}
+        self.answer, self.files = answer, files
+        self.asked: dict[str, Any] = {}
 
     def snapshot_download(self, name: str, **options: Any) -> str:
         self.asked = {"name": name, **options}
@@ -75,7 +77,7 @@ def test_a_hub_id_is_downloaded_without_code_and_without_second_copies(monkeypat
     assert resolve_model("org/name", "/downloads", "v1") == tmp_path
     assert (hub.asked["name"], hub.asked["cache_dir"], hub.asked["revision"]) == ("org/name", "/downloads", "v1")
     kept = list(
-        huggingface_hub.utils.filter_repo_objects(
+        filter_repo_objects(
             ["model.safetensors", "a.pth", "modeling.py", "tokenizer.model", "config.json", "pytorch_model.bin", "qwen.tiktoken", "original/params.json"],
             allow_patterns=hub.asked["allow_patterns"],
             ignore_patterns=hub.asked["ignore_patterns"],
@@ -98,9 +100,9 @@ RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface
     ("error", "words"),
     [
         (LocalEntryNotFoundError("offline\nand more"), "the hub cannot be reached; give a local folder"),
-        (RepositoryNotFoundError("404\nlong text", response=RESPONSE), "no such model on the hub"),
-        (GatedRepoError("403\nlong text", response=RESPONSE), "licence"),
-        (RevisionNotFoundError("404\nlong text", response=RESPONSE), "no such revision"),
+        (RepositoryNotFoundError("404\nlong text", response=RESPONSE), "no such model on the hub"),  # type: ignore[arg-type]
+        (GatedRepoError("403\nlong text", response=RESPONSE), "licence"),  # type: ignore[arg-type]
+        (RevisionNotFoundError("404\nlong text", response=RESPONSE), "no such revision"),  # type: ignore[arg-type]
         (OSError("disk full\nand more"), "OSError: disk full"),
     ],
 )

@@ -169,10 +169,32 @@ def test_integers_are_not_taken_for_weights(tmp_path: Path) -> None:
     assert "int32 where bfloat16" in message(open_source(tmp_path).take, "q", torch.empty(4, 4, dtype=torch.bfloat16))
 
 
+def test_quantised_weights_are_called_so(tmp_path: Path) -> None:
+    save_file({"q.qweight": torch.ones(4, 4, dtype=torch.int32), "k.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    assert "quantised ('q.qweight')" in message(source.take, "q.weight", torch.empty(4, 4))
+    assert "float8_e4m3fn where bfloat16" in message(source.take, "k.weight", torch.empty(4, 4, dtype=torch.bfloat16))
+
+
 def test_a_missing_tensor_names_the_nearest(source: FolderSource) -> None:
     text = message(source.take, "model.a.wieght", torch.empty(1))
     assert "'model.a.wieght' is missing" in text
     assert "model.a.weight" in text
+
+
+def test_names_from_a_file_cannot_break_out_of_the_line(tmp_path: Path) -> None:
+    save_file({"evil\n\x1b[2J": B}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    for text in (message(source.finish), message(source.take, "evil", torch.empty(6)), message(source.take, "evil\n\x1b[2J", torch.empty(7))):
+        assert "evil\\n\\x1b" in text
+
+
+def test_a_source_can_be_closed_while_a_view_is_held(tmp_path: Path) -> None:
+    source = open_source(write(tmp_path, "single"))
+    assert isinstance(source, FolderSource)
+    held = source._file_of["model.a.weight"].tensor("model.a.weight")
+    source.close()
+    assert torch.equal(held, A)
 
 
 def test_finish_lists_what_was_left_over_but_not_known_buffers(tmp_path: Path) -> None:
@@ -181,7 +203,7 @@ def test_finish_lists_what_was_left_over_but_not_known_buffers(tmp_path: Path) -
     source.take("kept", torch.empty(6))
     text = message(source.finish, ignore=("lm_head.*",))
     assert "1 tensors" in text
-    assert "odd (model.safetensors)" in text
+    assert "'odd' (model.safetensors)" in text
     source.take("odd", torch.empty(6))
     source.finish(ignore=("lm_head.*",))
 
@@ -256,7 +278,7 @@ def test_a_broken_index_is_one_line(tmp_path: Path, text: str) -> None:
 def test_an_index_that_lies_about_a_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "indexed")
     write_index(tmp_path, {"model.a.weight": "two.safetensors"})
-    assert "'model.a.weight' should be in two.safetensors" in message(open_source, tmp_path)
+    assert "'model.a.weight' should be in 'two.safetensors'" in message(open_source, tmp_path)
 
 
 def test_tensors_that_the_index_forgot_are_found_by_finish(tmp_path: Path) -> None:
@@ -265,7 +287,7 @@ def test_tensors_that_the_index_forgot_are_found_by_finish(tmp_path: Path) -> No
     source = open_source(tmp_path)
     for name, value in TENSORS.items():
         source.take(name, torch.empty_like(value))
-    assert "extra (one.safetensors)" in message(source.finish)
+    assert "'extra' (one.safetensors)" in message(source.finish)
 
 
 MEASURE = """
