@@ -1,10 +1,13 @@
-"""`Answer`: the engine's token ids of one answer become text increments, stop words included.
+"""`Answer`: the engine's token ids of one answer become text increments, stop words included; `Merger` joins increments.
 
 Knows no engine and no HTTP. Text is emitted as soon as it can no longer change: half a character and a possible beginning of a
 stop word are held back. Token ids and log-probabilities are passed on at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 from lmdeploy.messages import EngineOutput, Response, TokenLogprobs
 from lmdeploy.text.detokenizer import IncrementalDetokenizer
@@ -78,3 +81,52 @@ class Answer:
 def as_dict(entry: TokenLogprobs) -> dict[int, float]:
     """token id -> log p: the chosen token first, then the likeliest others, best first."""
     return {entry.token_id: entry.logprob, **dict(entry.top)}
+
+
+class Merger:
+    """Joins the increments of n answers into complete ones."""
+
+    def __init__(self, n: int) -> None:
+        self.answers = [Response(text="", generate_token_len=0, input_token_len=0, index=i) for i in range(n)]
+        self._texts: list[list[str]] = [[] for _ in range(n)]
+
+    def add(self, part: Response) -> None:
+        """Append one increment to its answer."""
+        whole = self.answers[part.index]
+        self._texts[part.index].append(part.text)
+        whole.token_ids += part.token_ids
+        if part.logprobs is not None:
+            whole.logprobs = (whole.logprobs or []) + part.logprobs
+        for name in ("prompt_logprobs", "logits", "last_hidden_state"):
+            value = getattr(part, name)
+            if value is not None:
+                setattr(whole, name, _joined(getattr(whole, name), value))
+        for name in ("generate_token_len", "input_token_len", "cached_tokens", "finish_reason", "stop_reason", "session_id", "error_code", "error_message"):
+            setattr(whole, name, getattr(part, name))
+        if part.finish_reason is not None:
+            whole.text = "".join(self._texts[part.index])
+
+    def complete(self) -> list[Response]:
+        """The answers as far as they came; one that was cut short has finish_reason 'abort'."""
+        for answer, texts in zip(self.answers, self._texts, strict=True):
+            if answer.finish_reason is None:
+                answer.text, answer.finish_reason = "".join(texts), "abort"
+        return self.answers
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if first is None:
+        return second
+    if isinstance(first, list):
+        return first + second
+    import torch
+
+    return torch.cat([first, second])
+
+
+def merge_increments(increments: Iterable[Response], n: int) -> list[Response]:
+    """Complete answers from a stream of increments of one request."""
+    merged = Merger(n)
+    for response in increments:
+        merged.add(response)
+    return merged.answers

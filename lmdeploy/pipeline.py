@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from lmdeploy import log
+from lmdeploy.answer import Merger
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
-from lmdeploy.frontend import Frontend, Merger, Prepared, Prompt
+from lmdeploy.frontend import Frontend, Prepared, Prompt
 from lmdeploy.messages import MemoryBill, Response
 from lmdeploy.text.tokenizer import Tokenizer
 
