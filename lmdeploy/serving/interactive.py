@@ -94,7 +94,8 @@ async def chat_interactive(request: Request) -> Response:
             except BaseException:
                 await lines.aclose()
                 raise
-            return EventStream(_chained(first, lines), held.pop_all(), media_type="application/x-ndjson")
+            kept = held.pop_all()
+            return EventStream(_chained(first, lines, kept), kept, media_type="application/x-ndjson")
         return JSONResponse(await unless_gone(request, turn.whole(lines)))
 
 
@@ -139,7 +140,7 @@ class Turn:
                     if complete:
                         return
         finally:
-            if not self._body.interactive_mode:
+            if not complete and not self._body.interactive_mode:
                 self._sessions.end(self._session_id)
 
     async def whole(self, lines: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -151,8 +152,11 @@ class Turn:
         return {**last, "text": "".join(texts)}
 
     def _keep(self, text: str, response: messages.Response) -> None:
+        """The turn becomes history; a session that is not interactive ends."""
         self._conversation.history = [*self._asked, {"role": "assistant", "content": text}]
         self._conversation.tokens = response.input_token_len + response.generate_token_len
+        if not self._body.interactive_mode:
+            self._sessions.end(self._session_id)
 
     def _increment(self, response: messages.Response, finish_reason: str | None) -> dict[str, Any]:
         new_tokens = max(response.input_token_len - self._before, 0)
@@ -163,12 +167,16 @@ def _line(text: str, tokens: int, input_tokens: int, history_tokens: int, finish
     return {"text": text, "tokens": tokens, "input_tokens": input_tokens, "history_tokens": history_tokens, "finish_reason": finish_reason}
 
 
-async def _chained(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+async def _chained(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], held: ExitStack) -> AsyncGenerator[bytes, None]:
+    """First and rest as lines; the session is released before the last one, so that the next turn may follow at once."""
     async with aclosing(rest):
-        yield msgspec.json.encode(first) + b"\n"
         try:
-            async for line in rest:
+            line = first
+            while line["finish_reason"] is None:
                 yield msgspec.json.encode(line) + b"\n"
+                line = await anext(rest)
         except Exception as e:
             failed = as_http_error(e)
-            yield msgspec.json.encode(error_body(failed.status, failed.message, failed.code, failed.param)) + b"\n"
+            line = error_body(failed.status, failed.message, failed.code, failed.param)
+        held.close()
+        yield msgspec.json.encode(line) + b"\n"

@@ -5,6 +5,7 @@ Ctrl-C or SIGTERM: no new connections, `shutdown_seconds` for running answers, t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -26,9 +27,24 @@ from lmdeploy.serving.options import ServerConfig
 
 logger = get_logger(__name__)
 
+#: how long aborted answers may take to end before their connections are cut
+ABORT_SECONDS = 3
+
 
 class HttpServer(uvicorn.Server):
-    """uvicorn that returns from `run` after a signal, instead of dying of it, so that the engine can be closed."""
+    """uvicorn that returns from `run` after a signal, instead of dying of it, so that the engine can be closed.
+
+    Answers that still run `shutdown_seconds` later are aborted: their readers get what there is, with finish_reason 'abort'.
+    """
+
+    def __init__(self, config: uvicorn.Config, frontend: Frontend, shutdown_seconds: float) -> None:
+        super().__init__(config)
+        self._frontend, self._shutdown_seconds = frontend, shutdown_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, wait for the answers that run."""
+        asyncio.get_running_loop().call_later(self._shutdown_seconds, self._frontend.abort_all)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,11 +105,13 @@ def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
             log_config=None,
             lifespan="off",
             timeout_keep_alive=5,
-            timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
+            timeout_graceful_shutdown=round(config.shutdown_seconds) + ABORT_SECONDS,
             ssl_keyfile=config.ssl_keyfile if config.ssl else None,
             ssl_certfile=config.ssl_certfile if config.ssl else None,
             h11_max_incomplete_event_size=1 << 16,
-        )
+        ),
+        frontend,
+        config.shutdown_seconds,
     )
 
 

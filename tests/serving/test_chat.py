@@ -8,10 +8,10 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import RunningServer
 from openai import AsyncOpenAI, OpenAI
 
 from lmdeploy.config import GenerationConfig
+from tests.serving.running import RunningServer
 
 COUNT = [{"role": "user", "content": "Count from 1 to 5."}]
 FIVE = "1, 2, 3, 4, 5"
@@ -97,7 +97,7 @@ def test_n_answers_have_their_own_index_and_seed(client: OpenAI) -> None:
     assert len({c.message.content for c in answer.choices}) > 1
     again = ask(client, messages=story, n=4, temperature=1.5, seed=3, max_tokens=24)
     assert [c.message.content for c in again.choices] == [c.message.content for c in answer.choices]
-    streamed = {i: "" for i in range(4)}
+    streamed = dict.fromkeys(range(4), "")
     for chunk in ask(client, messages=story, n=4, temperature=1.5, seed=3, max_tokens=24, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content
     assert list(streamed.values()) == [c.message.content for c in answer.choices]
@@ -142,9 +142,10 @@ def test_max_tokens_cuts_and_says_so(client: OpenAI) -> None:
 
 
 def test_penalties_bias_and_minimum_change_the_answer(client: OpenAI, server: RunningServer) -> None:
-    plain = text(client)
+    story = [{"role": "user", "content": "Tell me a story about a cat and a mouse."}]
+    plain = text(client, messages=story, max_tokens=80)
     for field in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 2.0}}):
-        assert text(client, **field) != plain, field
+        assert text(client, messages=story, max_tokens=80, **field) != plain, field
     five = server.frontend.tokenizer.encode("5", add_bos=False)[-1]
     assert "5" not in text(client, logit_bias={str(five): -100})
     assert raw(server, min_new_tokens=30)["usage"]["completion_tokens"] >= 30
@@ -195,7 +196,8 @@ def test_everything_that_the_openai_client_may_send_is_accepted(client: OpenAI) 
 def test_a_session_id_answers_one_request_at_a_time(server: RunningServer) -> None:
     body = {"model": "tiny", "messages": COUNT, "ignore_eos": True, "session_id": 77}
     with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as running:
-        next(running.iter_bytes())
+        pieces = running.iter_bytes()  # httpx closes the connection when this is forgotten
+        next(pieces)
         refused = server.http.post("/v1/chat/completions", json={**body, "max_tokens": 2})
         assert refused.status_code == 409
         assert "77" in refused.json()["error"]["message"]

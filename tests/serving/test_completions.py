@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import RunningServer
 from openai import OpenAI
+
+from tests.serving.running import RunningServer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_several_prompts_and_answers_are_numbered_in_order(client: OpenAI, serve
 
 def test_a_stream_of_several_prompts_mixes_but_numbers_them(client: OpenAI) -> None:
     prompts = ["The sky is", "Hello"]
-    texts = {i: "" for i in range(4)}
+    texts = dict.fromkeys(range(4), "")
     ends = []
     for chunk in complete(client, prompts, n=2, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:

@@ -97,9 +97,10 @@ async def read_body(request: Request, model: type[B]) -> B:
 
 
 def _validation_error(error: ValidationError, model: type[Body]) -> HttpError:
-    """The most telling of pydantic's findings, as one line: the deepest one, as it belongs to the form that the user meant."""
+    """The most telling of pydantic's findings, as one line: rather a bad value than a wrong type, and the deepest one, because the
+    other branches of a union complain too, about a form that the user did not mean."""
     findings = error.errors(include_url=False, include_context=False)
-    worst = max(findings, key=lambda f: (f["type"] == "extra_forbidden", len(f["loc"])))
+    worst = max(findings, key=lambda f: (f["type"] == "extra_forbidden", not f["type"].endswith("_type"), len(f["loc"])))
     path = ".".join(str(part) for part in worst["loc"] if isinstance(part, int) or part.isidentifier() and part not in ("str", "int", "list", "dict", "bool"))
     if worst["type"] == "json_invalid":
         return HttpError(400, f"the body is not valid JSON: {_one_line(worst['msg']).removeprefix('Invalid JSON: ')}", code="invalid_json")

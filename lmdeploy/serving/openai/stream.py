@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.openai import convert
-from lmdeploy.serving.openai.errors import as_http_error, error_body, failed_answer, raise_if_failed
+from lmdeploy.serving.openai.errors import HttpError, as_http_error, error_body, failed_answer, raise_if_failed
 from lmdeploy.serving.service import Service, gone, unless_gone
 from lmdeploy.text.tokenizer import Tokenizer
 
@@ -174,23 +174,26 @@ async def stream_answer(request: Request, service: Service, answers: AsyncGenera
         await answers.aclose()
         held.close()
         raise
-    return EventStream(_events(service, first, answers, chunks), held)
+    return EventStream(_events(service, first, answers, chunks, held), held)
 
 
-async def _events(service: Service, first: Response, answers: AsyncGenerator[Response, None], chunks: Chunks) -> AsyncGenerator[bytes, None]:
+async def _events(service: Service, first: Response, answers: AsyncGenerator[Response, None], chunks: Chunks, held: ExitStack) -> AsyncGenerator[bytes, None]:
+    """All events. What is held is released before the last one, so that a client that has it may use the session again."""
     async with aclosing(answers):
         try:
             yield chunks.encode(first)
             async for response in answers:
                 if response.finish_reason == "error":
-                    yield error_event(failed_answer(response, service.frontend.failure))
-                    yield DONE
-                    return
+                    raise failed_answer(response, service.frontend.failure)
                 yield chunks.encode(response)
-            yield chunks.last()
+            end = chunks.last()
+        except HttpError as e:
+            end = error_event(e) + DONE
         except Exception as e:
             logger.exception("a stream failed")
-            yield error_event(e) + DONE
+            end = error_event(e) + DONE
+        held.close()
+        yield end
 
 
 def error_event(error: Exception) -> bytes:

@@ -1,0 +1,168 @@
+"""What surrounds the routes: documentation page, health, metrics, keys, CORS, limits, the log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from lmdeploy.serving.openai.protocol import EXAMPLES
+from tests.serving.running import RunningServer
+
+QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "Count from 1 to 5."}], "temperature": 0, "max_tokens": 8}
+
+
+def figures(server: RunningServer) -> dict[str, float]:
+    """/metrics without labels; buckets left out."""
+    found: dict[str, float] = {}
+    for line in server.http.get("/metrics").text.splitlines():
+        match = re.fullmatch(r"(lmdeploy:\w+)\{([^}]*)\} (\S+)", line)
+        if match and "le=" not in match[2]:
+            reason = re.search(r'finished_reason="(\w+)"', match[2])
+            found[match[1] + (f":{reason[1]}" if reason else "")] = float(match[3])
+    return found
+
+
+def test_the_page_loads_nothing_from_elsewhere(server: RunningServer) -> None:
+    page = server.http.get("/")
+    assert page.status_code == 200
+    assert "SwaggerUIBundle" in page.text
+    references = re.findall(r"""(?:src|href)=["']([^"']+)|url: ?['"]([^'"]+)""", page.text)
+    files = [a or b for a, b in references]
+    assert {"static/swagger-ui.css", "static/swagger-ui-bundle.js", "openapi.json"} <= set(files)
+    for name in files:
+        assert "//" not in name, f"{name} is not ours"
+        if not name.startswith("data:"):
+            assert server.http.get("/" + name).status_code == 200
+    style = server.http.get("/static/swagger-ui.css").text
+    assert not re.findall(r"url\((?!\"?data:)[^)]*\)", style), "the style sheet loads nothing"
+
+
+def test_every_example_of_the_page_works_as_it_stands(server: RunningServer) -> None:
+    schema = server.http.get("/openapi.json").json()
+    tried = 0
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
+            if body is None and method == "post":
+                raise AssertionError(f"{path} has no example")
+            if body is not None:
+                assert server.http.post(path, json=body).status_code == 200, path
+                tried += 1
+    assert tried == len(EXAMPLES) == 5
+
+
+def test_the_schema_refers_only_to_what_it_has(server: RunningServer) -> None:
+    text = server.http.get("/openapi.json").text
+    names = set(re.findall(r"#/components/schemas/(\w+)", text))
+    assert names <= set(server.http.get("/openapi.json").json()["components"]["schemas"])
+    assert {"ChatRequest", "ChatMessage", "CompletionRequest", "GenerateRequest", "EncodeRequest"} <= names
+
+
+def test_docs_and_metrics_can_be_switched_off(serve: Callable[..., RunningServer]) -> None:
+    server = serve(disable_fastapi_docs=True, disable_metrics=True)
+    for path in ("/", "/openapi.json", "/static/swagger-ui.css", "/metrics", "/docs", "/redoc", "/terminate"):
+        assert server.http.get(path).status_code == 404, path
+
+
+def test_models_lists_the_served_name(server: RunningServer) -> None:
+    (card,) = server.http.get("/v1/models").json()["data"]
+    assert (card["id"], card["object"], card["owned_by"], card["max_model_len"]) == ("tiny", "model", "lmdeploy", 2048)
+    assert card["permission"][0]["object"] == "model_permission"
+
+
+def test_metrics_count_what_happened(server: RunningServer) -> None:
+    before = figures(server)
+    reply = server.http.post("/v1/chat/completions", json=QUESTION).json()
+    after = figures(server)
+
+    def grown(name: str) -> float:
+        return after[f"lmdeploy:{name}"] - before.get(f"lmdeploy:{name}", 0)
+
+    assert grown("prompt_tokens_total") == reply["usage"]["prompt_tokens"] == grown("request_prompt_tokens_sum")
+    assert grown("generation_tokens_total") == 8 == grown("request_generation_tokens_sum")
+    assert grown("request_success_total:length") == 1
+    assert grown("e2e_request_latency_seconds_count") == grown("time_to_first_token_seconds_count") == 1
+    assert after["lmdeploy:num_requests_running"] == after["lmdeploy:kv_blocks_used"] == 0
+    assert after["lmdeploy:kv_blocks"] == 300
+
+
+def test_metrics_see_a_running_request(server: RunningServer) -> None:
+    with server.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "max_tokens": None, "ignore_eos": True, "stream": True}) as reply:
+        pieces = reply.iter_bytes()  # httpx closes the connection when this is forgotten
+        next(pieces)
+        now = figures(server)
+        assert now["lmdeploy:num_requests_running"] == now["lmdeploy:num_api_requests_routed"] == 1
+        assert 0 < now["lmdeploy:gpu_cache_usage_perc"] < 1
+    server.until_idle()
+
+
+OPEN = {"/", "/health", "/openapi.json"}
+
+
+def test_every_route_but_the_open_ones_needs_the_key(serve: Callable[..., RunningServer]) -> None:
+    server = serve(api_keys=["s3cret", "other"])
+    assert "security" in server.http.get("/openapi.json").json()
+    paths = [(path, method) for path, methods in server.http.get("/openapi.json").json()["paths"].items() for method in methods]
+    paths += [(path, "get") for path in ("/", "/openapi.json", "/static/swagger-ui.css", "/docs", "/terminate", "/nothing")]
+    assert len(paths) > 12
+    for path, method in paths:
+        status = server.http.request(method, path.replace("{name}", "tiny")).status_code
+        assert (status != 401) == (path in OPEN or path.startswith("/static")), (path, method, status)
+    for header in ("Bearer wrong", "Bearer", "s3cret", "Basic s3cret", "Bearer s3cret2", "Bearer \xff", ""):
+        refused = server.http.get("/v1/models", headers={"Authorization": header.encode("latin-1")})
+        assert refused.status_code == 401, header
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    for key in ("s3cret", "other"):
+        assert server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert server.http.get("/unknown").status_code == 401, "closed by default"
+
+
+def test_cors_allows_pages_and_their_preflight(server: RunningServer, serve: Callable[..., RunningServer]) -> None:
+    origin = {"Origin": "https://page.example"}
+    assert server.http.get("/v1/models", headers=origin).headers["access-control-allow-origin"] == "*"
+    strict = serve(allow_origins=["https://mine.example"], api_keys=["k"])
+    preflight = {**origin, "Access-Control-Request-Method": "POST"}
+    assert strict.http.options("/v1/chat/completions", headers=preflight).status_code == 400
+    assert strict.http.options("/v1/chat/completions", headers={**preflight, "Origin": "https://mine.example"}).status_code == 200
+
+
+def test_the_log_has_one_line_a_request_and_no_prompt(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lmdeploy"):
+        logging.getLogger("lmdeploy").propagate = True
+        server.http.get("/v1/models?key=hidden")
+        reply = server.http.post("/v1/chat/completions", json=QUESTION)
+        server.http.get("/health")
+        time.sleep(0.1)
+    lines = [r.getMessage() for r in caplog.records if r.name == "lmdeploy.access"]
+    assert len(lines) == 2
+    assert re.search(r'"GET /v1/models HTTP/1.1" 200 ', lines[0])
+    assert re.search(r'"POST /v1/chat/completions HTTP/1.1" 200 ', lines[1])
+    assert lines[1].endswith(reply.headers["x-request-id"])
+    assert "Count" not in caplog.text and "hidden" not in caplog.text
+
+
+def test_more_than_max_concurrent_requests_wait(serve: Callable[..., RunningServer]) -> None:
+    server = serve(max_concurrent_requests=2)
+    threads = [
+        threading.Thread(target=server.http.post, args=("/v1/chat/completions",), kwargs={"json": {**QUESTION, "ignore_eos": True, "max_tokens": 60}})
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    most, waited = 0, 0.0
+    while any(thread.is_alive() for thread in threads):
+        now = figures(server)
+        most, waited = max(most, int(now["lmdeploy:num_api_requests_routed"])), max(waited, now["lmdeploy:num_api_requests_waiting"])
+        time.sleep(0.02)
+    assert most == 2
+    assert waited >= 1
+
+
+def test_a_smaller_body_limit_is_kept(serve: Callable[..., RunningServer]) -> None:
+    server = serve(max_body_mib=1)
+    assert server.http.post("/v1/encode", json={"input": "a" * (2 << 20)}).status_code == 413
