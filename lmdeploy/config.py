@@ -67,7 +67,7 @@ def remembers_given(cls: type[C]) -> type[C]:
         original(self, *args, **kwargs)
         object.__setattr__(self, "given", frozenset(names[: len(args)]) | frozenset(kwargs))
 
-    cls.__init__ = init  # type: ignore[assignment, misc]
+    cls.__init__ = init  # type: ignore[method-assign]
     return cls
 
 

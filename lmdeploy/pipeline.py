@@ -149,7 +149,7 @@ class Pipeline:
         `session` is None (a new one), a Session, or an id (its history is kept here). `stream_response=True` returns the increments.
         """
         session = self._session(session)
-        turn = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turn = as_turn(prompt)
         stream = self._turn(session, prompt, turn, gen_config or GenerationConfig(), do_preprocess, adapter_name)
         if stream_response:
             return stream
@@ -185,8 +185,8 @@ class Pipeline:
             if sequence_start:
                 session.close()
                 self._sessions[session_id] = session
-            turn = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-            prepared = self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)  # type: ignore[arg-type]
+            turn = as_turn(messages)
+            prepared = self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)
         merged = Merger(prepared.n)
         async with contextlib.aclosing(self.frontend.astream(prepared)) as increments:  # type: ignore[type-var]
             async for response in increments:
@@ -373,6 +373,15 @@ class Pipeline:
             self._remember(session, prompt, turn, answer)
         finally:
             session._busy.release()
+
+
+def as_turn(prompt: Any) -> list[dict[str, Any]]:
+    """The messages that one turn of a conversation adds."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt):
+        return list(prompt)
+    raise RequestError(f"a turn of a conversation is a text or a list of messages, not {prompt!r:.80}", param="prompt")
 
 
 def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
