@@ -151,18 +151,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     # every call and operator of the template passes here
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (jinja2's signature)
-        __self.budget.step(10)
-        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Positional-only, so that a macro may have arguments of any name."""
+        self.budget.step(10)
+        method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            __self._check_string_method(owner, getattr(method, "__name__", ""), args)
-        elif isinstance(__obj, LoopContext):
+            self._check_string_method(owner, getattr(method, "__name__", ""), args)
+        elif isinstance(obj, LoopContext):
             raise TemplateLimitError("recursive loops are not available")
-        elif not isinstance(__obj, Macro):
+        elif not isinstance(obj, Macro):
             for value in args:
-                __self.budget.step(len(value) // 64 if hasattr(value, "__len__") else 0)
-        return super().call(__context, __obj, *args, **kwargs)
+                self.budget.step(len(value) // 64 if hasattr(value, "__len__") else 0)
+        return super().call(context, obj, *args, **kwargs)
 
     def _check_string_method(self, owner: str, name: str, args: tuple[Any, ...]) -> None:
         if name not in STRING_METHODS:

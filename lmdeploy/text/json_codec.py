@@ -7,6 +7,7 @@ with a tokenizer.json use; another one is refused at load rather than decoded wr
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from lmdeploy.text.codec import byte_level_alphabet
 from lmdeploy.text.tokenizer_files import MAX_TOKENIZER_JSON_BYTES, TokenTable, read_bounded
 
 logger = get_logger(__name__)
+
+CHUNK = 1 << 19
+#: byte-level split patterns always cut between two words, before the space, and behind a line break that has no blanks around it
+SAFE_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S)\n(?=\S)")
 
 
 class JsonCodec:
@@ -42,6 +47,7 @@ class JsonCodec:
         self.size = max(max(inner.get_vocab(with_added_tokens=True).values(), default=-1), max(added, default=-1)) + 1
         self._pieces = _PieceBytes(inner.decoder, path)
         self.strip_first_space = self._pieces.strip_first_space
+        self._may_cut = self._pieces.byte_level and _cuts_at_words(inner)
         self._cache: dict[int, bytes] = {}
         self._plain: Any = None  # a second library object that does not see special tokens, made when first asked for
         self._lock = threading.Lock()
@@ -73,7 +79,20 @@ class JsonCodec:
 
     def encode_batch(self, texts: list[str], split_special: bool) -> list[list[int]]:
         inner = self._inner if split_special else self._without_special()
-        return [e.ids for e in inner.encode_batch_fast(texts, add_special_tokens=False)]
+        if all(len(text) <= CHUNK for text in texts):
+            return [e.ids for e in inner.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self._encode_long(inner, text) for text in texts]
+
+    def _encode_long(self, inner: Any, text: str) -> list[int]:
+        """The library takes 130 bytes of memory a byte of text, so a long one is given to it in pieces, cut where no token can reach across."""
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            cut = SAFE_CUT.search(text, start + CHUNK) if self._may_cut else None
+            end = cut.end() if cut else len(text)
+            ids += inner.encode_batch_fast([text[start:end]], add_special_tokens=False)[0].ids
+            start = end
+        return ids
 
     def _without_special(self) -> Any:
         """`encode_special_tokens` is state of the library's object, so the other setting needs an object of its own."""
@@ -103,12 +122,21 @@ class JsonCodec:
         return data
 
 
+def _cuts_at_words(inner: Any) -> bool:
+    """True when text is split by a pattern before merging and nothing is put in front of it."""
+    states = [json.loads(part.__getstate__()) if part is not None else None for part in (inner.pre_tokenizer, inner.normalizer)]
+    text = json.dumps(states)
+    if any(re.search(r"\S\s+\S", token.content) for token in inner.get_added_tokens_decoder().values()):
+        return False
+    return states[0] is not None and not any(word in text for word in ('"add_prefix_space": true', "Prepend", "Metaspace", "Replace"))
+
+
 class _PieceBytes:
     """The decoder of a tokenizer.json, reduced to a function of one piece."""
 
     def __init__(self, decoder: Any, path: Path) -> None:
         self.strip_first_space = False
-        self._byte_level = self._byte_fallback = False
+        self.byte_level = self._byte_fallback = False
         self._replace: list[tuple[str, str]] = []
         self._alphabet = byte_level_alphabet()
         if decoder is None:
@@ -126,7 +154,7 @@ class _PieceBytes:
         """Note one step; False when its meaning is not known."""
         kind = step.get("type")
         if kind == "ByteLevel":
-            self._byte_level = True
+            self.byte_level = True
         elif kind == "ByteFallback":
             self._byte_fallback = True
         elif kind == "Replace" and "String" in step.get("pattern", {}):
@@ -142,7 +170,7 @@ class _PieceBytes:
 
     def to_bytes(self, piece: str) -> bytes:
         """Bytes of one piece. A byte-level piece with a foreign character is an added token: its own UTF-8."""
-        if self._byte_level:
+        if self.byte_level:
             try:
                 return bytes([self._alphabet[c] for c in piece])
             except KeyError:

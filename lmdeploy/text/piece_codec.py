@@ -117,6 +117,8 @@ class PieceCodec:
 
 
 def _load(path: Path, data: bytes) -> sentencepiece.SentencePieceProcessor:
+    if not data:
+        raise CheckpointError(f"{path} is not a usable sentencepiece model: the file is empty")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except Exception as e:  # the library raises RuntimeError and others, according to what is broken
