@@ -145,11 +145,12 @@ def _copy(value: Any, where: str, budget: _Budget, depth: int) -> Any:
     """A copy of JSON-like data: templates may loop over it, so its size counts."""
     if depth > MAX_DEPTH:
         raise RequestError(f"{where} is nested deeper than {MAX_DEPTH} levels", param=where)
-    budget.spend(1)
     if isinstance(value, str):
         return budget.take(value, where)
     if value is None or isinstance(value, (bool, int, float)):
         return value
+    if isinstance(value, (list, tuple, dict)):
+        budget.spend(1 + len(value))
     if isinstance(value, (list, tuple)):
         return [_copy(item, where, budget, depth + 1) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):

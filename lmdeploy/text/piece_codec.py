@@ -119,6 +119,7 @@ class PieceCodec:
 def _load(path: Path, data: bytes) -> sentencepiece.SentencePieceProcessor:
     if not data:
         raise CheckpointError(f"{path} is not a usable sentencepiece model: the file is empty")
+    sentencepiece.set_min_log_level(2)  # errors only: it warns on stderr about a piece that InternLM2 has always had
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except Exception as e:  # the library raises RuntimeError and others, according to what is broken
