@@ -28,7 +28,7 @@ from lmdeploy.engine import wire
 from lmdeploy.engine.client import EngineThread
 from lmdeploy.errors import EngineError, LmdeployError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
 
 logger = get_logger(__name__)
 
@@ -134,7 +134,7 @@ class EngineProcess:
             if thread is not threading.current_thread():
                 thread.join(STOP_SECONDS)
         self._channel.close()
-        self._end_all("abort", None)
+        self._end_all("abort", None, None)
 
     # ------------------------------------------------------------------ inside
 
@@ -214,13 +214,13 @@ class EngineProcess:
                 logger.error("the engine has failed: %s", reason)
         with self._new_stats:
             self._new_stats.notify_all()
-        self._end_all("error", self._failure)
+        self._end_all("error", self._failure, "engine_failed")
 
-    def _end_all(self, finish_reason: str, error: str | None) -> None:
+    def _end_all(self, finish_reason: FinishReason, error: str | None, code: str | None) -> None:
         with self._lock:
             rest, self._open = self._open, {}
         outputs = [
-            EngineOutput(request_id=request_id, index=index, finish_reason=finish_reason, error=error)  # type: ignore[arg-type]
+            EngineOutput(request_id=request_id, index=index, finish_reason=finish_reason, error=error, error_code=code)
             for request_id, indices in rest.items()
             for index in sorted(indices)
         ]
@@ -315,7 +315,7 @@ class _Child:
         try:
             client.submit(request)
         except LmdeployError as e:
-            self._forward([EngineOutput(request_id=request.request_id, index=i, finish_reason="error", error=str(e)) for i in range(request.n)])
+            self._forward([_refusal(request.request_id, i, e) for i in range(request.n)])
 
     def _read(self) -> None:
         try:
@@ -330,6 +330,11 @@ class _Child:
             self._channel.send(wire.Outputs(outputs))
         except OSError:
             os._exit(1)
+
+
+def _refusal(request_id: int, index: int, error: LmdeployError) -> EngineOutput:
+    code = error.code if isinstance(error, RequestError) else "engine_failed"
+    return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=str(error), error_code=code)
 
 
 def _load(start: wire.Start) -> EngineThread:

@@ -20,7 +20,10 @@ BILL = MemoryBill(
 )
 INFO = EngineInfo(session_len=8, vocab_size=9, max_batch_size=2, memory=BILL, kernels={"attention": "cpu"}, dtype="float32", start_seconds=0.5)
 REQUEST = EngineRequest(
-    request_id=3, token_ids=[1, 2, 2**31], sampling=SamplingParams(max_new_tokens=4, stop_token_ids=(2, 5), bad_words=((1, 2), (3,)), logit_bias={7: -100.0}), n=2
+    request_id=3,
+    token_ids=[1, 2, 2**31],
+    sampling=SamplingParams(max_new_tokens=4, stop_token_ids=(2, 5), bad_words=((1, 2), (3,)), logit_bias={7: -100.0}),
+    n=2,
 )
 OUTPUT = EngineOutput(
     request_id=3, index=1, token_ids=[5], logprobs=[TokenLogprobs(5, -0.5, [(5, -0.5), (6, -1.5)])], finish_reason="stop", stop_token_id=5, num_generated=1
@@ -37,7 +40,9 @@ def pair() -> Iterator[tuple[wire.Channel[wire.ToParent], wire.Channel[wire.ToCh
 
 
 @pytest.mark.parametrize(
-    "message", [wire.Start("/m", "pytorch", {"tp": 1, "dtype": "float32"}, "INFO"), wire.Submit(REQUEST), wire.Abort(3), wire.GetStats(9), wire.Stop()], ids=repr
+    "message",
+    [wire.Start("/m", "pytorch", {"tp": 1, "dtype": "float32"}, "INFO"), wire.Submit(REQUEST), wire.Abort(3), wire.GetStats(9), wire.Stop()],
+    ids=repr,
 )
 def test_what_the_parent_sends_arrives_unchanged(message: wire.ToChild, pair: tuple) -> None:
     parent, child, _ = pair

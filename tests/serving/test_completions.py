@@ -89,3 +89,9 @@ def test_impossible_prompts_are_refused(prompt: object, server: RunningServer) -
     reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt})
     assert reply.status_code == 400, reply.text
     assert "\n" not in reply.json()["error"]["message"]
+
+
+def test_the_answers_of_one_request_are_limited(server: RunningServer) -> None:
+    reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 100, "n": 100, "max_tokens": 1})
+    assert reply.status_code == 400
+    assert "10000" in reply.json()["error"]["message"] and "512" in reply.json()["error"]["message"]

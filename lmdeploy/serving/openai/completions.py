@@ -11,12 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lmdeploy import messages
+from lmdeploy.errors import RequestError
 from lmdeploy.frontend import Prepared
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import CompletionRequest
 from lmdeploy.serving.openai.stream import CompletionChunks, stream_answer
 from lmdeploy.serving.service import Service, service_of
+
+MAX_ANSWERS = 512
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -31,6 +34,10 @@ async def completions(request: Request) -> Response:
     with ExitStack() as held:
         held.enter_context(service.session(body.session_id))
         prompts = prompts_of(body)
+        if len(prompts) * (body.n or 1) > MAX_ANSWERS:
+            raise RequestError(
+                f"{len(prompts)} prompts with n={body.n} ask for {len(prompts) * (body.n or 1)} answers; at most {MAX_ANSWERS} per request", param="n"
+            )
         gen = convert.completion_config(body, service.defaults)
         prepared = list(await asyncio.gather(*(service.prepare(p, gen, do_preprocess=False) for p in prompts)))
         echo = [_text_of(service, p) for p in prompts] if body.echo else []
