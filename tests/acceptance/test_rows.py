@@ -293,3 +293,26 @@ def test_a22_a_tiny_ratio_works_or_says_so_before_any_request(model_folder: Path
     assert (run.returncode == 0 and TWENTY in run.stdout) or (run.returncode != 0 and "cache_max_entry_count" in run.stderr), run.stderr
     with pytest.raises(ConfigError, match="cache_max_entry_count"):
         pipeline(str(model_folder), backend_config=TurbomindEngineConfig(cache_max_entry_count=1e-9))
+
+
+def loss_by_position(model_folder: Path, ids: list[int], **options: object) -> list[float]:
+    """Mean cross-entropy of each quarter of a long text."""
+    with pipeline(str(model_folder), backend_config=TurbomindEngineConfig(session_len=len(ids), cache_max_entry_count=len(ids) // 64 + 2, max_batch_size=1, **options)) as long:
+        scored = long.frontend.generate(long.frontend.prepare_score(ids, GenerationConfig(prompt_logprobs=0)))[0]
+    losses = [-next(iter(entry.values())) for entry in scored.prompt_logprobs or () if entry]
+    quarter = len(ids) // 4
+    return [sum(losses[i : i + quarter]) / len(losses[i : i + quarter]) for i in range(0, quarter * 4 - 1, quarter)]
+
+
+def test_a21_dynamic_ntk_stays_coherent_beyond_the_training_length(pipe: Pipeline, model_folder: Path) -> None:
+    animals = ["cat", "dog", "fox", "bear", "bird", "fish", "mouse", "horse", "rabbit", "frog", "duck", "owl"]
+    asked = [f"Tell me a story about a {a} and a {b}." for a in animals for b in animals if a < b]
+    told = pipe(asked, GenerationConfig(max_new_tokens=200, temperature=1.0, random_seed=1), use_tqdm=False)
+    ids = pipe.tokenizer.encode("\n\n".join(answer.text for answer in told))[:6144]
+    assert len(ids) == 6144, "three times the training length of 2048"
+    plain_loss = loss_by_position(model_folder, ids)
+    scaled = loss_by_position(model_folder, ids, rope_scaling_factor=4.0)
+    assert max(plain_loss[2:]) > plain_loss[0] + 1, "the unscaled model falls apart"
+    assert max(scaled) < scaled[0] + 0.5, "the scaled one does not"
+    with_logn = loss_by_position(model_folder, ids, rope_scaling_factor=4.0, use_logn_attn=True)
+    assert with_logn != scaled and max(with_logn) < scaled[0] + 0.5
