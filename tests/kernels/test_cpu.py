@@ -152,7 +152,7 @@ def test_rope_write_kv_agrees_with_the_reference(kernels: Kernels, dtype: torch.
     for chosen in (kernels, REFERENCE):
         qkv = make(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
         caches = torch.zeros(2, 5, kv_heads, block_size, head_dim, dtype=dtype)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         chosen.rope_write_kv(q, k, v, angles.cos(), angles.sin(), scale, caches[0], caches[1], slots)
         results.append((qkv, caches))
     assert_near(results[0][0], results[1][0])

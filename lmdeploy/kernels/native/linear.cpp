@@ -98,11 +98,11 @@ static void write_tile(const Bf16Linear& p, const float* tile, long n, long t) {
 }
 
 // Few rows (T <= 32): each weight byte is used once, so the point is to keep enough reads in flight. The loads of one
-// tile are 16 rows apart by 2K bytes; the hardware does not follow so many streams, hence a prefetch per row, 1 KiB ahead,
-// into L2 (in L1 the rows would fall into one set).
+// tile are 16 rows apart by 2K bytes; the hardware does not follow so many streams, hence a prefetch per row, 512 bytes
+// ahead. Measured on one core: 512 bytes into L1 16.4 GB/s, 1 KiB into L2 16.0, 3 KiB 15.7, whole rows in order 14.9.
 template <int TB>
 static void few_rows(const Bf16Linear& p, long first, long last) {
-    constexpr long AHEAD = 16;
+    constexpr long AHEAD = 8;
     const long row = p.K * 2;  // bytes
     const long whole = p.K / 32;
     alignas(64) bf16 edge[2 * TILE];
@@ -120,7 +120,7 @@ static void few_rows(const Bf16Linear& p, long first, long last) {
             if (TB == 2) tile_load<7>(x + p.k_blocks * TILE, 64);
             if (k < direct) {
                 const char* next = k + AHEAD < whole ? w + (k + AHEAD) * 64 : w + 32 * row + (k + AHEAD - whole) * 64;
-                for (long r = 0; r < 32; r++) _mm_prefetch(next + r * row, _MM_HINT_T1);
+                for (long r = 0; r < 32; r++) _mm_prefetch(next + r * row, _MM_HINT_T0);
                 tile_load<4>(w + k * 64, row);
                 if (pair) tile_load<5>(w + 16 * row + k * 64, row);
             } else {
