@@ -200,8 +200,8 @@ class Scheduler:
         One block for each running sequence must be left, or the newcomer would be pre-empted soon after it was computed.
         """
         pool, size = self.pool, self.limits.block_size
-        if self._running and seq.retry_version == pool.version:
-            return False
+        if seq.retry_version == pool.version:
+            return False  # nothing was released since
         shares = bool(seq.blocks)
         hits, node = ([], None) if shares or self.cache is None else self.cache.match(self._root_key(seq), seq.token_ids, seq.max_reusable)
         missing = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits)
@@ -215,7 +215,7 @@ class Scheduler:
             pool.acquire(hits)
             seq.blocks, seq.node, seq.num_published = hits, node, len(hits)
             seq.num_computed = seq.num_done = len(hits) * size
-        while pool.num_free < missing:  # nothing runs: only answers that wait with shared blocks hold any
+        while pool.num_free < missing:  # nothing runs, so only answers that wait with shared blocks can hold any
             self._unshare(self._sharers[-1])
         seq.blocks += pool.allocate(missing)
         if seq.num_cached < 0:

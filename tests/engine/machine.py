@@ -138,9 +138,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.aborted.add(request_id)
         self.engine.abort(request_id)
 
-    @rule(half_applied=st.booleans())
-    def break_the_next_step(self, half_applied: bool) -> None:
-        self.rank.broken, self.rank.half_applied = 1, half_applied
+    @rule(half_applied=st.booleans(), times=st.sampled_from([1, 1, 1, 2]))
+    def break_the_next_step(self, half_applied: bool, times: int) -> None:
+        """Twice: the step, and the first of its sequences when computed alone, which then ends with an error."""
+        self.rank.broken, self.rank.half_applied = times, half_applied
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -184,6 +185,9 @@ class EngineMachine(RuleBasedStateMachine):
         assert answer.ended and last.num_generated == len(token_ids) and last.num_prompt == len(request.token_ids)
         if last.finish_reason == "abort":
             assert request.request_id in self.aborted and token_ids == answer.token_ids[: len(token_ids)]
+            return
+        if last.finish_reason == "error" and "broken step" in str(last.error):
+            assert token_ids == answer.token_ids[: len(token_ids)]
             return
         assert (token_ids, last.finish_reason) == (answer.token_ids, answer.reason), f"{request} answer {index}"
         assert (last.stop_token_id is not None) == (answer.reason == "stop")

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import settings
 
 from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.prefix_cache import RootKey
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
-from tests.engine.fake_rank import FakeRank, expected_tokens
+from tests.engine.fake_rank import FakeRank, expected_tokens, key_chain
 from tests.engine.machine import EngineMachine
 
 PROMPT = list(range(1, 14))  # three full blocks of 4 and one token
@@ -197,6 +198,22 @@ def test_blocks_of_a_running_answer_are_shared() -> None:
     assert engine.stats().used_blocks == 5  # 3 shared, and 1 each
 
 
+def test_a_copy_whose_published_prefix_was_evicted_publishes_its_own() -> None:
+    engine = build(FakeRank(num_blocks=12))
+    engine.add(request(1, PROMPT[:9], max_new_tokens=1))
+    engine.add(request(2, PROMPT[:9], max_new_tokens=12))  # computed in the same step, so it has its own copy
+    engine.step()
+    engine.add(request(3, [50 + i for i in range(32)], max_new_tokens=1))  # takes the free blocks and one of request 1
+    engine.step()
+    cache = engine.scheduler.cache
+    assert cache is not None and len(cache.match(RootKey("", 0), PROMPT[:9], 8)[0]) == 1
+    answer = tokens(finish(engine)[2, 0])  # its next block evicts the other one
+    known = PROMPT[:9] + expected_tokens(PROMPT[:9], 12)
+    assert known[-len(answer) :] == answer
+    assert finish(engine, request(4, [*known[:20], 1]))[4, 0][-1].num_cached == 20
+    assert finish(engine, request(5, [*known[8:20], 1]))[5, 0][-1].num_cached == 0, "a later block does not begin a prompt"
+
+
 @pytest.mark.parametrize(("first", "second", "hits"), [({}, {"salt": "a"}, 0), ({"salt": "a"}, {"salt": "a"}, 12), ({"salt": "a"}, {"salt": "b"}, 0)])
 def test_salts_do_not_share(first: dict[str, str], second: dict[str, str], hits: int) -> None:
     engine = build(FakeRank())
@@ -272,6 +289,47 @@ def test_the_last_arrived_gives_way_and_every_answer_is_right() -> None:
     found = finish(engine, *(request(i, p, 14, seed=i) for i, p in enumerate(prompts)))
     assert engine.stats().preemptions > 0
     assert [tokens(found[i, 0]) for i in range(4)] == [expected_tokens(p, 14, seed=i) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_rows_handed_on_before_a_preemption_do_not_come_twice(caching: bool) -> None:
+    engine = build(FakeRank(num_blocks=6, session_len=24), caching=caching)
+    found = finish(engine, request(1, [1] * 7, 10), request(2, [2] * 7, 10, output_logits="all"))[2, 0]
+    assert engine.stats().preemptions > 0
+    assert [row for o in found for row in o.logits] == key_chain([2] * 7 + expected_tokens([2] * 7, 9))
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_prompt_logprobs_are_right_when_the_prompt_is_interrupted(caching: bool) -> None:
+    engine = build(FakeRank(num_blocks=6, session_len=24), budget=2, caching=caching)
+    (first, *rest) = finish(engine, request(1, [1] * 3, 17), request(2, PROMPT, prompt_logprobs=0))[2, 0]
+    assert engine.stats().preemptions > 0
+    assert first.prompt_logprobs is not None and not any(o.prompt_logprobs for o in rest)
+    assert [p.logprob for p in first.prompt_logprobs[1:] if p is not None] == [-float(k % 100) for k in key_chain(PROMPT[:-1])]
+
+
+def test_a_newcomer_waits_while_it_would_soon_be_preempted() -> None:
+    rank = FakeRank(num_blocks=4, session_len=16)
+    engine = build(rank)
+    engine.add(request(1, [1] * 7, 9))
+    engine.step()
+    engine.add(request(2, [2] * 7, 1))
+    engine.step()
+    assert engine.stats().waiting == 1, "two blocks are free, but the first answer will need one"
+    finish(engine)
+    assert engine.stats().preemptions == 0
+
+
+def test_answers_that_wait_with_shared_blocks_lose_them_before_a_running_one_is_preempted() -> None:
+    engine = build(FakeRank(num_blocks=7, session_len=28), caching=False)
+    engine.add(request(1, max_new_tokens=1, n=2))
+    engine.add(request(2, list(range(8)), 14))
+    engine.step()
+    engine.step()
+    assert (engine.stats().used_blocks, engine.stats().waiting) == (6, 1), "the second answer waits with three shared blocks"
+    found = finish(engine)
+    assert engine.stats().preemptions == 0
+    assert tokens(found[1, 1]) == expected_tokens(PROMPT, 1, seed=1) and tokens(found[2, 0]) == expected_tokens(list(range(8)), 14)[2:]
 
 
 def test_a_preempted_sequence_keeps_its_cached_blocks_while_nobody_needs_them() -> None:
