@@ -33,6 +33,8 @@ logger = get_logger(__name__)
 PART_FIELDS = ("system", "eosys", "user", "eoh", "assistant", "eoa", "separator", "tool", "eotool")
 #: end-of-turn tokens of many families: a checkpoint whose template writes one stops at it
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|action_end|>", "<|eot|>", "<eoa>", "<|end_of_text|>")
+#: whose text comes from outside
+FOREIGN_ROLES = ("user", *RESULT_ROLES)
 RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"))
 #: marks where an open last message ends in the rendered text (private-use characters; the last occurrence counts)
 OPEN_END = "\ue0f2lmdeploy\ue0f3"
@@ -45,6 +47,7 @@ class ChatTemplate(ABC):
         self.name = name
         self.default_system = default_system
         self.completion = completion
+        self._guard = tokenizer.guard
         ids = {word: tokenizer.added_token_id(word) for word in stop_words}
         self.stop_words = [word for word, token_id in ids.items() if token_id is None]
         self.stop_token_ids = [token_id for token_id in ids.values() if token_id is not None]
@@ -56,9 +59,16 @@ class ChatTemplate(ABC):
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: dict[str, Any] | None = None,
+        guard_special: bool = False,
     ) -> str:
-        """The prompt text. With `add_generation_prompt` it ends where the answer begins; a last message of the assistant is continued."""
-        return self._render(messages_to_bounded(messages), tools_to_bounded(tools), add_generation_prompt, _check_kwargs(template_kwargs))
+        """The prompt text. With `add_generation_prompt` it ends where the answer begins; a last message of the assistant is continued.
+
+        `guard_special`: special tokens written by users and tools are marked (`Tokenizer.guard`), so that they cannot forge turns.
+        """
+        checked = messages_to_bounded(messages)
+        if guard_special:
+            checked = [{**m, "content": self._guard(m["content"])} if m["role"] in FOREIGN_ROLES else m for m in checked]
+        return self._render(checked, tools_to_bounded(tools), add_generation_prompt, _check_kwargs(template_kwargs))
 
     def prompt_from_text(self, text: str, first: bool = True) -> str:
         """A user's text as a prompt; not `first`: as a further turn after an answer that ended with its stop token."""

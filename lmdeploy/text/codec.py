@@ -18,6 +18,8 @@ class Codec(Protocol):
     special_ids: frozenset[int]  # left out of text by default
     strip_first_space: bool  # encoding puts a space in front of the text; decoding takes one away
 
+    splitter: SpecialSplitter
+
     def encode(self, text: str, split_special: bool) -> list[int]:
         """Ids of the text, no BOS. `split_special`: special tokens written in the text become their single ids."""
 
@@ -37,20 +39,58 @@ class Codec(Protocol):
         """The bytes that the piece adds to the text; b'' for an id without a piece."""
 
 
+#: private-use characters that `guard` puts around a special token which is only text
+GUARD = "\ue0f0", "\ue0f1"
+
+
 class SpecialSplitter:
-    """Cuts text at the special tokens written in it; where several could begin, the longest is taken."""
+    """Finds the special tokens written in a text; where several could begin, the longest is taken.
+
+    A token between GUARD characters counts as ordinary text (and the two characters as nothing): this is how the text of a
+    user passes through a rendered template without becoming control tokens.
+    """
 
     def __init__(self, tokens: dict[str, int]) -> None:
         self.tokens = tokens
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if tokens else None
+        words = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        self._pattern = re.compile(f"({GUARD[0]}(?:{words}){GUARD[1]}|{words})") if tokens else None
+        self._words = re.compile(words) if tokens else None
+        self._guarded = re.compile(f"{GUARD[0]}({words}){GUARD[1]}") if tokens else None
+
+    def guard(self, text: str) -> str:
+        """The text with every special token in it guarded; guards that were already written in it are undone first."""
+        if self._words is None:
+            return text
+        return self._words.sub(lambda m: f"{GUARD[0]}{m.group()}{GUARD[1]}", self.unguard(text))
+
+    def unguard(self, text: str) -> str:
+        """The text without guards."""
+        if self._guarded is None or GUARD[0] not in text:
+            return text
+        return self._guarded.sub(r"\1", text)
+
+    def sections(self, text: str) -> list[tuple[str, bool]]:
+        """(text, whether special tokens in it count), in order."""
+        if self._guarded is None or GUARD[0] not in text:
+            return [(text, True)]
+        parts = self._guarded.split(text)
+        return [(part, i % 2 == 0) for i, part in enumerate(parts) if part]
 
     def split(self, text: str) -> list[str | int]:
-        """Alternating text and ids, empty texts dropped."""
+        """Text and ids in order, no empty texts, no two texts in a row."""
         if self._pattern is None:
             return [text] if text else []
-        parts = self._pattern.split(text)
-        return [self.tokens[part] if i % 2 else part for i, part in enumerate(parts) if part]
+        out: list[str | int] = []
+        for i, part in enumerate(self._pattern.split(text)):
+            if i % 2 and part in self.tokens:
+                out.append(self.tokens[part])
+            elif part:
+                plain = part[1:-1] if i % 2 else part
+                if out and isinstance(out[-1], str):
+                    out[-1] += plain  # one run of text, as if nobody had looked
+                else:
+                    out.append(plain)
+        return out
 
 
 def byte_level_alphabet() -> dict[str, int]:

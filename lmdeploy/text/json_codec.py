@@ -16,7 +16,7 @@ import tokenizers
 
 from lmdeploy.errors import CheckpointError
 from lmdeploy.log import get_logger
-from lmdeploy.text.codec import byte_level_alphabet
+from lmdeploy.text.codec import GUARD, SpecialSplitter, byte_level_alphabet
 from lmdeploy.text.tokenizer_files import MAX_TOKENIZER_JSON_BYTES, TokenTable, read_bounded
 
 logger = get_logger(__name__)
@@ -42,6 +42,7 @@ class JsonCodec:
         self._add_tokens(path, table)
         added = inner.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
+        self.splitter = SpecialSplitter(self._added)
         names = {token.content for token in added.values() if token.special} | {t.content for t in table.added.values() if t.special}
         self.special_ids = frozenset(token_id for content, token_id in self._added.items() if content in names)
         self.size = max(max(inner.get_vocab(with_added_tokens=True).values(), default=-1), max(added, default=-1)) + 1
@@ -78,10 +79,19 @@ class JsonCodec:
         return self.encode_batch([text], split_special)[0]
 
     def encode_batch(self, texts: list[str], split_special: bool) -> list[list[int]]:
+        if any(GUARD[0] in text for text in texts):
+            return [self._encode_guarded(text, split_special) for text in texts]
         inner = self._inner if split_special else self._without_special()
         if all(len(text) <= CHUNK for text in texts):
             return [e.ids for e in inner.encode_batch_fast(texts, add_special_tokens=False)]
         return [self._encode_long(inner, text) for text in texts]
+
+    def _encode_guarded(self, text: str, split_special: bool) -> list[int]:
+        ids: list[int] = []
+        for part, counts in self.splitter.sections(text):
+            inner = self._inner if split_special and counts else self._without_special()
+            ids += self._encode_long(inner, part)
+        return ids
 
     def _encode_long(self, inner: Any, text: str) -> list[int]:
         """The library takes 130 bytes of memory a byte of text, so a long one is given to it in pieces, cut where no token can reach across."""

@@ -35,7 +35,7 @@ class PieceCodec:
         self.special_ids = frozenset(special)
         self.size = max(self._pieces_size, max(self._contents, default=-1) + 1)
         self._added = {content: token_id for token_id, content in self._contents.items()}
-        self._splitter = SpecialSplitter(self._added)
+        self.splitter = SpecialSplitter(self._added)
         self._cache: dict[int, bytes] = {}
 
     def _special_tokens(self, path: Path, table: TokenTable) -> tuple[dict[int, str], set[int]]:
@@ -73,7 +73,7 @@ class PieceCodec:
         return {name: self.token_text(token_id) for name, token_id in ids.items() if token_id >= 0}
 
     def encode(self, text: str, split_special: bool) -> list[int]:
-        parts = self._splitter.split(text) if split_special else [text]
+        parts = self.splitter.split(text) if split_special else [self.splitter.unguard(text)]
         ids: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, int):

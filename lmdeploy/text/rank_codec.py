@@ -93,12 +93,12 @@ class RankCodec:
         self._ranks = ranks
         self.special_ids = frozenset(i for i, token in tokens.items() if token.special)
         self.size = max(self._bytes) + 1
-        self._splitter = SpecialSplitter(self._added)
+        self.splitter = SpecialSplitter(self._added)
         self._encoding = tiktoken.Encoding(path.name, pat_str=self.family.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str, split_special: bool) -> list[int]:
         ids: list[int] = []
-        for part in self._splitter.split(text) if split_special else [text]:
+        for part in self.splitter.split(text) if split_special else [self.splitter.unguard(text)]:
             if isinstance(part, int):
                 ids.append(part)
                 continue

@@ -113,6 +113,10 @@ class Tokenizer:
         found = [i for i, text in enumerate(self._texts) if token in text] if token else []
         return found if len(found) <= 5 else [i for i in found if self._texts[i] == token]
 
+    def guard(self, text: str) -> str:
+        """The text, marked so that `encode` takes the special tokens written in it as ordinary text; text without them is returned as it is."""
+        return self.codec.splitter.guard(text)
+
     def token_id(self, text: str) -> int | None:
         """Id of a piece as the vocabulary writes it (special tokens: as they are written), None if there is none."""
         return self.codec.token_id(text)

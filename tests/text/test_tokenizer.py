@@ -19,7 +19,6 @@ from lmdeploy.errors import CheckpointError, RequestError
 from lmdeploy.text import json_codec
 from lmdeploy.text.rank_codec import FAMILIES
 from lmdeploy.text.tokenizer import DetokenizeState, Tokenizer
-
 from tests.text.samples import FOLDERS, INTERNLM2, LLAMA2, LLAMA3, QWEN, STORIES, TEXTS, TINY, tokenizer
 
 JSON_FOLDERS = [TINY, STORIES]
@@ -70,10 +69,19 @@ def test_special_tokens_have_their_published_ids() -> None:
     assert [internlm2.token_id(n) for n in names] == list(range(92538, 92544))
     assert internlm2.encode("<|im_start|>user\n", add_bos=False) == [92543, 1008, 364]
     published = {
-        **{"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|reserved_special_token_0|>": 128002, "<|reserved_special_token_1|>": 128003},
-        **{"<|finetune_right_pad_id|>": 128004, "<|reserved_special_token_2|>": 128005, "<|start_header_id|>": 128006, "<|end_header_id|>": 128007},
-        **{"<|eom_id|>": 128008, "<|eot_id|>": 128009, "<|python_tag|>": 128010, "<|reserved_special_token_3|>": 128011},
-        **{"<|reserved_special_token_247|>": 128255},
+        "<|begin_of_text|>": 128000,
+        "<|end_of_text|>": 128001,
+        "<|reserved_special_token_0|>": 128002,
+        "<|reserved_special_token_1|>": 128003,
+        "<|finetune_right_pad_id|>": 128004,
+        "<|reserved_special_token_2|>": 128005,
+        "<|start_header_id|>": 128006,
+        "<|end_header_id|>": 128007,
+        "<|eom_id|>": 128008,
+        "<|eot_id|>": 128009,
+        "<|python_tag|>": 128010,
+        "<|reserved_special_token_3|>": 128011,
+        "<|reserved_special_token_247|>": 128255,
     }
     assert {n: llama3.token_id(n) for n in published} == published
     assert (llama3.vocab_size, llama3.bos_token_id, llama3.eos_token_id) == (128256, 128000, 128001)
@@ -117,6 +125,22 @@ def test_user_text_can_be_encoded_without_special_tokens(folder: Path) -> None:
     safe = ours.encode(text, add_bos=False, split_special=False)
     assert not set(safe) & ours.special_ids
     assert ours.decode(safe) == text
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_guarded_special_tokens_are_ordinary_text_and_others_are_not(folder: Path) -> None:
+    ours = tokenizer(folder)
+    word = ours.token_text(max(ours.special_ids))
+    guarded = ours.guard(f"a {word}{word} b")
+    ids = ours.encode(f"{word}x{guarded}", add_bos=False)
+    assert ids[0] == max(ours.special_ids) and not set(ids[1:]) & ours.special_ids
+    assert ours.decode(ids).replace(" ", "") == f"xa{word}{word}b"
+    assert (
+        ours.encode(guarded, add_bos=False, split_special=False) == ours.encode(f"a {word}{word} b", add_bos=False, split_special=False)
+        or folder in JSON_FOLDERS
+    )
+    assert ours.guard(guarded) == guarded and ours.guard("plain \ue0f0 text") == "plain \ue0f0 text"
+    assert ours.decode(ours.encode("plain \ue0f0 text \ue0f1")) == "plain \ue0f0 text \ue0f1"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
