@@ -63,7 +63,8 @@ class Clash(int):
 
 def test_a_hash_collision_cannot_serve_the_wrong_block() -> None:
     cache, pool = build()
-    one, two = [Clash(1), Clash(2)], [Clash(3), Clash(4)]
+    one: list[int] = [Clash(1), Clash(2)]
+    two: list[int] = [Clash(3), Clash(4)]
     assert hash(tuple(one)) == hash(tuple(two))
     block_one, block_two = publish_all(cache, pool, one)[0], publish_all(cache, pool, two)[0]
     assert cache.match(KEY, one, 2)[0] == [block_one] and cache.match(KEY, two, 2)[0] == [block_two]
