@@ -25,7 +25,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = 128 << 10, 1 << 20
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated: of the device, or of the machine and the control groups of this process."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return min([psutil.virtual_memory().available, *cgroup_rooms(Path("/proc/self/cgroup"), CGROUPS)])
 

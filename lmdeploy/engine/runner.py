@@ -7,7 +7,6 @@ its sequences can be set up and computed again. What concerns one slot only (ids
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -214,5 +213,3 @@ def _part(rows: Tensor, which: str, item: PlanItem) -> Tensor | None:
     if which == "all":
         return rows
     return rows[-1:] if item.sample else None
-
-

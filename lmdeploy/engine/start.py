@@ -115,7 +115,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     if device.type == "cpu":
         hold_steady()
     dtype: torch.dtype = getattr(torch, resolved.dtype)
-    kernels = select(resolved.backend, device.type, dtype)
+    kernels = select(resolved.backend, device.type, dtype, head_dim=spec.head_dim, threads=resolved.cpu_threads)
     model = build_model(spec, dtype, device, kernels, Parallel())
     model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)

@@ -121,7 +121,7 @@ def test_the_uniform_numbers_are_uniform_and_depend_on_seed_and_counter() -> Non
     seeds = np.repeat(np.arange(100, dtype=np.uint64), 100)
     counters = np.tile(np.arange(100, dtype=np.uint64), 100)
     numbers = uniforms(seeds, counters)
-    assert len(np.unique(numbers)) == 10_000 and 0 <= numbers.min() and numbers.max() < 1
+    assert len(np.unique(numbers)) == 10_000 and numbers.min() >= 0 and numbers.max() < 1
     assert np.abs(np.histogram(numbers, 10)[0] - 1000).max() < 130
     assert uniforms(np.array([2**63 - 1], np.uint64), np.array([7], np.uint64))[0] == uniforms(np.array([2**63 - 1], np.uint64), np.array([7], np.uint64))[0]
     table = numbers.reshape(100, 100)
