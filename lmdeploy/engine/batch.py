@@ -121,7 +121,7 @@ class BatchBuilder:
         host = np.concatenate((positions, token_slots, slots, rows, query_start, ends))  # one copy to the device, whatever the step
         t, b, r = len(positions), len(slots), len(rows)
         device = torch.from_numpy(host).to(tables.device)
-        position, token_slot, slot, row, start, end = torch.split(device, (t, t, b, r, b + 1, b))
+        position, token_slot, slot, row, start, end = torch.split(device, [t, t, b, r, b + 1, b])
         table = tables.blocks[:, : -(-int(ends.max()) // size)].index_select(0, slot)
         block = tables.blocks.view(-1).index_select(0, token_slot * tables.max_blocks + position // size).long()
         meta = AttentionMeta(

@@ -92,7 +92,7 @@ def _share_too_small(request: PoolRequest, block_bytes: int, free: int) -> str:
 
 def _nothing_fits(block_bytes: int, free: int, block_size: int) -> str:
     return (
-        f"no memory for the KV cache: one block of {block_size} tokens takes {gib(block_bytes)}, {gib(free)} are free after the weights and the step workspace; "
+        f"no memory for the KV cache: one block of {block_size} tokens takes {gib(block_bytes)}, {gib(free)} are free after weights and step workspace; "
         f"free memory, use a smaller cache_block_seq_len or a smaller model"
     )
 

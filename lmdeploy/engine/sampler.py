@@ -34,7 +34,8 @@ def uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
-    return np.multiply(state >> np.uint64(11), 2.0**-53, dtype=np.float64)
+    numbers: NDArray[np.float64] = (state >> np.uint64(11)) * np.float64(2.0**-53)
+    return numbers
 
 
 @dataclass(frozen=True, slots=True)
