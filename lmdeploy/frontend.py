@@ -196,11 +196,12 @@ class Frontend:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             return self._checked_ids(prompt)
         if isinstance(prompt, str):
-            text = self.template.render([{"role": "user", "content": prompt}]) if do_preprocess else prompt
+            text = self.template.render([{"role": "user", "content": prompt}], guard_special=True) if do_preprocess else prompt
         else:
             if not do_preprocess:
                 raise RequestError("do_preprocess=False needs a text or token ids, not messages", param="messages")
-            text = self.template.render(prompt, tools=tools, template_kwargs=template_kwargs)
+            # guard: special tokens that users and tools write stay text, so that they cannot forge turns
+            text = self.template.render(prompt, tools=tools, template_kwargs=template_kwargs, guard_special=True)
         self._refuse_hopeless(text)
         return self.tokenizer.encode(text, add_bos=True)
 

@@ -104,7 +104,7 @@ def test_a3_the_pool_takes_its_share_and_the_bill_is_true(model_folder: Path) ->
     bill = plain(child.before)
     rss = psutil.Process(child.pid).memory_info().rss / 2**20
     weights, kv, total, free = (mebibytes(bill, name) for name in ("weights", "kv", "total", "free"))
-    parts = weights + kv + mebibytes(bill, r"(step )?workspace") + mebibytes(bill, "other")
+    parts = weights + kv + mebibytes(bill, r"(?:step )?workspace") + mebibytes(bill, "other")
     assert parts == pytest.approx(total, rel=0.02)
     assert rss == pytest.approx(total, rel=0.02)
     assert kv / (kv + free) == pytest.approx(ratio, rel=0.15), "free memory moves a little while we look"
@@ -169,7 +169,7 @@ def body(**changes: object) -> dict[str, object]:
         "temperature": 0.8,
         "top_p": 0.8,
         "n": 1,
-        "max_tokens": 60,
+        "max_tokens": 150,
         "stop": None,
         "stream": False,
         "presence_penalty": 0,
@@ -264,16 +264,17 @@ def test_a20_a_gradio_demo_serves_concurrent_users(pipe: Pipeline) -> None:
     _, url, _ = page.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True)
     try:
 
-        def visitor(n: int) -> str:
+        def visitor(name: str) -> str:
             client = gradio_client.Client(url, verbose=False)
-            history = client.predict(f"Count from 1 to {n}.", [], 200, 0.8, 1, 0.8, api_name="/chat")
-            history = client.predict(f"Count from 1 to {n + 1}.", history, 200, 0.8, 1, 0.8, api_name="/chat")
-            assert len(history) == 4
-            return " ".join(text_of(m["content"]) for m in history)
+            history = client.predict(f"My name is {name}.", [], 200, 0.8, 1, 0.8, api_name="/chat")
+            history = client.predict("What is my name?", history, 200, 0.8, 1, 0.8, api_name="/chat")
+            assert [m["role"] for m in history] == ["user", "assistant"] * 2
+            return text_of(history[-1]["content"])
 
+        names = ["Ann", "Tom", "Mia", "Ben"]
         with ThreadPoolExecutor(4) as pool:
-            for n, text in zip(range(6, 10), pool.map(visitor, range(6, 10)), strict=True):
-                assert ", ".join(map(str, range(1, n + 2))) in text
+            for name, answer in zip(names, pool.map(visitor, names), strict=True):
+                assert name in answer, "every visitor has a history of their own"
     finally:
         page.close()
 
