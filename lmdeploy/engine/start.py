@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,9 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype)
-    for note in runner.memory.note.splitlines():
-        logger.warning("%s", note)
+    shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
+    for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
+        logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
     info = EngineInfo(
         session_len=runner.session_len,
         vocab_size=spec.vocab_size,
