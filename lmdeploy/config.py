@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -48,6 +50,44 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
 
 
+def _bool(value: Any) -> Any:
+    """True, False, 0, 1 or numpy's; never a text, because "false" would count as true."""
+    numpys = type(value).__name__ in ("bool_", "bool")
+    return bool(value) if numpys or (isinstance(value, int) and value in (0, 1)) else value
+
+
+def _int(value: Any) -> Any:
+    """Whole numbers of any library, and floats without a fraction (sliders and JSON send 512.0)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value != int(value):
+        return value
+    return int(value)
+
+
+def _float(value: Any) -> Any:
+    """Numbers of any library become Python's own; those keep their identity (see `_given_of_copy`)."""
+    return value if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real) else float(value)
+
+
+def _str(value: Any) -> Any:
+    """Paths become texts."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+#: annotation -> (Python types, what an error says, how equivalent values are brought into that type)
+_KINDS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], Any]]] = {
+    "bool": ((bool,), "must be True or False", _bool),
+    "int": ((int,), "must be a whole number", _int),
+    "float": ((int, float), "must be a number", _float),
+    "str": ((str,), "must be a text", _str),
+    "list": ((list,), "must be a list", _list),
+    "dict": ((dict,), "must be a dict", lambda v: v),
+}
+
+
 def _shown(value: Any) -> str:
     """The value for an error line, shortened: a client may have sent a megabyte."""
     text = repr(value)
@@ -65,10 +105,20 @@ def remembers_given(cls: type[C]) -> type[C]:
         for name in kwargs:
             self._known(name)
         original(self, *args, **kwargs)
-        object.__setattr__(self, "given", frozenset(names[: len(args)]) | frozenset(kwargs))
+        given = frozenset(names[: len(args)]) | frozenset(kwargs)
+        object.__setattr__(self, "given", _given_of_copy(self) if len(kwargs) == len(names) else given)
 
     cls.__init__ = init  # type: ignore[method-assign]
     return cls
+
+
+def _given_of_copy(config: Any) -> frozenset[str]:
+    """The fields that differ from their default, for a call that names every field: so does dataclasses.replace.
+
+    A float counts as the default only if it is that very object: an explicit temperature=0.8 stays given in copies.
+    """
+    fields = [(f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config)]
+    return frozenset(name for name, value, default in fields if value != default or (isinstance(value, float) and value is not default))
 
 
 class _Checked:
@@ -93,25 +143,49 @@ class _Checked:
             raise ConfigError(f"{cls.__name__} has no option '{name}'{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if "given" not in self.__dict__:  # in the constructor
+            object.__setattr__(self, name, value)
+            return
+        self._known(name)
+        before = getattr(self, name)
         object.__setattr__(self, name, value)
-        if "given" in self.__dict__:  # after the constructor
-            self._known(name)
+        try:
             self.__post_init__()
-            object.__setattr__(self, "given", self.given | {name})
+        except BaseException:
+            object.__setattr__(self, name, before)  # a refused value leaves the config as it was
+            raise
+        object.__setattr__(self, "given", self.given | {name})
 
     def __post_init__(self) -> None:
         """Check all fields."""
 
     def _check(self, error: Callable[[str, str], Exception]) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, meta = getattr(self, f.name), f.metadata
+            value, meta = self._typed(f, error), f.metadata
             if meta.get("choices") and value is not None and value not in meta["choices"]:
                 raise error(f.name, f"{f.name}={_shown(value)} is not one of {', '.join(map(str, meta['choices']))}")
             if meta.get("check") and (problem := meta["check"](value)):
                 raise error(f.name, f"{f.name}={_shown(value)} {problem}")
 
+    def _typed(self, f: dataclasses.Field[Any], error: Callable[[str, str], Exception]) -> Any:
+        """The field's value, brought into its annotated type; equivalent values (numpy's numbers, 512.0) are taken over."""
+        value = getattr(self, f.name)
+        kind = str(f.type).split("[")[0].split(" ")[0]
+        if value is None or kind not in _KINDS:
+            return value
+        types, expected, convert = _KINDS[kind]
+        converted: Any = convert(value)
+        if not isinstance(converted, types) or (isinstance(converted, bool) and bool not in types):
+            raise error(f.name, f"{f.name}={_shown(value)} {expected}")
+        if converted is not value:
+            object.__setattr__(self, f.name, converted)
+        return converted
+
     def replace(self: C, **changes: Any) -> C:
         """A copy with changes; `given` grows by their names and forgets nothing."""
+        changes = self._translate(changes)  # type: ignore[attr-defined]
+        for name in changes:
+            self._known(name)  # type: ignore[attr-defined]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         copy = type(self)(**{**values, **changes})
         object.__setattr__(copy, "given", self.given | frozenset(changes))  # type: ignore[attr-defined]
@@ -247,6 +321,7 @@ class VisionConfig:
 
 
 MAX_STOP_WORDS = 64
+MAX_WORD_CHARS = 8192  # of all words of one option together: an automaton is built of them
 MAX_N = 128
 MAX_LOGPROBS = 1024
 
@@ -258,11 +333,13 @@ def _words(value: Any) -> str | None:
         return "must be a list of strings"
     if len(value) > MAX_STOP_WORDS:
         return f"has {len(value)} entries; at most {MAX_STOP_WORDS} are allowed"
+    if (total := sum(map(len, value))) > MAX_WORD_CHARS:
+        return f"has {total} characters; at most {MAX_WORD_CHARS} are allowed"
     return "contains an empty string" if any(not w for w in value) else None
 
 
 def _ids(value: Any) -> str | None:
-    ok = value is None or (isinstance(value, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in value))
+    ok = value is None or (isinstance(value, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value))
     return None if ok else "must be a list of token ids >= 0"
 
 
@@ -303,8 +380,6 @@ class GenerationConfig(_Checked):
 
     def __post_init__(self) -> None:
         self._check(lambda name, text: RequestError(text, param=name))
-        if self.n != int(self.n) or self.top_k != int(self.top_k):
-            raise RequestError(f"n={self.n!r} and top_k={self.top_k!r} must be whole numbers", param="n")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or token < 0 or not _is_number(bias) or not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias[{token!r}]={bias!r}: ids are whole numbers >= 0, values in [-100, 100]", param="logit_bias")

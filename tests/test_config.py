@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
@@ -133,3 +140,90 @@ def test_scripts_may_assign_fields_and_bad_values_are_refused_then_too() -> None
         config.top_p = 2
     with pytest.raises(ConfigError, match="top_p"):
         config.topp = 0.5
+
+
+def test_a_refused_assignment_leaves_the_config_as_it_was() -> None:
+    config = GenerationConfig()
+    with pytest.raises(RequestError):
+        config.temperature = 3
+    assert config.temperature == 0.8
+    assert config.given == frozenset()
+    config.max_new_tokens = 7
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": "512"}, ["max_new_tokens='512'", "whole number"]),
+        ({"max_new_tokens": 5.5}, ["max_new_tokens=5.5", "whole number"]),
+        ({"max_new_tokens": True}, ["max_new_tokens=True", "whole number"]),
+        ({"n": 1.5}, ["n=1.5", "whole number"]),
+        ({"random_seed": 1.5}, ["random_seed=1.5", "whole number"]),
+        ({"logprobs": 2.5}, ["logprobs=2.5", "whole number"]),
+        ({"temperature": "0.8"}, ["temperature='0.8'", "number"]),
+        ({"temperature": True}, ["temperature=True", "number"]),
+        ({"temperature": float("nan")}, ["temperature=nan", "[0, 2]"]),
+        ({"max_new_tokens": float("inf")}, ["max_new_tokens=inf", "whole number"]),
+        ({"ignore_eos": "false"}, ["ignore_eos='false'", "True or False"]),
+        ({"do_sample": "no"}, ["do_sample='no'", "True or False"]),
+        ({"stop_words": "END"}, ["stop_words='END'", "list"]),
+        ({"stop_words": ["x" * 10_000]}, ["stop_words=", "10000 characters", "8192"]),
+        ({"stop_token_ids": [True]}, ["stop_token_ids", "token ids"]),
+        ({"logit_bias": [3]}, ["logit_bias=[3]", "dict"]),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(options: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(RequestError) as error:
+        GenerationConfig(**options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert error.value.param in options
+
+
+def test_numbers_of_other_libraries_become_pythons_own() -> None:
+    config = GenerationConfig(
+        max_new_tokens=np.int64(5), top_k=40.0, top_p=np.float32(0.5), temperature=1, ignore_eos=np.bool_(True), skip_special_tokens=0, stop_words=("a",)
+    )
+    assert (config.max_new_tokens, config.top_k, config.top_p, config.stop_words) == (5, 40, 0.5, ["a"])
+    assert (type(config.max_new_tokens), type(config.top_k), type(config.top_p)) == (int, int, float)
+    assert config.ignore_eos is True
+    assert config.skip_special_tokens is False
+    engine = EngineConfig(session_len=np.int32(100), tp=1.0, download_dir=Path("/x"), enable_prefix_caching=1)
+    assert (type(engine.session_len), type(engine.tp), engine.download_dir, engine.enable_prefix_caching) == (int, int, "/x", True)
+    for wrong in ({"session_len": "2048"}, {"enable_prefix_caching": "no"}, {"hf_overrides": "x"}, {"dtype": ["auto"]}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
+            EngineConfig(**wrong)
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, dataclasses.replace, lambda c: pickle.loads(pickle.dumps(c)), lambda c: c.replace()])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"top_p": 0.5, "max_new_tokens": 3}])
+def test_copies_of_a_config_remember_what_was_given(make: Callable[[GenerationConfig], GenerationConfig], options: dict[str, Any]) -> None:
+    first = GenerationConfig(**options)
+    other = make(first)
+    assert other == first
+    assert other.given == first.given
+    assert other.samples is first.samples
+    other.max_new_tokens = 99
+    assert first.max_new_tokens != 99
+    assert "max_new_tokens" not in first.given or "max_new_tokens" in options
+
+
+def test_dataclasses_replace_adds_only_the_change() -> None:
+    assert dataclasses.replace(GenerationConfig(), max_new_tokens=5).given == {"max_new_tokens"}
+    assert not dataclasses.replace(GenerationConfig(), max_new_tokens=5).samples
+    assert dataclasses.replace(TurbomindEngineConfig(session_len=9), max_batch_size=2).given == {"session_len", "max_batch_size"}
+    assert type(dataclasses.replace(PytorchEngineConfig(), session_len=3)) is PytorchEngineConfig
+
+
+def test_replace_knows_old_spellings() -> None:
+    config = EngineConfig().replace(block_size=32, num_gpu_blocks=0)
+    assert config.cache_block_seq_len == 32
+    assert config.given == {"cache_block_seq_len"}
+    with pytest.raises(ConfigError, match="session_len"):
+        config.replace(sesion_len=3)
+
+
+def test_configs_compare_and_print_by_their_values() -> None:
+    assert TurbomindEngineConfig(session_len=9) == TurbomindEngineConfig(session_len=9)
+    assert TurbomindEngineConfig() != PytorchEngineConfig()
+    assert TurbomindEngineConfig("float32", None, 1, 77).session_len == 77
+    assert repr(TurbomindEngineConfig(session_len=9)).startswith("TurbomindEngineConfig(dtype='auto'")
