@@ -22,7 +22,7 @@ class Answer:
         self,
         tokenizer: Tokenizer,
         prompt_ids: list[int],
-        stop_words: list[str],
+        stops: StopMatcher,
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
@@ -32,7 +32,8 @@ class Answer:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
         )
-        self._stops = StopMatcher(stop_words, include_stop)
+        self._stops = stops
+        self._num_prompt = len(prompt_ids)
         self._include_stop = include_stop
         self._min_new_tokens = min_new_tokens
         self.finished = False
@@ -40,10 +41,10 @@ class Answer:
 
     def feed(self, output: EngineOutput) -> Response | None:
         """The increment that `output` brings; None when there is nothing to tell yet."""
-        ids, logprobs = list(output.token_ids), output.logprobs
-        if output.stop_token_id is not None and not self._include_stop:
-            ids, logprobs = ids[:-1], logprobs[:-1] if logprobs is not None else None
-        self._count = output.num_generated
+        ids, logprobs, logits, hidden = list(output.token_ids), output.logprobs, output.logits, output.last_hidden_state
+        if output.stop_token_id is not None and not self._include_stop:  # the token goes, and with it the rows that chose it
+            ids, logprobs, logits, hidden = ids[:-1], _but_last(logprobs), _but_last(logits), _but_last(hidden)
+        self._count = max(self._count, output.num_generated)  # an engine that died does not know it any more
         text = self._text(ids)
         finish, stop_reason = output.finish_reason, output.stop_token_id
         if self._stops.matched is not None:
@@ -56,13 +57,13 @@ class Answer:
         return Response(
             text=text,
             generate_token_len=self._count,
-            input_token_len=output.num_prompt,
+            input_token_len=output.num_prompt or self._num_prompt,
             finish_reason=finish,
             token_ids=ids,
             logprobs=None if logprobs is None else [as_dict(entry) for entry in logprobs],
             index=output.index,
-            logits=output.logits,
-            last_hidden_state=output.last_hidden_state,
+            logits=logits,
+            last_hidden_state=hidden,
             cached_tokens=output.num_cached,
             stop_reason=stop_reason,
             error_code=(output.error_code or "engine_error") if output.error else None,
@@ -72,10 +73,11 @@ class Answer:
 
     def _text(self, ids: list[int]) -> str:
         """Text of new tokens after stop matching; stop words that lie wholly within the first min_new_tokens do not count."""
-        text = self._detokenizer.feed(ids)
-        if self._count < self._min_new_tokens:
-            return text
-        return self._stops.feed(text)
+        return self._stops.feed(self._detokenizer.feed(ids), active=self._count >= self._min_new_tokens)
+
+
+def _but_last(rows: Any) -> Any:
+    return None if rows is None else rows[:-1]
 
 
 def as_dict(entry: TokenLogprobs) -> dict[int, float]:
@@ -84,44 +86,57 @@ def as_dict(entry: TokenLogprobs) -> dict[int, float]:
 
 
 class Merger:
-    """Joins the increments of n answers into complete ones."""
+    """Joins the increments of n answers into complete ones; each part is copied once, whatever the length."""
 
     def __init__(self, n: int) -> None:
         self.answers = [Response(text="", generate_token_len=0, input_token_len=0, index=i) for i in range(n)]
         self._texts: list[list[str]] = [[] for _ in range(n)]
+        self._rows: list[dict[str, list[Any]]] = [{} for _ in range(n)]  # tensors, concatenated at the end
 
     def add(self, part: Response) -> None:
         """Append one increment to its answer."""
         whole = self.answers[part.index]
         self._texts[part.index].append(part.text)
         whole.token_ids += part.token_ids
-        if part.logprobs is not None:
-            whole.logprobs = (whole.logprobs or []) + part.logprobs
-        for name in ("prompt_logprobs", "logits", "last_hidden_state"):
-            value = getattr(part, name)
-            if value is not None:
-                setattr(whole, name, _joined(getattr(whole, name), value))
+        for name in ("logprobs", "prompt_logprobs"):
+            self._extend(whole, name, getattr(part, name))
+        for name in ("logits", "last_hidden_state"):
+            rows = getattr(part, name)
+            if rows is not None:
+                self._rows[part.index].setdefault(name, []).append(rows)
         for name in ("generate_token_len", "input_token_len", "cached_tokens", "finish_reason", "stop_reason", "session_id", "error_code", "error_message"):
             setattr(whole, name, getattr(part, name))
         if part.finish_reason is not None:
-            whole.text = "".join(self._texts[part.index])
+            self._join(part.index)
+
+    @staticmethod
+    def _extend(whole: Response, name: str, entries: list[Any] | None) -> None:
+        if entries is None:
+            return
+        if getattr(whole, name) is None:
+            setattr(whole, name, [])
+        getattr(whole, name).extend(entries)
+
+    def _join(self, index: int) -> None:
+        whole = self.answers[index]
+        whole.text = "".join(self._texts[index])
+        for name, rows in self._rows[index].items():
+            setattr(whole, name, _concatenated(rows))
+        self._texts[index], self._rows[index] = [whole.text], {}
 
     def complete(self) -> list[Response]:
         """The answers as far as they came; one that was cut short has finish_reason 'abort'."""
-        for answer, texts in zip(self.answers, self._texts, strict=True):
+        for answer in self.answers:
             if answer.finish_reason is None:
-                answer.text, answer.finish_reason = "".join(texts), "abort"
+                self._join(answer.index)
+                answer.finish_reason = "abort"
         return self.answers
 
 
-def _joined(first: Any, second: Any) -> Any:
-    if first is None:
-        return second
-    if isinstance(first, list):
-        return first + second
+def _concatenated(rows: list[Any]) -> Any:
     import torch
 
-    return torch.cat([first, second])
+    return torch.cat(rows)
 
 
 def merge_increments(increments: Iterable[Response], n: int) -> list[Response]:

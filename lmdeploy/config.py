@@ -58,9 +58,10 @@ def _bool(value: Any) -> Any:
 
 def _int(value: Any) -> Any:
     """Whole numbers of any library, and floats without a fraction (sliders and JSON send 512.0)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         return value
-    return int(value)
+    whole = math.floor(value)
+    return whole if whole == value else value
 
 
 def _float(value: Any) -> Any:

@@ -29,6 +29,7 @@ from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
+from lmdeploy.text.stops import StopMatcher
 from lmdeploy.text.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
@@ -380,11 +381,12 @@ class Frontend:
         return request_id
 
     def _answers(self, prepared: Prepared) -> dict[int, Answer]:
+        stops = StopMatcher(prepared.stop_words, prepared.include_stop)
         return {
             i: Answer(
                 self.tokenizer,
                 prepared.token_ids,
-                prepared.stop_words,
+                stops.fresh(),
                 skip_special_tokens=prepared.skip_special_tokens,
                 spaces_between_special_tokens=prepared.spaces_between_special_tokens,
                 include_stop=prepared.include_stop,

@@ -6,6 +6,8 @@ does not depend on how the text was cut. An Aho-Corasick automaton makes it line
 
 from __future__ import annotations
 
+import copy
+
 from lmdeploy.errors import RequestError
 
 
@@ -27,6 +29,12 @@ class StopMatcher:
         for word in stop_words:
             self._insert(word)
         self._link()
+
+    def fresh(self) -> StopMatcher:
+        """A matcher of another answer to the same words; the automaton is shared."""
+        other = copy.copy(self)
+        other.matched, other._held, other._state = None, "", 0
+        return other
 
     def _insert(self, word: str) -> None:
         state = 0
@@ -55,15 +63,18 @@ class StopMatcher:
             state = self._fail[state]
         return self._next[state].get(char, 0)
 
-    def feed(self, text: str) -> str:
-        """The text that is now sure to be part of the answer. After a match everything is dropped."""
+    def feed(self, text: str, *, active: bool = True) -> str:
+        """The text that is now sure to be part of the answer. After a match everything is dropped.
+
+        While not `active`, words that become complete are ignored; those that have begun may still end later.
+        """
         if self.matched is not None or len(self._next) == 1:
             return "" if self.matched is not None else text
         state = self._state
         for end, char in enumerate(text, 1):
             state = self._step(state, char)
             word = self._word[state]
-            if word is not None:
+            if word is not None and active:
                 return self._finish(self._held + text[:end], word)
         self._state = state
         if self._include:
