@@ -14,6 +14,8 @@ import itertools
 import json
 import queue
 import secrets
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -79,12 +81,16 @@ class Frontend:
         model_name: str,
         model_path: str,
         generation_defaults: dict[str, Any] | None = None,
+        max_waiting: int = 4096,
     ) -> None:
         self.client, self.tokenizer, self.template, self.spec = client, tokenizer, template, spec
         self.model_name, self.model_path = model_name, model_path
         self.generation_defaults = generation_defaults or {}
         self._ids = itertools.count(1)
-        self._sinks: dict[int, queue.SimpleQueue[EngineOutput] | _AsyncSink] = {}
+        self._sinks: dict[int, tuple[queue.SimpleQueue[EngineOutput] | _AsyncSink, int]] = {}  # and the number of answers
+        self._counting = threading.RLock()  # re-entrant: a forgotten generator may be collected, and drop its request, at any point
+        self._in_flight = 0  # answers of all submitted requests
+        self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
         self._longest_token: int | None = None
         client.start(self._on_outputs)
 
@@ -121,6 +127,7 @@ class Frontend:
             model_name=model_name or str(model_path or folder.name),
             model_path=str(model_path or folder),
             generation_defaults=read_generation_defaults(folder),
+            max_waiting=config.max_waiting,
         )
 
     # ------------------------------------------------------------------ what the engine says of itself
@@ -283,20 +290,20 @@ class Frontend:
         """Increments of the answer(s), as they come; closing the iterator aborts the request."""
         yield from self.stream_many([prepared])
 
-    def stream_many(self, requests: list[Prepared], window: int | None = None) -> Iterator[Response]:
+    def stream_many(self, requests: list[Prepared], window: int = 1024) -> Iterator[Response]:
         """Increments of many requests at once; `Response.session_id` is the request's place in the list, `.index` the answer's.
 
-        At most `window` requests (default: half of the engine's queue) are in flight, so any number may be given.
+        At most `window` requests, and no more than half of the engine's queue, are in flight: any number may be given, none is refused.
         """
-        window = window or 1024
         inbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
         open_answers: dict[int, tuple[int, dict[int, Answer]]] = {}
-        waiting = enumerate(requests)
+        waiting = deque(enumerate(requests))
         try:
             while True:
-                for place, prepared in itertools.islice(waiting, max(window - len(open_answers), 0)):
-                    request_id = self._submit(prepared, inbox)
-                    open_answers[request_id] = (place, self._answers(prepared))
+                while waiting and len(open_answers) < window and (not open_answers or self._in_flight + waiting[0][1].n <= self._room):
+                    place, prepared = waiting.popleft()
+                    answers = self._answers(prepared)  # before the request is out: it may raise
+                    open_answers[self._submit(prepared, inbox)] = (place, answers)
                 if not open_answers:
                     return
                 output = inbox.get()
@@ -316,7 +323,8 @@ class Frontend:
 
     def generate(self, prepared: Prepared) -> list[Response]:
         """The n complete answers."""
-        return merge_increments(self.stream(prepared), prepared.n)
+        with contextlib.closing(self.stream(prepared)) as increments:  # type: ignore[type-var]  # Ctrl-C aborts at once
+            return merge_increments(increments, prepared.n)
 
     async def astream(self, prepared: Prepared) -> AsyncIterator[Response]:
         """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks."""
@@ -363,7 +371,9 @@ class Frontend:
         if self.client.failure:
             raise EngineError(f"the engine has stopped: {self.client.failure}")
         request_id = next(self._ids)
-        self._sinks[request_id] = sink
+        with self._counting:
+            self._sinks[request_id] = (sink, prepared.n)
+            self._in_flight += prepared.n
         try:
             self.client.submit(
                 EngineRequest(
@@ -376,7 +386,7 @@ class Frontend:
                 )
             )
         except BaseException:
-            self._sinks.pop(request_id, None)
+            self._forget(request_id)
             raise
         return request_id
 
@@ -406,21 +416,31 @@ class Frontend:
         return response
 
     def _drop(self, request_id: int, *, finished: bool) -> None:
-        if self._sinks.pop(request_id, None) is not None and not finished:
+        if self._forget(request_id) and not finished:
             self.client.abort(request_id)
+
+    def _forget(self, request_id: int) -> bool:
+        """Expect no more outputs of a request; False when it was forgotten before."""
+        with self._counting:
+            _, count = self._sinks.pop(request_id, (None, 0))
+            self._in_flight -= count
+        return count > 0
 
     def _on_outputs(self, outputs: list[EngineOutput]) -> None:
         """Listener, on the engine client's thread: one wake-up per event loop and step."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_AsyncSink, EngineOutput]]] = {}
         for output in outputs:
-            sink = self._sinks.get(output.request_id)
+            sink, _ = self._sinks.get(output.request_id, (None, 0))
             if isinstance(sink, _AsyncSink):
                 by_loop.setdefault(sink.loop, []).append((sink, output))
             elif sink is not None:
                 sink.put(output)
         for loop, batch in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits for these
+            try:
                 loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop was closed: nobody waits for these
+                for request_id in {output.request_id for _, output in batch}:
+                    self._drop(request_id, finished=False)
 
 
 def _deliver(batch: list[tuple[_AsyncSink, EngineOutput]]) -> None:
