@@ -99,7 +99,9 @@ def prefill_floor(spec: ModelSpec, tokens: int, ceilings: Ceilings) -> float:
 
 def machine() -> str:
     """CPU, cores, versions and date on one line, for RESULTS.md."""
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+    )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{model} x {os.cpu_count()}{gpu}; python {platform.python_version()}, torch {torch.__version__}; {date.today().isoformat()}"
 
@@ -116,4 +118,6 @@ def print_table(rows: list[list[str]]) -> None:
 def describe(spec: ModelSpec) -> str:
     """The shape in one line."""
     facts = dataclasses.asdict(spec)
-    return f"{spec.architecture} " + ", ".join(f"{k} {facts[k]}" for k in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"))
+    return f"{spec.architecture} " + ", ".join(
+        f"{k} {facts[k]}" for k in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+    )

@@ -167,7 +167,9 @@ def main() -> None:
     peer = measure_transformers(spec, getattr(torch, info.dtype), args) if args.peer else None
     width = torch.finfo(getattr(torch, info.dtype)).bits // 8
     print(f"\n{common.describe(spec)}; {info.dtype}, {args.backend}; weights {info.memory.weights / 1e9:.3f} GB\n{common.machine()}")
-    print(f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start")
+    print(
+        f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start"
+    )
     print(f"ready in {loaded:.2f} s, peak memory {peak:.2f} GB (RSS)\n")
     floors = {f"prefill {args.prompt}": args.prompt / common.prefill_floor(spec, args.prompt, ceilings)}
     figures = {f"prefill {args.prompt}": (ours.prefill, peer and peer.prefill)}

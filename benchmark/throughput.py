@@ -101,7 +101,9 @@ def main() -> None:
     floor = floor_seconds(spec, pairs, width, ceilings, args.max_batch_size)
     inputs, outputs = sum(i for i, _ in pairs), sum(o for _, o in pairs)
     print(f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}\n{common.machine()}")
-    print(f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start\n")
+    print(
+        f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start\n"
+    )
     common.print_table(
         [
             ["requests", "input", "output", "seconds", "floor s", "fraction", "req/s", "output tok/s", "total tok/s", "peak GB"],

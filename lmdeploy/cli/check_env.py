@@ -173,4 +173,6 @@ def print_kernels(rows: list[dict[str, str]]) -> None:
     same = ("backend", "device", "dtype", "kernel", "against")
     for key, group in itertools.groupby(sorted(rows, key=lambda r: [r[name] for name in same]), key=lambda r: [r[name] for name in same]):
         table.add_row(*key[:4], ", ".join(row["op"] for row in group), key[4])
-    console.print(table)
+    with console.capture() as text:  # rich ends the program when the reader of its output leaves; print() is handled by main
+        console.print(table)
+    print(text.get(), end="")

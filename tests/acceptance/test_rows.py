@@ -195,7 +195,15 @@ def test_a6_every_sampling_field_changes_the_output(server: Server) -> None:
     assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == "internlm2_1_8b_chat"
     plain_text = content(server)
     assert content(server) == plain_text, "a seeded request repeats"
-    changes = [{"repetition_penalty": 2}, {"presence_penalty": 2}, {"frequency_penalty": 2}, {"temperature": 2, "top_p": 1}, {"top_k": 1}, {"top_p": 0.01}, {"seed": 6}]
+    changes = [
+        {"repetition_penalty": 2},
+        {"presence_penalty": 2},
+        {"frequency_penalty": 2},
+        {"temperature": 2, "top_p": 1},
+        {"top_k": 1},
+        {"top_p": 0.01},
+        {"seed": 6},
+    ]
     for change in changes:
         assert content(server, **change) != plain_text, change
     greedy = content(server, top_k=1, max_tokens=None)
@@ -230,7 +238,9 @@ def test_a13_the_openai_script_gets_an_answer_and_the_log_shows_both_requests(se
 
 def test_a13_openai_client_streams(server: Server) -> None:
     client = OpenAI(api_key="none", base_url=server.url + "/v1")
-    chunks = list(client.chat.completions.create(model="internlm2_1_8b_chat", messages=[{"role": "user", "content": "Count from 1 to 20."}], temperature=0, stream=True))
+    chunks = list(
+        client.chat.completions.create(model="internlm2_1_8b_chat", messages=[{"role": "user", "content": "Count from 1 to 20."}], temperature=0, stream=True)
+    )
     assert TWENTY in "".join(c.choices[0].delta.content or "" for c in chunks)
     assert len(chunks) > 10
 
@@ -298,7 +308,9 @@ def test_a22_a_tiny_ratio_works_or_says_so_before_any_request(model_folder: Path
 
 def loss_by_position(model_folder: Path, ids: list[int], **options: object) -> list[float]:
     """Mean cross-entropy of each quarter of a long text."""
-    with pipeline(str(model_folder), backend_config=TurbomindEngineConfig(session_len=len(ids), cache_max_entry_count=len(ids) // 64 + 2, max_batch_size=1, **options)) as long:
+    with pipeline(
+        str(model_folder), backend_config=TurbomindEngineConfig(session_len=len(ids), cache_max_entry_count=len(ids) // 64 + 2, max_batch_size=1, **options)
+    ) as long:
         scored = long.frontend.generate(long.frontend.prepare_score(ids, GenerationConfig(prompt_logprobs=0)))[0]
     losses = [-next(iter(entry.values())) for entry in scored.prompt_logprobs or () if entry]
     quarter = len(ids) // 4

@@ -131,19 +131,39 @@ def test_cors_allows_pages_and_their_preflight(server: RunningServer, serve: Cal
     assert strict.http.options("/v1/chat/completions", headers={**preflight, "Origin": "https://mine.example"}).status_code == 200
 
 
-def test_the_log_has_one_line_a_request_and_no_prompt(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lmdeploy"):
-        logging.getLogger("lmdeploy").propagate = True
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.name, record.getMessage()))
+
+
+def test_the_log_has_one_line_a_request_and_no_prompt(server: RunningServer) -> None:
+    logger, kept = logging.getLogger("lmdeploy"), Lines()
+    level, access = logger.level, logging.getLogger("lmdeploy.access")
+    logger.addHandler(kept)
+    logger.setLevel(logging.INFO)
+    access.setLevel(logging.INFO)
+    try:
         server.http.get("/v1/models?key=hidden")
         reply = server.http.post("/v1/chat/completions", json=QUESTION)
         server.http.get("/health")
         time.sleep(0.1)
-    lines = [r.getMessage() for r in caplog.records if r.name == "lmdeploy.access"]
+    finally:
+        logger.removeHandler(kept)
+        logger.setLevel(level)
+        access.setLevel(logging.NOTSET)
+    lines = [line for name, line in kept.lines if name == "lmdeploy.access"]
     assert len(lines) == 2
     assert re.search(r'"GET /v1/models HTTP/1.1" 200 ', lines[0])
     assert re.search(r'"POST /v1/chat/completions HTTP/1.1" 200 ', lines[1])
     assert lines[1].endswith(reply.headers["x-request-id"])
-    assert "Count" not in caplog.text and "hidden" not in caplog.text
+    everything = "\n".join(line for _, line in kept.lines)
+    assert "Count" not in everything and "hidden" not in everything
 
 
 def test_more_than_max_concurrent_requests_wait(serve: Callable[..., RunningServer]) -> None:
