@@ -41,13 +41,15 @@ def timed(run: Callable[[], object], repeats: int = 5) -> float:
 
 def measure_ceilings() -> Ceilings:
     """Read bandwidth over 1 GiB and the matmul rate of 4096^3."""
-    big = torch.ones(1 << 15, 1 << 13)  # 1 GiB of float32
-    vector = torch.ones(1 << 13)
-    read = big.nbytes / timed(lambda: torch.mv(big, vector)) / 1e9
-    del big
+    read = _read_bandwidth()
     a = torch.randn(4096, 4096).to(torch.bfloat16)
     rate = 2 * 4096**3 / timed(lambda: torch.mm(a, a), 3) / 1e9
     return Ceilings(read, rate)
+
+
+def _read_bandwidth() -> float:
+    big, vector = torch.ones(1 << 15, 1 << 13), torch.ones(1 << 13)  # 1 GiB of float32
+    return big.nbytes / timed(lambda: torch.mv(big, vector)) / 1e9
 
 
 def busy_cores(seconds: float = 0.5) -> float:

@@ -148,7 +148,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = "--model-format hf --quant-policy 0 --server-name 0.0.0.0 --tp 1 --model-name internlm2_1_8b_chat --backend turbomind --cache-max-entry-count 400".split()
+    flags = ["--model-format", "hf", "--quant-policy", "0", "--server-name", "0.0.0.0", "--tp", "1"]
+    flags += ["--model-name", "internlm2_1_8b_chat", "--backend", "turbomind", "--cache-max-entry-count", "400"]
     started = Server(tmp_path_factory.mktemp("server") / "log", str(model_folder), *flags)
     yield started
     started.stop()

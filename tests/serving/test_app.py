@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import pytest
-
 from lmdeploy.serving.openai.protocol import EXAMPLES
 from tests.serving.running import RunningServer
 
