@@ -53,7 +53,7 @@ def build(pipe: Pipeline) -> gr.Blocks:
             event(chat, inputs, chatbot, api_name="chat" if event == send.click else None).then(lambda: "", None, query)
         retry.click(last_question, chatbot, [question, chatbot]).then(chat, [question, chatbot, *sliders], chatbot)
         back.click(undo, chatbot, chatbot)
-        clear.click(lambda: [], None, chatbot)
+        clear.click(list, None, chatbot)
     return page
 
 
