@@ -47,8 +47,8 @@ class DynamicRope(Rope):
         assert rope_lengths is not None, "a dynamic rope needs the lengths that fix its base"
         rope, limit = self.rope, self.rope.original_max_position
         stretch = rope.factor * rope_lengths.clamp(min=limit) / limit - (rope.factor - 1)  # 1 up to M
-        base = rope.theta * stretch ** (rope.rotary_dim / (rope.rotary_dim - 2))
-        return 1.0 / base.unsqueeze(1) ** self.exponents  # [T, R/2]
+        base = rope.theta * _power(stretch, rope.rotary_dim / (rope.rotary_dim - 2))
+        return 1.0 / _power(base.unsqueeze(1), self.exponents)  # [T, R/2]
 
 
 class LongRope(Rope):
@@ -85,6 +85,11 @@ def build_rope(rope: RopeSpec, device: torch.device) -> Rope:
 def logn_scale(positions: Tensor, limit: int) -> Tensor:
     """float32 [T]: log(t) / log(limit) for the t-th token (from 1) past the training length, else 1."""
     return (torch.log((positions + 1).float()) / math.log(limit)).clamp_(min=1.0)
+
+
+def _power(base: Tensor, exponent: Tensor | float) -> Tensor:
+    """float32 base ** exponent, computed in float64: on CPU float32 powers differ in the last bit with the place in the tensor, so with the batch."""
+    return (base.double() ** exponent).float()
 
 
 def _exponents(dim: int, device: torch.device) -> Tensor:
