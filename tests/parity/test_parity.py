@@ -30,7 +30,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    return [random.Random(seed).randrange(3, COMMON["vocab_size"]) for _ in range(length)]
+    source = random.Random(seed)
+    return [source.randrange(3, COMMON["vocab_size"]) for _ in range(length)]
 
 
 def assert_equal(found: Tensor, wanted: Tensor) -> None:
