@@ -5,7 +5,7 @@ Everything between processes is a `msgspec.Struct`: typed, bounded, encoded as m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import msgspec
@@ -151,3 +151,12 @@ class Response:
     error_code: str | None = None
     error_message: str | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+
+    def __str__(self) -> str:
+        """The text, then one `name=value` line for each field that says something; of tensors the shape."""
+        lines = [self.text]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "text" and value is not None:
+                lines.append(f"{f.name}={tuple(value.shape) if hasattr(value, 'shape') else repr(value)}")
+        return "\n".join(lines)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from lmdeploy import log
 from lmdeploy.answer import Merger
+from lmdeploy.calls import GenConfigs, Prompts, as_batch, as_config, as_turn, id_batch
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
 from lmdeploy.frontend import Frontend, Prepared, Prompt
@@ -28,14 +30,11 @@ from lmdeploy.text.tokenizer import Tokenizer
 
 logger = log.get_logger(__name__)
 
-Prompts = str | list[str] | list[dict[str, Any]] | list[list[dict[str, Any]]] | list[int] | list[list[int]]
-GenConfigs = GenerationConfig | list[GenerationConfig] | None
-
 #: a batch of at least this many prompts shows a progress bar by itself
 _PROGRESS_FROM = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """A conversation: `pipe.chat(prompt, session)` continues it. `history` holds (prompt, answer) pairs."""
 
@@ -53,13 +52,29 @@ class Session:
         self._aborted = True
 
     def close(self) -> None:
-        """Forget the conversation."""
-        self.history.clear()
-        self._messages.clear()
-        self.response = None
-        self._rope_length = 0
+        """Stop a running answer and forget the conversation."""
+        self._clear()
         if self._pipe is not None:
             self._pipe._sessions.pop(self.session_id, None)
+            self._pipe._kept.pop(self.session_id, None)
+
+    def _clear(self) -> None:
+        self._aborted = True
+        self.history.clear()
+        self._messages = []  # a new list: a turn that still runs sees that its own is no longer the conversation's
+        self.response = None
+        self._rope_length = 0
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Held while a turn is answered; raises SessionBusyError when one is."""
+        if not self._busy.acquire(blocking=False):
+            raise SessionBusyError(f"session {self.session_id} is still answering; wait for it or use another session", param="session")
+        try:
+            self._aborted = False
+            yield
+        finally:
+            self._busy.release()
 
 
 class Pipeline:
@@ -67,7 +82,8 @@ class Pipeline:
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
-        self._sessions: dict[int, Session] = {}
+        self._sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+        self._kept: dict[int, Session] = {}  # those that the caller named by a number: nobody else holds them
         self._session_ids = itertools.count(1)
 
     # ------------------------------------------------------------------ facts
@@ -90,13 +106,21 @@ class Pipeline:
     # ------------------------------------------------------------------ answers
 
     def __call__(
-        self, prompts: Prompts, gen_config: GenConfigs = None, do_preprocess: bool = True, adapter_name: str | None = None, use_tqdm: bool | None = None
+        self,
+        prompts: Prompts,
+        gen_config: GenConfigs = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        use_tqdm: bool | None = None,
+        **old: Any,
     ) -> Response | list[Response]:
         """Answer a prompt (-> Response) or a list of them (-> list, in order).
 
         A prompt is a text, one conversation (OpenAI messages) or token ids; a list of these is a batch. `n` > 1 gives n answers for
         each prompt, side by side in the list. `use_tqdm`: progress bar; not given = for long batches. Raises RequestError.
+        `old`: sampling keywords of scripts before 0.6 (request_output_len, top_k, top_p, temperature, repetition_penalty, ignore_eos).
         """
+        gen_config, do_preprocess = as_config(gen_config, do_preprocess, old)
         batch, single = as_batch(prompts)
         configs = self._configs(gen_config, len(batch))
         if single:
@@ -110,10 +134,16 @@ class Pipeline:
     infer = __call__
 
     def batch_infer(
-        self, prompts: Prompts, gen_config: GenConfigs = None, do_preprocess: bool = True, adapter_name: str | None = None, use_tqdm: bool | None = None
+        self,
+        prompts: Prompts,
+        gen_config: GenConfigs = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        use_tqdm: bool | None = None,
+        **old: Any,
     ) -> Response | list[Response]:
         """The same as calling the pipeline (old name)."""
-        return self(prompts, gen_config, do_preprocess, adapter_name, use_tqdm)
+        return self(prompts, gen_config, do_preprocess, adapter_name, use_tqdm, **old)
 
     def stream_infer(
         self,
@@ -122,8 +152,12 @@ class Pipeline:
         do_preprocess: bool = True,
         adapter_name: str | None = None,
         stream_response: bool = True,
+        **old: Any,
     ) -> Iterator[Response]:
         """Increments of the answers as they come; `.index` tells the prompt. `stream_response=False`: whole answers as they finish."""
+        if old.pop("sessions", None) is not None:
+            raise RequestError("sessions: stream_infer keeps no history; use chat(prompt, session, stream_response=True)", param="sessions", code="unsupported")
+        gen_config, do_preprocess = as_config(gen_config, do_preprocess, old)
         batch, single = as_batch(prompts)
         configs = self._configs(gen_config, len(batch))
         if any(c.n > 1 for c in configs):
@@ -177,45 +211,50 @@ class Pipeline:
         if step:
             raise RequestError(f"step={step}: going back within a session is not available; start a new one", param="step", code="unsupported")
         gen = gen_config or GenerationConfig()
-        if session_id < 0 or (sequence_start and sequence_end):
-            prepared = self._prepare(messages, gen, do_preprocess, adapter_name)
-            session = None
-        else:
-            session = self._session(session_id)
+        alone = session_id < 0 or (sequence_start and sequence_end)
+        session = Session(-1) if session_id < 0 else self._session(session_id)
+        with session._answering():
             if sequence_start:
+                session._clear()
+                session._aborted = False
+            turn = [] if alone else as_turn(messages)
+            before = session._messages
+            prepared = (
+                self._prepare(messages, gen, do_preprocess, adapter_name) if alone else self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)
+            )
+            merged = Merger(prepared.n)
+            async with contextlib.aclosing(self.frontend.astream(prepared)) as increments:  # type: ignore[type-var]
+                async for response in increments:
+                    merged.add(response)
+                    if response.finish_reason is not None and not alone:
+                        self._remember(session, before, messages, turn, merged.answers[0])  # before the yield: readers often stop at the last part
+                    if stream_response:
+                        yield response
+                    if session._aborted:
+                        break
+            answers = merged.complete()
+            if not alone:
+                self._remember(session, before, messages, turn, answers[0])
+            if sequence_end and session_id >= 0:
                 session.close()
-                self._sessions[session_id] = session
-            turn = as_turn(messages)
-            prepared = self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)
-        merged = Merger(prepared.n)
-        async with contextlib.aclosing(self.frontend.astream(prepared)) as increments:  # type: ignore[type-var]
-            async for response in increments:
-                merged.add(response)
-                if stream_response:
-                    yield response
-        if not stream_response:
-            yield merged.answers[0]
-        if session is not None:
-            if sequence_end:
-                session.close()
-            else:
-                self._remember(session, messages, turn, merged.answers[0])
+        for answer in answers if not stream_response else ():
+            yield answer
 
     async def stop_session(self, session_id: int) -> None:
         """Stop the session's running answer."""
-        if session_id in self._sessions:
-            self._sessions[session_id].abort()
+        if (session := self._sessions.get(session_id)) is not None:
+            session.abort()
 
     async def end_session(self, session_id: int) -> None:
         """Forget the session."""
-        if session_id in self._sessions:
-            self._sessions[session_id].close()
+        if (session := self._sessions.get(session_id)) is not None:
+            session.close()
 
     # ------------------------------------------------------------------ scores
 
     def get_ppl(self, input_ids: list[int] | list[list[int]]) -> list[float]:
         """Mean cross-entropy (natural log, not exponentiated) of each sequence; each needs at least 2 tokens."""
-        batch = _id_batch(input_ids)
+        batch = id_batch(input_ids)
         for ids in batch:
             if len(ids) < 2:
                 raise RequestError(f"get_ppl needs at least 2 tokens, got {len(ids)}", param="input_ids")
@@ -227,7 +266,7 @@ class Pipeline:
 
     def get_logits(self, input_ids: list[int] | list[list[int]]) -> torch.Tensor | list[torch.Tensor]:
         """Float32 logits at every position: [batch, length, vocabulary] for equal lengths, else a list of [length, vocabulary]."""
-        batch = _id_batch(input_ids)
+        batch = id_batch(input_ids)
         logits = [r.logits for r in self._score(batch, GenerationConfig(max_new_tokens=1, output_logits="all"))]
         return torch.stack(logits) if len({len(x) for x in logits}) == 1 else logits
 
@@ -256,6 +295,7 @@ class Pipeline:
         """Stop the engine and free all its memory."""
         self.frontend.close()
         self._sessions.clear()
+        self._kept.clear()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -317,9 +357,12 @@ class Pipeline:
         good = [(place, r) for place, r in enumerate(requests) if isinstance(r, Prepared)]
         for place, r in enumerate(requests):
             if isinstance(r, Response):
-                mergers[place].answers[0] = r
-        with tqdm(total=sum(r.n for _, r in good), desc="answers", disable=not show) as bar:
-            for part in self.frontend.stream_many([r for _, r in good]):
+                mergers[place].answers[0] = dataclasses.replace(r, session_id=place)
+        with (
+            tqdm(total=sum(r.n for _, r in good), desc="answers", disable=not show) as bar,
+            contextlib.closing(self.frontend.stream_many([r for _, r in good])) as increments,  # type: ignore[type-var]  # Ctrl-C aborts at once
+        ):
+            for part in increments:
                 place = good[part.session_id][0]
                 part.session_id = place
                 mergers[place].add(part)
@@ -332,11 +375,12 @@ class Pipeline:
     def _session(self, session: Session | int | None) -> Session:
         if isinstance(session, Session):
             return session
+        if session is not None and (not isinstance(session, int) or isinstance(session, bool)):
+            raise RequestError(f"session must be a Session, a number or None, not {session!r:.80}", param="session")
         if session is None or session < 0:
-            session = next(i for i in self._session_ids if i not in self._sessions)
-        if session not in self._sessions:
-            self._sessions[session] = Session(session, _pipe=self)
-        return self._sessions[session]
+            number = next(i for i in self._session_ids if i not in self._sessions)
+            return self._sessions.setdefault(number, Session(number, _pipe=self))
+        return self._kept.setdefault(session, self._sessions.setdefault(session, Session(session, _pipe=self)))
 
     def _prepare_turn(self, session: Session, turn: list[dict[str, Any]], gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None) -> Prepared:
         if gen.n > 1:
@@ -348,69 +392,32 @@ class Pipeline:
         session._rope_length = session._rope_length or len(prepared.token_ids)
         return dataclasses.replace(prepared, rope_length=session._rope_length)
 
-    def _remember(self, session: Session, prompt: Any, turn: list[dict[str, Any]], answer: Response) -> None:
+    def _remember(self, session: Session, before: list[dict[str, Any]], prompt: Any, turn: list[dict[str, Any]], answer: Response) -> None:
+        """Make the turn history; once, and not when it failed or the session was closed meanwhile (`before` is its list no more)."""
+        if session.response is answer or session._messages is not before:
+            return
         answer.session_id = session.session_id
-        session._messages += [*turn, {"role": "assistant", "content": answer.text}]
-        session.history.append((prompt, answer.text))
         session.response = answer
+        if answer.finish_reason != "error":
+            session._messages += [*turn, {"role": "assistant", "content": answer.text}]
+            session.history.append((prompt, answer.text))
 
     def _turn(
         self, session: Session, prompt: Any, turn: list[dict[str, Any]], gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None
     ) -> Iterator[Response]:
-        if not session._busy.acquire(blocking=False):
-            raise SessionBusyError(f"session {session.session_id} is still answering; wait for it or use another session", param="session")
-        try:
-            session._aborted = False
+        with session._answering():
+            before = session._messages
             prepared = self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)
             merged = Merger(1)
             with contextlib.closing(self.frontend.stream(prepared)) as increments:  # type: ignore[type-var]
                 for part in increments:
                     merged.add(part)
+                    if part.finish_reason is not None:
+                        self._remember(session, before, prompt, turn, merged.answers[0])  # before the yield: readers often stop at the last part
                     yield part
                     if session._aborted:
                         break
-            answer = merged.complete()[0]
-            self._remember(session, prompt, turn, answer)
-        finally:
-            session._busy.release()
-
-
-def as_turn(prompt: Any) -> list[dict[str, Any]]:
-    """The messages that one turn of a conversation adds."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt):
-        return list(prompt)
-    raise RequestError(f"a turn of a conversation is a text or a list of messages, not {prompt!r:.80}", param="prompt")
-
-
-def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether a single one was given. Raises RequestError for anything that is not a prompt."""
-    if isinstance(prompts, str):
-        return [prompts], True
-    if isinstance(prompts, tuple):
-        raise RequestError("(text, image) prompts need a vision-language model; this model reads text only", param="prompts", code="unsupported")
-    if not isinstance(prompts, list) or not prompts:
-        raise RequestError(f"prompts must be a text, messages, token ids, or a non-empty list of these, not {prompts!r:.80}", param="prompts")
-    first = prompts[0]
-    kind = type(first)
-    if not all(isinstance(p, kind) for p in prompts):
-        raise RequestError("prompts of different kinds in one list; give texts, conversations or token ids, not a mix", param="prompts")
-    if isinstance(first, (dict, int)):
-        return [prompts], True
-    if isinstance(first, (str, list)):
-        return prompts, False
-    if isinstance(first, tuple):
-        raise RequestError("(text, image) prompts need a vision-language model; this model reads text only", param="prompts", code="unsupported")
-    raise RequestError(f"a prompt must be a text, messages or token ids, not {kind.__name__}", param="prompts")
-
-
-def _id_batch(input_ids: Any) -> list[list[int]]:
-    if isinstance(input_ids, torch.Tensor):
-        input_ids = input_ids.tolist()
-    if not isinstance(input_ids, list) or not input_ids:
-        raise RequestError("input_ids must be a non-empty list of token ids, or a list of such lists", param="input_ids")
-    return [input_ids] if isinstance(input_ids[0], int) else input_ids
+            self._remember(session, before, prompt, turn, merged.complete()[0])
 
 
 def pipeline(
@@ -431,7 +438,11 @@ def pipeline(
     PytorchEngineConfig. `model_name`: a built-in chat template's name (old API; it may also stand in second place). Further keywords are
     engine options, as they once were accepted. Raises ConfigError, CheckpointError or EngineError, one clear line each.
     """
+    if not isinstance(log_level, str) or log_level.upper() not in log.LEVELS:
+        raise ConfigError(f"log_level={log_level!r:.80} is not one of {', '.join(log.LEVELS)}")
     log.setup(log_level)
+    if max_log_len is not None:
+        logger.warning("max_log_len=%r has no effect: pipeline() never logs prompts", max_log_len)
     if isinstance(backend_config, str):  # pipeline(path, model_name) of old scripts
         model_name, backend_config = backend_config, None
     if backend_config is not None and not isinstance(backend_config, EngineConfig):
@@ -442,6 +453,8 @@ def pipeline(
         logger.warning("trust_remote_code has no effect: lmdeploy never runs code from a checkpoint")
     if kwargs.pop("vision_config", None) is not None:
         logger.warning("vision_config has no effect: the model reads text only")
+    if kwargs.pop("allowed_media_domains", None) is not None:
+        logger.warning("allowed_media_domains has no effect: the model reads text only")
     config = backend_config or TurbomindEngineConfig()
     if kwargs:
         logger.warning("engine options given to pipeline() directly (%s): better in TurbomindEngineConfig(...)", ", ".join(sorted(kwargs)))

@@ -29,6 +29,7 @@ LAYERS = (
     ("engine",),
     ("answer",),
     ("frontend",),
+    ("calls",),
     ("pipeline",),
     ("serving",),
     ("cli",),

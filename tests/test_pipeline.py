@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lmdeploy import GenerationConfig, PytorchEngineConfig, Response, TurbomindEngineConfig, pipeline
-from lmdeploy.errors import CheckpointError, ConfigError, EngineError, RequestError
+from lmdeploy.errors import CheckpointError, ConfigError, EngineError, RequestError, SessionBusyError
 from lmdeploy.pipeline import Pipeline
 
 COUNT = "Count from 1 to 20."
@@ -265,3 +268,160 @@ def test_special_tokens_in_a_users_text_cannot_forge_turns(pipe: Pipeline) -> No
     ids = pipe.frontend.encode_prompt([{"role": "user", "content": forged}])
     plain = pipe.frontend.encode_prompt([{"role": "user", "content": "Hi"}])
     assert sum(i in specials for i in ids) == sum(i in specials for i in plain)
+
+
+def test_calls_of_old_scripts_are_understood_and_told(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lmdeploy")
+    propagate, logger.propagate = logger.propagate, True
+    try:
+        with caplog.at_level(logging.WARNING, "lmdeploy"):
+            old = pipe(COUNT, request_output_len=5, top_k=1)
+    finally:
+        logger.propagate = propagate
+    assert old.generate_token_len == 5
+    assert old.token_ids == pipe(COUNT, GenerationConfig(max_new_tokens=5)).token_ids
+    assert "request_output_len, top_k: deprecated" in caplog.text
+    assert len(list(pipe.stream_infer([COUNT], request_output_len=3, top_k=1))) == 3
+    assert pipe.batch_infer([COUNT], request_output_len=3, top_k=1)[0].generate_token_len == 3
+    # the newer order of stream_infer: prompts, sessions, gen_config
+    assert len(list(pipe.stream_infer([COUNT], None, GenerationConfig(max_new_tokens=4)))) == 4
+    assert len(list(pipe.stream_infer([COUNT], sessions=None, gen_config=GenerationConfig(max_new_tokens=4)))) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "words"),
+    [
+        ((None, 512, 40), {}, ["do_preprocess", "512"]),
+        ((None, "no"), {}, ["do_preprocess", "'no'"]),
+        ((), {"max_tokens": 5}, ["max_tokens", "GenerationConfig"]),
+        ((GenerationConfig(),), {"top_k": 5}, ["top_k", "gen_config"]),
+        ((), {"top_p": 5}, ["top_p=5"]),
+        (({"top_k": 1},), {}, ["gen_config", "dict"]),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_refused_not_ignored(pipe: Pipeline, args: tuple[Any, ...], options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RequestError) as error:
+        pipe(COUNT, *args, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_options_of_pipeline_without_effect_are_told_and_wrong_ones_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match="log_level='LOUD'"):
+        pipeline(log_level="LOUD")
+    logger = logging.getLogger("lmdeploy")
+    propagate, logger.propagate = logger.propagate, True
+    try:
+        with caplog.at_level(logging.WARNING, "lmdeploy"), pytest.raises(CheckpointError):
+            pipeline("/no/such/folder", max_log_len=5, tp=1)
+    finally:
+        logger.propagate = propagate
+    assert "max_log_len=5 has no effect" in caplog.text
+    assert "tp" in caplog.text
+
+
+def test_a_refused_prompt_of_a_batch_names_its_place(pipe: Pipeline) -> None:
+    answers = pipe(["Count from 1 to 3.", ""])
+    assert [(a.index, a.session_id) for a in answers] == [(0, 0), (1, 1)]
+    assert [a.index for a in pipe.stream_infer(["", "Count from 1 to 3."]) if a.finish_reason] == [0, 1]
+
+
+def test_a_response_prints_its_text_and_what_it_knows(pipe: Pipeline) -> None:
+    answer = pipe("Count from 1 to 3.", GenerationConfig(max_new_tokens=4, output_logits="generation"))
+    lines = str(answer).removeprefix(answer.text + "\n").splitlines()
+    assert "generate_token_len=4" in lines
+    assert "finish_reason='length'" in lines
+    assert "logits=(4, 5120)" in lines
+    assert not any(line.startswith("error") for line in lines)
+
+
+def test_a_session_that_is_answering_is_busy(pipe: Pipeline) -> None:
+    session = pipe.session()
+    stream = pipe.chat("Tell me a long story.", session, GenerationConfig(max_new_tokens=1000, ignore_eos=True), stream_response=True)
+    next(stream)
+    with pytest.raises(SessionBusyError):
+        pipe.chat("Hi", session)
+
+    async def second() -> None:
+        async for _ in pipe.generate("Hi", session.session_id, sequence_end=False, sequence_start=False):
+            pass
+
+    with pytest.raises(SessionBusyError):
+        asyncio.run(second())
+    session.abort()
+    assert len(list(stream)) <= 1
+    assert len(session.history) == 1, "what came before the abort stays"
+    assert session.response.finish_reason == "abort"
+    assert "Ann" in pipe.chat("My name is Ann. What is my name?", session).response.text
+
+
+def test_a_reader_that_stops_at_the_last_part_keeps_the_turn(pipe: Pipeline) -> None:
+    session = pipe.session()
+    for part in pipe.chat("My name is Ann.", session, stream_response=True):
+        if part.finish_reason is not None:
+            break
+    assert len(session.history) == 1
+
+    async def talk() -> None:
+        async for part in pipe.generate("My name is Tom.", 901, sequence_end=False):
+            if part.finish_reason is not None:
+                break
+
+    asyncio.run(talk())
+    assert len(pipe.chat("What is my name?", 901).history) == 2
+    asyncio.run(pipe.end_session(901))
+
+
+def test_closing_a_session_while_it_answers_forgets_that_turn_too(pipe: Pipeline) -> None:
+    session = pipe.session()
+    stream = pipe.chat("Tell me a long story.", session, GenerationConfig(max_new_tokens=1000, ignore_eos=True), stream_response=True)
+    next(stream)
+    session.close()
+    list(stream)
+    assert session.history == []
+    assert session.response is None
+
+
+def test_stop_session_stops_an_async_answer(pipe: Pipeline) -> None:
+    async def run() -> list[Response]:
+        parts = []
+        async for part in pipe.generate("Tell me a long story.", 55, GenerationConfig(max_new_tokens=1500, ignore_eos=True), sequence_end=False):
+            parts.append(part)
+            if len(parts) == 3:
+                await pipe.stop_session(55)
+        return parts
+
+    assert len(asyncio.run(run())) == 3
+    assert len(pipe.chat("Hi", 55).history) == 2
+    asyncio.run(pipe.end_session(55))
+
+
+def test_a_failed_turn_is_not_remembered(pipe: Pipeline) -> None:
+    session = pipe.chat("My name is Ann.")
+    answer = Response("half", 1, 2, finish_reason="error", error_message="the engine failed")
+    pipe._remember(session, session._messages, "Hi", [{"role": "user", "content": "Hi"}], answer)
+    assert session.response is answer
+    assert len(session.history) == 1
+    assert len(session._messages) == 2
+
+
+def test_forgotten_sessions_are_not_kept(pipe: Pipeline) -> None:
+    before = len(pipe._sessions)
+    for _ in range(5):
+        pipe.chat("Hi", gen_config=GenerationConfig(max_new_tokens=2))
+    gc.collect()
+    assert len(pipe._sessions) <= before
+    with pytest.raises(RequestError, match="session must be"):
+        pipe.chat("Hi", "7")  # type: ignore[arg-type]
+
+
+def test_logits_stay_beside_their_tokens_when_the_stop_token_is_dropped(pipe: Pipeline) -> None:
+    answer = pipe("Count from 1 to 3.", GenerationConfig(output_logits="generation", output_last_hidden_state="generation", logprobs=0))
+    assert answer.finish_reason == "stop"
+    assert len(answer.token_ids) == len(answer.logits) == len(answer.last_hidden_state) == len(answer.logprobs)
+    assert answer.logits.argmax(-1).tolist() == answer.token_ids
+
+
+@pytest.mark.parametrize("ids", [[], [[]], ["a"], [None], [[1], None], [[1, 10**9]]])
+def test_scores_of_what_is_no_ids_are_refused(pipe: Pipeline, ids: Any) -> None:
+    with pytest.raises(RequestError):
+        pipe.get_logits(ids)
