@@ -1,4 +1,4 @@
-"""`Answer`: the engine's token ids of one answer become text increments, stop words included; `Merger` joins increments.
+"""`Prepared`: a checked request. `Answer`: the engine's token ids of one answer become text increments, stop words included; `Merger` joins increments.
 
 Knows no engine and no HTTP. Text is emitted as soon as it can no longer change: half a character and a possible beginning of a
 stop word are held back. Token ids and log-probabilities are passed on at once.
@@ -7,12 +7,29 @@ stop word are held back. Token ids and log-probabilities are passed on at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from lmdeploy.messages import EngineOutput, Response, TokenLogprobs
+from lmdeploy.messages import EngineOutput, Response, SamplingParams, TokenLogprobs
 from lmdeploy.text.detokenizer import IncrementalDetokenizer
 from lmdeploy.text.stops import StopMatcher
 from lmdeploy.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request, ready to submit (any number of times)."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+    n: int
+    stop_words: list[str]
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
+    include_stop: bool
+    rope_length: int = 0
+    cache_salt: str = ""
+    notices: list[str] = field(default_factory=list)  # what the caller should be told, e.g. a shortened max_new_tokens
 
 
 class Answer:
@@ -74,6 +91,23 @@ class Answer:
     def _text(self, ids: list[int]) -> str:
         """Text of new tokens after stop matching; stop words that lie wholly within the first min_new_tokens do not count."""
         return self._stops.feed(self._detokenizer.feed(ids), active=self._count >= self._min_new_tokens)
+
+
+def answers_to(prepared: Prepared, tokenizer: Tokenizer) -> dict[int, Answer]:
+    """The n answers to a request, by their index; nothing was fed yet."""
+    stops = StopMatcher(prepared.stop_words, prepared.include_stop)
+    return {
+        i: Answer(
+            tokenizer,
+            prepared.token_ids,
+            stops.fresh(),
+            skip_special_tokens=prepared.skip_special_tokens,
+            spaces_between_special_tokens=prepared.spaces_between_special_tokens,
+            include_stop=prepared.include_stop,
+            min_new_tokens=prepared.sampling.min_new_tokens,
+        )
+        for i in range(prepared.n)
+    }
 
 
 def _but_last(rows: Any) -> Any:

@@ -18,11 +18,10 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmdeploy.answer import Answer, Merger, merge_increments
+from lmdeploy.answer import Answer, Merger, Prepared, answers_to, merge_increments
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from lmdeploy.engine.client import EngineClient
@@ -31,7 +30,6 @@ from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
-from lmdeploy.text.stops import StopMatcher
 from lmdeploy.text.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
@@ -42,22 +40,6 @@ Prompt = str | list[int] | list[dict[str, Any]]
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 #: texts shorter than this are simply tokenised; longer ones are first checked against the longest token of the vocabulary
 _LONG_TEXT = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked request, ready to submit (any number of times)."""
-
-    token_ids: list[int]
-    sampling: SamplingParams
-    n: int
-    stop_words: list[str]
-    skip_special_tokens: bool
-    spaces_between_special_tokens: bool
-    include_stop: bool
-    rope_length: int = 0
-    cache_salt: str = ""
-    notices: list[str] = field(default_factory=list)  # what the caller should be told, e.g. a shortened max_new_tokens
 
 
 class _AsyncSink:
@@ -302,7 +284,7 @@ class Frontend:
             while True:
                 while waiting and len(open_answers) < window and (not open_answers or self._in_flight + waiting[0][1].n <= self._room):
                     place, prepared = waiting.popleft()
-                    answers = self._answers(prepared)  # before the request is out: it may raise
+                    answers = answers_to(prepared, self.tokenizer)  # before the request is out: it may raise
                     open_answers[self._submit(prepared, inbox)] = (place, answers)
                 if not open_answers:
                     return
@@ -329,7 +311,7 @@ class Frontend:
     async def astream(self, prepared: Prepared) -> AsyncIterator[Response]:
         """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks."""
         sink = _AsyncSink()
-        answers = self._answers(prepared)
+        answers = answers_to(prepared, self.tokenizer)
         request_id = self._submit(prepared, sink)
         finished = False
         try:
@@ -389,21 +371,6 @@ class Frontend:
             self._forget(request_id)
             raise
         return request_id
-
-    def _answers(self, prepared: Prepared) -> dict[int, Answer]:
-        stops = StopMatcher(prepared.stop_words, prepared.include_stop)
-        return {
-            i: Answer(
-                self.tokenizer,
-                prepared.token_ids,
-                stops.fresh(),
-                skip_special_tokens=prepared.skip_special_tokens,
-                spaces_between_special_tokens=prepared.spaces_between_special_tokens,
-                include_stop=prepared.include_stop,
-                min_new_tokens=prepared.sampling.min_new_tokens,
-            )
-            for i in range(prepared.n)
-        }
 
     def _advance(self, output: EngineOutput, answers: dict[int, Answer]) -> Response | None:
         """Feed one engine output; an answer that ended leaves `answers`. An error of the whole request ends all of them."""

@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from lmdeploy import log
-from lmdeploy.answer import Merger
+from lmdeploy.answer import Merger, Prepared
 from lmdeploy.calls import GenConfigs, Prompts, as_batch, as_config, as_turn, id_batch
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
-from lmdeploy.frontend import Frontend, Prepared, Prompt
+from lmdeploy.frontend import Frontend, Prompt
 from lmdeploy.messages import MemoryBill, Response
 from lmdeploy.text.tokenizer import Tokenizer
 

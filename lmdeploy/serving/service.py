@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from lmdeploy.answer import Merger
+from lmdeploy.answer import Merger, Prepared
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import SessionBusyError
-from lmdeploy.frontend import Frontend, Prepared
+from lmdeploy.frontend import Frontend
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.metrics import Metrics

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lmdeploy import messages
+from lmdeploy.answer import Prepared
 from lmdeploy.errors import RequestError
-from lmdeploy.frontend import Prepared
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import CompletionRequest
