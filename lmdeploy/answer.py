@@ -1,4 +1,4 @@
-"""`Prepared`: a checked request. `Answer`: the engine's token ids of one answer become text increments, stop words included; `Merger` joins increments.
+"""`Prepared`: a checked request. `Answer`: token ids of one answer become text increments, stop words included; `Merger` joins increments.
 
 Knows no engine and no HTTP. Text is emitted as soon as it can no longer change: half a character and a possible beginning of a
 stop word are held back. Token ids and log-probabilities are passed on at once.
