@@ -6,7 +6,7 @@
 
 namespace lmd {
 
-constexpr long WORTH_THREADS = 1 << 16;  // elements
+constexpr long WORTH_THREADS = 1 << 18;  // elements; less is done before a second thread is awake (linear.cpp says what waking costs)
 
 static int team(long elements, int threads) { return elements >= WORTH_THREADS ? threads : 1; }
 

@@ -10,7 +10,10 @@
 
 namespace lmd {
 
-constexpr long WORTH_THREADS = 1 << 17;  // multiplications
+// Waking a thread costs some 10 us on an idle machine, and a scheduler slice of 4 to 8 ms when another program has its core:
+// a 20M-parameter model fell from 360 to 20 tokens/s beside one busy neighbour. So only about a quarter of a millisecond of
+// work is shared: 3M weights to read, or 2^27 multiplications.
+static bool worth_threads(long T, long K, long N) { return K * N >= 3L << 20 || T * K * N >= 1L << 27; }
 
 // ---- float32 -------------------------------------------------------------------------------------------------------
 
@@ -48,7 +51,7 @@ static void dot_rows(const float* x, long xs, const float* w, long K, const floa
 
 static void linear_f32(const float* x, long xs, const float* w, const float* bias, float* out, long os, long T, long K, long N,
                        int threads) {
-    share((N + 3) / 4, T * K * N < WORTH_THREADS ? 1 : threads, [=](long first_group, long last_group) {
+    share((N + 3) / 4, worth_threads(T, K, N) ? threads : 1, [=](long first_group, long last_group) {
         const long first = first_group * 4, last = std::min(N, last_group * 4);
         // 16 rows of x at a time stay in L1/L2 while a panel of 64 weight rows passes
         for (long panel = first; panel < last; panel += 64)
@@ -231,7 +234,7 @@ static bool linear_bf16(Bf16Linear p, int threads) {
     p.packed = (bf16*)scratch(size_t(t_blocks) * p.k_blocks * TILE * 2, 0);
     if (!p.packed) return false;
     const long pieces = t_blocks * p.k_blocks, n_blocks = (p.N + 15) / 16;
-    const int team = p.T * p.K * p.N < WORTH_THREADS ? 1 : threads;
+    const int team = worth_threads(p.T, p.K, p.N) ? threads : 1;
     share(pieces, pieces < 64 ? 1 : team, [&p](long first, long last) {
         for (long i = first; i < last; i++) {
             const long t = i / p.k_blocks * 16, k = i % p.k_blocks * 32;
