@@ -194,8 +194,11 @@ def test_a_base_that_the_prompts_length_fixes_stays_whatever_the_engine_does(nam
             found = ask(engine, UNEQUAL)
             assert [a.tokens for a in found] == [a.tokens for a in alone]
     assert tight.stats().preemptions > 0
-    (longer,) = ask(engine, [UNEQUAL[2] + [7]])
-    assert longer.cached == 0  # the same beginning with another base is another key
+    roomy, longer = start(tmp_path, config), UNEQUAL[2] + prompt(5)
+    ask(roomy, [UNEQUAL[2]])
+    (found_longer,) = ask(roomy, [longer])
+    assert found_longer.cached == 0  # the same beginning with another base is another key
+    assert found_longer.tokens == ask(start(tmp_path, config), [longer])[0].tokens
 
 
 # ------------------------------------------------------------------ equal bits, whatever else is computed
