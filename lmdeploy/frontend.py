@@ -15,6 +15,7 @@ import json
 import queue
 import secrets
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,13 @@ from typing import Any
 from lmdeploy.answer import Answer, Merger, Prepared, answers_to, merge_increments
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
-from lmdeploy.engine.client import EngineClient
+from lmdeploy.engine.client import EngineClient, weak_listener
 from lmdeploy.errors import CheckpointError, EngineError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
+from lmdeploy.text.fit import check_fit
 from lmdeploy.text.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
@@ -74,7 +76,10 @@ class Frontend:
         self._in_flight = 0  # answers of all submitted requests
         self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
         self._longest_token: int | None = None
-        client.start(self._on_outputs)
+        # weak: the engine's thread must not keep a frontend alive that nobody uses any more. A forgotten `close` then happens when
+        # the frontend is collected, and at the latest before the interpreter ends: it must not end under a running step.
+        client.start(weak_listener(self._on_outputs))
+        self._closer = weakref.finalize(self, client.close)
 
     @classmethod
     def open(
@@ -91,6 +96,7 @@ class Frontend:
         if chat_template_config is None and config.model_name is not None:
             chat_template_config = template_by_name(config.model_name)
         spec = load_spec(folder, config.hf_overrides)
+        defaults = read_generation_defaults(folder)
         with ThreadPoolExecutor(1) as pool:  # the tokenizer loads while the engine reads its weights
             starting = pool.submit(_start_client, folder, config, separate_process)
             try:
@@ -101,6 +107,11 @@ class Frontend:
                     starting.result().close()
                 raise
             client = starting.result()
+        try:  # only now: when the weights contradict config.json themselves, the engine's line says more
+            check_fit(folder, tokenizer, template, spec)
+        except BaseException:
+            client.close()
+            raise
         return cls(
             client,
             tokenizer,
@@ -108,7 +119,7 @@ class Frontend:
             spec,
             model_name=model_name or str(model_path or folder.name),
             model_path=str(model_path or folder),
-            generation_defaults=read_generation_defaults(folder),
+            generation_defaults=defaults,
             max_waiting=config.max_waiting,
         )
 
@@ -143,12 +154,14 @@ class Frontend:
     ) -> Prepared:
         """Check and tokenise one prompt: text, OpenAI messages, or token ids. Raises RequestError naming field, value and limit."""
         ids = self.encode_prompt(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
-        session_len = self.info.session_len
-        room = session_len - len(ids)
+        session_len, pool = self.info.session_len, self.info.memory.num_blocks * self.info.memory.block_size
+        room = min(session_len, pool) - len(ids)
         if room < 1:
+            is_long, larger = f"(session_len) is {session_len}", f"session_len >= {len(ids) + 1}"
+            if pool < session_len:
+                is_long, larger = f"is {pool}, all that the KV cache holds,", "a larger cache_max_entry_count"
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, but the context length (session_len) is {session_len} and an answer needs at least 1; "
-                f"shorten the prompt or start with session_len >= {len(ids) + 1}",
+                f"the prompt has {len(ids)} tokens, but the context length {is_long} and an answer needs at least 1; shorten the prompt or start with {larger}",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -156,7 +169,8 @@ class Frontend:
         wanted = gen.max_new_tokens
         if wanted is not None and wanted > room:
             if "max_new_tokens" in gen.given:
-                notices.append(f"max_new_tokens={wanted} cut to {room}: the prompt takes {len(ids)} of session_len={session_len} tokens")
+                limit = f"session_len={session_len} tokens" if session_len <= pool else f"the KV cache's {pool} tokens"
+                notices.append(f"max_new_tokens={wanted} cut to {room}: the prompt takes {len(ids)} of {limit}")
             wanted = room
         return Prepared(
             token_ids=ids,
@@ -193,7 +207,14 @@ class Frontend:
             # guard: special tokens that users and tools write stay text, so that they cannot forge turns
             text = self.template.render(prompt, tools=tools, template_kwargs=template_kwargs, guard_special=True)
         self._refuse_hopeless(text)
-        return self.tokenizer.encode(text, add_bos=True)
+        ids = self.tokenizer.encode(text, add_bos=True)
+        if ids and max(ids) >= self.info.vocab_size:
+            token = max(ids)
+            raise RequestError(
+                f"the prompt contains {self.tokenizer.token_text(token)!r}: that is token id {token}, but the model has {self.info.vocab_size} tokens",
+                param="prompt",
+            )
+        return ids
 
     def _checked_ids(self, ids: list[Any]) -> list[int]:
         vocab = self.info.vocab_size
@@ -217,10 +238,10 @@ class Frontend:
             )
 
     def _sampling(self, gen: GenerationConfig, max_new_tokens: int) -> SamplingParams:
-        stop_ids = _unique([*self.template.stop_token_ids, *self.spec.eos_token_ids, *(gen.stop_token_ids or ())])
         eos = self.tokenizer.eos_token_id
-        if eos is not None and eos not in stop_ids:
-            stop_ids.append(eos)
+        own = [*self.template.stop_token_ids, *self.spec.eos_token_ids, *(() if eos is None else (eos,))]
+        # the model never produces an id that it does not have; of its files' ids that was told at the start
+        stop_ids = _unique([*(i for i in own if 0 <= i < self.info.vocab_size), *self._in_vocabulary(gen.stop_token_ids or (), "stop_token_ids")])
         for name, top in (("logprobs", gen.logprobs), ("prompt_logprobs", gen.prompt_logprobs)):
             if top is not None and top > self.info.vocab_size:
                 raise RequestError(f"{name}={top} is more than the vocabulary's {self.info.vocab_size} tokens", param=name)
@@ -339,7 +360,7 @@ class Frontend:
 
     def close(self) -> None:
         """Stop the engine and free its memory. Later requests raise EngineError."""
-        self.client.close()
+        self._closer()
 
     def __enter__(self) -> Frontend:
         return self
@@ -432,7 +453,10 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
     except ValueError as e:
         raise CheckpointError(f"{path}: not valid JSON ({e})") from e
     values = {k: raw[k] for k in _GENERATION_DEFAULTS if isinstance(raw, dict) and raw.get(k) is not None}
-    GenerationConfig(**values)  # raises when a recommended value is out of range
+    try:
+        GenerationConfig(**values)
+    except RequestError as e:
+        raise CheckpointError(f"{path}: {e}") from e
     return values
 
 

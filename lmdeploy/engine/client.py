@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
@@ -58,6 +59,17 @@ class EngineClient(Protocol):
     def close(self) -> None:
         """Stop, fail what is still running, free everything; may be called twice."""
         ...
+
+
+def weak_listener(method: Listener) -> Listener:
+    """Calls the bound method for as long as its object lives, without keeping it alive."""
+    reference = weakref.WeakMethod(method)
+
+    def listen(outputs: list[EngineOutput]) -> None:
+        if (call := reference()) is not None:
+            call(outputs)
+
+    return listen
 
 
 class EngineThread:
