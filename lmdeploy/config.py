@@ -37,8 +37,8 @@ def at_least(low: float) -> Check:
 
 
 def above(low: float) -> Check:
-    """None or a number > low."""
-    return lambda v: None if v is None or (_is_number(v) and v > low) else f"must be > {low}"
+    """None or a finite number > low."""
+    return lambda v: None if v is None or (_is_number(v) and low < v < math.inf) else f"must be > {low} and finite"
 
 
 def between(low: float, high: float) -> Check:
@@ -165,6 +165,8 @@ class _Checked:
             value, meta = self._typed(f, error), f.metadata
             if meta.get("choices") and value is not None and value not in meta["choices"]:
                 raise error(f.name, f"{f.name}={_shown(value)} is not one of {', '.join(map(str, meta['choices']))}")
+            if value is None and "None" not in str(f.type):
+                raise error(f.name, f"{f.name}=None is no value; leave it out for the default, {f.default!r}")
             if meta.get("check") and (problem := meta["check"](value)):
                 raise error(f.name, f"{f.name}={_shown(value)} {problem}")
 
@@ -196,6 +198,8 @@ class _Checked:
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MODEL_FORMATS = ("hf", "llama", "awq", "gptq", "fp8", "compressed-tensors", "mxfp4")
 BACKENDS = ("turbomind", "pytorch")
+#: far above any machine; thread counts that the system refuses would end the process without a word
+MAX_CPU_THREADS = 1024
 
 #: Options of the system's public surface that this version cannot obey yet: name -> the values that mean "not used".
 #: Any other value is an error, never silence.
@@ -236,7 +240,7 @@ class EngineConfig(_Checked):
     model_name: str | None = option(None, "name of a built-in chat template (old spelling of ChatTemplateConfig.model_name)", flag=False)
     max_waiting: int = option(4096, "requests that may wait; one more is refused", check=at_least(1))
     random_weights: bool = option(False, "fill the model of a config folder with random weights (benchmarks)", flag=False)
-    cpu_threads: int | None = option(None, "threads of the CPU kernels; default: all cores of the process", check=at_least(1))
+    cpu_threads: int | None = option(None, "threads of the CPU kernels; default: all cores of the process", check=between(1, MAX_CPU_THREADS))
     # Accepted for compatibility; only the values in UNUSED_VALUES, others raise.
     dp: int = option(1, "data-parallel groups", flag=False)
     cp: int = option(1, "context-parallel ranks", flag=False)
@@ -425,16 +429,17 @@ class ChatTemplateConfig:
         import json
         import os
 
-        source = "the given JSON text"
+        is_file = os.path.isfile(file_or_string)
+        source = file_or_string if is_file else _shown(file_or_string)
         text = file_or_string
-        if os.path.isfile(file_or_string):
-            source = file_or_string
-            with open(file_or_string, encoding="utf-8") as f:
-                text = f.read(1 << 20)
         try:
+            if is_file:
+                with open(file_or_string, encoding="utf-8") as f:
+                    text = f.read(1 << 20)
             values = json.loads(text)
         except ValueError as e:
-            raise ConfigError(f"chat template: {source} is neither a file nor valid JSON ({e})") from e
+            problem = "not valid JSON" if is_file else "neither a file nor valid JSON"
+            raise ConfigError(f"chat template: {source} is {problem} ({e})") from e
         if not isinstance(values, dict):
             raise ConfigError(f"chat template: {source} must hold a JSON object, not {type(values).__name__}")
         names = [f.name for f in dataclasses.fields(cls)]
