@@ -7,6 +7,7 @@ answers at once. Exit codes: 0 done, 1 our own fault (run again with --debug), 2
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    _open_missing_streams()
     _never_fail_on_output()
     try:
         return _run(words)
@@ -55,9 +57,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except LmdeployError as e:
         return _complain(f"error: {e}", 2, debug)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            return _complain(f"error: the output cannot be written: {e.strerror}; free some space", 2, debug)
+        return _complain(_internal(e, debug), 1, debug)
     except Exception as e:
-        hint = "" if debug else " (--debug shows where)"
-        return _complain(f"internal error: {type(e).__name__}: {e}{hint}", 1, debug)
+        return _complain(_internal(e, debug), 1, debug)
+
+
+def _internal(e: Exception, debug: bool) -> str:
+    hint = "" if debug else " (--debug shows where)"
+    return f"internal error: {type(e).__name__}: {e}{hint}"
 
 
 def _complain(text: str, code: int, debug: bool) -> int:
@@ -66,6 +76,16 @@ def _complain(text: str, code: int, debug: bool) -> int:
     sys.stdout.flush()
     print(f"lmdeploy: {' '.join(text.split())}", file=sys.stderr)
     return code
+
+
+def _open_missing_streams() -> None:
+    """Python has no stream at all where the caller closed it (`<&-`, some service managers); nothing to read and nowhere to write is what it means."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  # for the process's life
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _never_fail_on_output() -> None:
