@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.weight_format import Part
 from lmdeploy.inputs import ForwardInputs
 from lmdeploy.layers.attention import Attention, AttentionNames
@@ -115,8 +116,23 @@ class Decoder:
         """Pull all weights; a missing tensor raises with its name, and so does one that is left over."""
         for part in self._parts():
             part.load(source)
+        self._check_tied(source)
         source.finish(ignore=(f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ())
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+    def _check_tied(self, source: WeightSource) -> None:
+        """A file may repeat a tied head, but another one than the table contradicts config.json: using either would be a guess."""
+        name, table = f"{self.prefix}{self.names.head}.weight", self.embedding.weight
+        if not self.spec.tie_embeddings or not source.has(name):
+            return
+        rows = slice(0, min(64, table.shape[0]))
+        head = torch.empty_like(table[rows])
+        source.take(name, head, rows)
+        if not torch.equal(head, table[rows]):
+            raise CheckpointError(
+                f"config.json says tie_word_embeddings=true, but tensor {name!r} differs from the embedding; "
+                "set tie_word_embeddings to false there, or delete the tensor"
+            )
 
     def _parts(self) -> Iterator[Module]:
         yield self.embedding

@@ -63,8 +63,16 @@ def _header(folder: Path) -> int:
 def test_a_head_in_the_file_of_a_tied_model_is_not_an_error(tmp_path: Path) -> None:
     write_llama(tmp_path, tie_word_embeddings=True)
     wanted = logits(tmp_path)
-    edit_weights(tmp_path, **{"lm_head.weight": torch.ones(131, 64)})
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(tmp_path, **{"lm_head.weight": table.clone()})
     assert torch.equal(logits(tmp_path), wanted)
+
+
+def test_another_head_in_the_file_of_a_tied_model_contradicts_it(tmp_path: Path) -> None:
+    write_llama(tmp_path, tie_word_embeddings=True)
+    edit_weights(tmp_path, **{"lm_head.weight": torch.ones(131, 64)})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings=true, but tensor 'lm_head.weight' differs"):
+        load_model(tmp_path)
 
 
 def test_a_bias_in_the_file_is_used_though_the_config_is_silent(tmp_path: Path) -> None:
