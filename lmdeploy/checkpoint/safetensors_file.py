@@ -21,6 +21,8 @@ from lmdeploy.errors import CheckpointError
 
 #: The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
+#: What a repository cloned without git-lfs has in place of a large file; as a header length no file could be so long.
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/"
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -97,6 +99,8 @@ def _read_header(path: Path) -> dict[str, Entry]:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(8)
+            if head == GIT_LFS_POINTER[:8]:
+                raise CheckpointError(f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` in {path.parent}")
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if length < 0:
                 raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")

@@ -52,7 +52,8 @@ def model_class(spec: ModelSpec) -> type[Decoder]:
     if where is None:
         unknown = spec.architecture or f"model_type {spec.model_type}"
         near = difflib.get_close_matches(spec.architecture or spec.model_type, [*MODELS, *MODEL_TYPES], 3, cutoff=0.4)
-        raise CheckpointError(f"model architecture '{unknown}' is not supported; the nearest supported are {', '.join(near or MODELS)}")
+        shown = repr(unknown if len(unknown) <= 80 else unknown[:77] + "...")
+        raise CheckpointError(f"model architecture {shown} is not supported; the nearest supported are {', '.join(near or MODELS)}")
     module, _, attribute = where.partition(":")
     found = getattr(importlib.import_module(f"lmdeploy.models.{module}"), attribute)
     assert isinstance(found, type) and issubclass(found, Decoder), where
