@@ -10,7 +10,7 @@ import difflib
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from lmdeploy import messages
@@ -89,7 +89,10 @@ async def read_body(request: Request, model: type[B]) -> B:
     content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise HttpError(400, f"the content type is {content_type[:MAX_SHOWN]!r}; send application/json", code="invalid_content_type")
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
     try:
         return model.model_validate_json(body)
     except ValidationError as e:
