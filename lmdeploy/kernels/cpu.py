@@ -169,7 +169,7 @@ def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, 
         dtype = q.dtype
         function = functions.get(dtype)
         head_dim, table = q.shape[2], meta.block_table
-        plain = q.stride(2) == 1 and out.dtype is dtype and out.stride(1) == 1 and table.stride(1) == 1
+        plain = q.stride(2) == 1 and out.dtype is dtype and out.stride(1) == 1 and table.stride(1) == 1 and scale > 0
         if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(key_cache, value_cache, dtype):
             fallback(q, k, v, key_cache, value_cache, meta, scale, window, out)
             return
