@@ -218,7 +218,7 @@ class EngineConfig(_Checked):
     dtype: str = option("auto", "activation and weight type; auto: bfloat16 where the device computes it fast, else float32 (CPU) / float16", choices=DTYPES)
     model_format: str | None = option(None, "weight layout; found from the files when not given", choices=MODEL_FORMATS)
     tp: int = option(1, "tensor-parallel ranks", check=at_least(1))
-    session_len: int | None = option(None, "longest prompt + answer in tokens; default: the model's own limit", check=at_least(1))
+    session_len: int | None = option(None, "longest prompt + answer in tokens; default: the model's own limit", check=between(1, 1 << 31))
     max_batch_size: int | None = option(None, "most sequences computed together; default: 32 on CPU, 256 on GPU", check=between(1, 65536))
     cache_max_entry_count: float = option(
         0.8,

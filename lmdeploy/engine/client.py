@@ -7,6 +7,7 @@ submitted request gets exactly one final `EngineOutput` (`finish_reason` set), a
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from lmdeploy.engine.engine import Engine
-from lmdeploy.errors import EngineError, RequestError
+from lmdeploy.errors import ConfigError, EngineError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
 
@@ -135,7 +136,7 @@ class EngineThread:
         try:
             engine = build()
         except BaseException as e:  # raised by the constructor, in the caller's thread
-            built.set_exception(e)
+            built.set_exception(_no_memory(e) or e)
             return
         built.set_result(engine)
         self._started.wait()
@@ -208,6 +209,18 @@ class EngineThread:
                 self._listener(outputs)
             except Exception:
                 logger.exception("the listener failed while %d answers were ended", len(outputs))
+
+
+def _no_memory(error: BaseException) -> ConfigError | None:
+    """The line for a start that ran out of memory; torch's CPU allocator says so with a RuntimeError. None for any other error."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
+    return ConfigError(
+        f"not enough memory to start: {asked[1] if asked else 'an allocation'} could not be had; "
+        "use a smaller session_len, max_batch_size or max_prefill_token_num, or a smaller model"
+    )
 
 
 def _error(request_id: int, index: int, message: str, code: str) -> EngineOutput:
