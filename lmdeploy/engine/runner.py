@@ -20,6 +20,7 @@ from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, St
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.inputs import ForwardInputs, Scratch
+from lmdeploy.kernels.row_buckets import buckets
 from lmdeploy.log import get_logger
 from lmdeploy.messages import SamplingParams, TokenLogprobs
 from lmdeploy.spec import ModelSpec
@@ -48,7 +49,7 @@ class Model(Protocol):
 class ModelRunner:
     """One rank. `config` is resolved; construction sizes and takes all memory, after running the largest step once."""
 
-    def __init__(self, model: Model, config: EngineConfig, pool: PoolRequest, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, config: EngineConfig, pool: PoolRequest, device: torch.device, dtype: torch.dtype, *, pads_rows: bool = False) -> None:
         assert config.max_batch_size is not None
         self.model, self.device, self.dtype = model, device, dtype
         self.max_batch_size, self.max_tokens = config.max_batch_size, config.max_prefill_token_num
@@ -58,6 +59,8 @@ class ModelRunner:
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device)
             self._make_tables(pool.session_len)
             self._run_largest_step()
+            if pads_rows:
+                self._run_buckets()
             self.kv.free()
             trim()
             token_bytes = bytes_per_token(model.spec, dtype)
@@ -196,6 +199,12 @@ class ModelRunner:
         self._run_dummy([PlanItem(slot, 0, length, [], True) for slot in range(count)], SamplingParams(max_new_tokens=1))
         batch = [PlanItem(slot, min(1, longest - 1), 1, [], True) for slot in range(min(self.max_batch_size, self.max_tokens))]
         self._run_dummy(batch, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1))
+
+    def _run_buckets(self) -> None:
+        """One chunk for each number of rows that products will ever see, so that what torch keeps for each is in the bill."""
+        longest = min(self.max_tokens, self.tables.width - 1)
+        for rows in buckets(longest):
+            self._run_dummy([PlanItem(0, 0, min(rows, longest), [], True)], SamplingParams(max_new_tokens=1))
 
     def _run_dummy(self, items: list[PlanItem], params: SamplingParams) -> None:
         for item in items:

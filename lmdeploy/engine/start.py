@@ -22,7 +22,7 @@ from lmdeploy.engine.kv_cache import PoolRequest, gib
 from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.errors import ConfigError
-from lmdeploy.kernels.select import select
+from lmdeploy.kernels.select import pads_rows, select
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo
 from lmdeploy.models.registry import build_model
@@ -120,7 +120,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     model = build_model(spec, dtype, device, kernels, Parallel())
     model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
-    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype)
+    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, pads_rows=pads_rows(kernels))
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)

@@ -14,9 +14,12 @@ from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.row_buckets import Linear, padded
 from lmdeploy.log import get_logger
 
 logger = get_logger(__name__)
+
+PADDED: Linear = padded(REFERENCE.linear)
 
 OPERATORS = tuple(REFERENCE.names)
 #: (operator, the chosen candidate, every other candidate with the reasons against it)
@@ -67,6 +70,15 @@ def _report(need: Need, build: NativeBuild | None) -> Report:
     return rows
 
 
+def pads_rows(kernels: Kernels) -> bool:
+    """Whether products pad their rows to buckets, which then want to be met at start-up."""
+    return kernels.linear is PADDED
+
+
+def _torch_linear(need: Need) -> Linear:
+    return PADDED if need.device_type == "cpu" and need.dtype is not torch.float32 else REFERENCE.linear
+
+
 def select(
     backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, threads: int | None = None, cache_dir: Path | None = None
 ) -> Kernels:
@@ -78,7 +90,7 @@ def select(
     if build is None or build.library is None:
         if build is not None:
             logger.warning("CPU kernels fall back to torch: %s", build.reason)
-        return replace(REFERENCE, names=names)
+        return replace(REFERENCE, names=names, linear=_torch_linear(need))
     fast = native_kernels(build, threads)
     fallbacks: dict[str, list[str]] = {}
     for operator, chosen, others in rows:
@@ -86,7 +98,8 @@ def select(
             fallbacks.setdefault("; ".join(others[0][1]), []).append(operator)
     for reason, operators in fallbacks.items():
         logger.warning("%s: torch instead of the native kernel: %s", ", ".join(operators), reason)
-    chosen_functions = {name: getattr(fast if names[name] != "torch" else REFERENCE, name) for name in OPERATORS}
+    torch_set = replace(REFERENCE, linear=_torch_linear(need))
+    chosen_functions = {name: getattr(fast if names[name] != "torch" else torch_set, name) for name in OPERATORS}
     return Kernels(**chosen_functions, names=names)
 
 

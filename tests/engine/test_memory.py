@@ -114,8 +114,7 @@ for turn in range(2):
 """
 
 
-# not bfloat16 in plain torch: oneDNN keeps compiled code for every number of rows that it meets
-@pytest.mark.parametrize(("backend", "dtype"), [("turbomind", "auto"), ("pytorch", "float32")])
+@pytest.mark.parametrize(("backend", "dtype"), [("turbomind", "auto"), ("pytorch", "float32"), ("pytorch", "bfloat16")])
 def test_the_bill_stays_true_to_two_percent_through_long_requests(backend: str, dtype: str, model_folder: Path) -> None:
     command = [sys.executable, "-c", LONG_RUN, str(model_folder), backend, dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

@@ -11,9 +11,9 @@ namespace lmd {
 constexpr long WORTH_THREADS = 1 << 16;  // products of a query with a key element
 
 #ifdef __AVX512F__
-constexpr long TOGETHER = 8;  // running sums that fit the registers
+constexpr long TOGETHER = 8, KEYS = 16;  // running sums of values and of products that fit the registers
 #else
-constexpr long TOGETHER = 4;
+constexpr long TOGETHER = 4, KEYS = 4;
 #endif
 
 // Any type, any instruction set. Lanes are dims in the products of a query and a key, keys in the softmax, dims in the sums.
@@ -58,20 +58,34 @@ struct PlainKernel {
     // Scores of the keys low..high; the rest is NEVER.
     void score(const float* q, const float* const* key, long low, long high, float* w) const {
         std::fill(w, w + BLOCK, NEVER);
-        for (long j = low; j < high; j += TOGETHER) {
-            vf acc[TOGETHER] = {};
-            const float* k[TOGETHER];
-            for (long i = 0; i < TOGETHER; i++) k[i] = key[std::min(j + i, high - 1)];
-            for (long d = 0; d < p.D; d += LANES)
-                for (long i = 0; i < TOGETHER; i++) acc[i] += load(q + d) * load(k[i] + d);
-            for (long i = 0; i < std::min(TOGETHER, high - j); i++) w[j + i] = sum(acc[i]);
+        for (long j = low; j < high; j += KEYS) {
+            vf acc[KEYS] = {};
+            const float* k[KEYS];
+            for (long i = 0; i < KEYS; i++) k[i] = key[std::min(j + i, high - 1)];
+            const long D = p.D;
+            for (long d = 0; d < D; d += LANES) {
+                const vf x = load(q + d);
+                for (long i = 0; i < KEYS; i++) acc[i] += x * load(k[i] + d);
+            }
+            float* to = w + j;
+#ifdef __AVX512F__
+            const __mmask16 mask = __mmask16(0xffff >> (KEYS - std::min(KEYS, high - j)));
+            _mm512_mask_storeu_ps(to, mask, reduce16((const __m512*)acc, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
+#else
+            for (long i = 0; i < std::min(KEYS, high - j); i++) to[i] = sum(acc[i]);
+#endif
         }
     }
 
     // Weights from scores, in place; returns by how much the sums so far shrink.
     float weigh(float* w, float& top, float* total) const {
+        vf most = load(w);
+        for (long i = LANES; i < BLOCK; i += LANES) {
+            const vf x = load(w + i);
+            most = (vf)(((vi)x & (vi)(x > most)) | ((vi)most & ~(vi)(x > most)));
+        }
         float high = top;
-        for (long j = 0; j < BLOCK; j++) high = std::max(high, w[j]);
+        for (long i = 0; i < LANES; i++) high = std::max(high, most[i]);
         vf added = {};
         for (long i = 0; i < BLOCK; i += LANES) {
             const vf s = load(w + i), x = exp2(s - high);

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "common.hpp"
-#ifdef __AVX512DQ__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -89,6 +89,22 @@ inline vf exp2(vf x) {
     return exp(x * 0.693147181f);
 #endif
 }
+
+#ifdef __AVX512F__
+// Lane i: the 16 lanes of a[i] joined, always in the same order.
+template <class Join>
+inline __m512 reduce16(const __m512 a[16], const Join& join) {
+    __m512 t[8], u[4], v[2];
+    for (int i = 0; i < 8; i++) t[i] = join(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
+        u[i] = join(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    for (int i = 0; i < 2; i++)
+        v[i] = join(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88), _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+    return join(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+}
+#endif
 
 // What the keys seen so far made of each query row: the highest score (base 2), and relative to it the sum of the weights (one
 // part per lane) and of the weighted values. Rows are padded to 16 and dims to 32.

@@ -12,19 +12,6 @@ alignas(64) static const bf16 zeros[256] = {};
 constexpr long GROUP = 4;      // blocks packed together, so that a query tile's sums stay in L1 meanwhile
 constexpr long FEW_TILES = 2;  // query tiles for which packing the keys does not pay
 
-// The maximum of each of 16 vectors.
-inline __m512 max16(const __m512 a[16]) {
-    __m512 t[8], u[4], v[2];
-    for (int i = 0; i < 8; i++) t[i] = _mm512_max_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
-        u[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    }
-    for (int i = 0; i < 2; i++)
-        v[i] = _mm512_max_ps(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88), _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
-    return _mm512_max_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
-}
-
 // Brings the next block's rows to L2 bit by bit: all at once they would wait for each other, and the arithmetic for them.
 struct Ahead {
     const bf16 *const *key, *const *value;
@@ -200,7 +187,7 @@ struct AmxKernel {
             }
         }
         float *top = s.top + 16 * tile, *total = s.total + 16 * tile * LANES;
-        const __m512 before = _mm512_load_ps(top), high = _mm512_max_ps(before, _mm512_mul_ps(max16(most), scale));
+        const __m512 before = _mm512_load_ps(top), high = _mm512_max_ps(before, _mm512_mul_ps(reduce16(most, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }), scale));
         alignas(64) float keep[16];
         _mm512_store_ps(keep, (__m512)exp2((vf)_mm512_sub_ps(before, high)));
         _mm512_store_ps(top, high);
