@@ -57,7 +57,7 @@ class ModelRunner:
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device)
-            self._make_tables(pool.session_len)
+            self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
             self._run_largest_step()
             if pads_rows:
                 self._run_buckets()
@@ -67,7 +67,7 @@ class ModelRunner:
             size = size_pool(pool, token_bytes, free_bytes(device))
             self.session_len, self.note = size.session_len, size.note
             self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device)
-            self._make_tables(size.session_len)
+            self._make_tables(min(size.session_len, size.num_blocks * pool.block_size))  # no sequence outgrows the pool
             self.sampler.reserve(self.max_batch_size)
         trim()
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes

@@ -111,6 +111,17 @@ def _private_folder(folder: Path) -> Path:
     return folder
 
 
+def _default_folder() -> Path:
+    """The user's cache folder, or where that cannot be written (read-only home, a service without one) a private folder for temporary files."""
+    try:
+        return _private_folder(CACHE.expanduser())
+    except (BuildError, RuntimeError) as error:  # RuntimeError: no home folder is known
+        try:
+            return _private_folder(Path(tempfile.gettempdir()) / f"lmdeploy-{os.getuid()}")
+        except BuildError as second:
+            raise BuildError(f"{error}; {second}") from None
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One builder at a time, among threads and processes; the lock dies with its holder."""
@@ -176,7 +187,7 @@ def load_native(cache_dir: Path | None = None, compiler: str = "g++", variants: 
         return NativeBuild(None, reason=f"no {compiler} in PATH; install it (apt install g++) for the fast CPU kernels")
     features, notes = cpu_features(), []
     try:
-        folder = _private_folder((cache_dir or CACHE).expanduser())
+        folder = _private_folder(cache_dir.expanduser()) if cache_dir is not None else _default_folder()
         for variant in variants:
             missing = variant.needs - features
             if missing:

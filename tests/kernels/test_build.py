@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -92,3 +93,12 @@ def test_every_variant_asks_the_cpu_for_what_its_flags_use() -> None:
         for flag in variant.flags:
             feature = flag.removeprefix("-m").replace("bf16", "_bf16").replace("-", "_").replace("__", "_")
             assert "prefer" in flag or feature in variant.needs or f"{feature}1" in variant.needs, flag
+
+
+@needs_compiler
+def test_without_a_writable_home_a_private_temporary_folder_serves(tmp_path: Path) -> None:
+    code = "from lmdeploy.kernels.build import load_native; b = load_native(); print(b.path, b.reason)"
+    environment = {"PATH": os.environ["PATH"], "HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=True)
+    assert done.stdout.startswith(str(tmp_path)), done.stdout
+    assert (tmp_path / f"lmdeploy-{os.getuid()}").stat().st_mode & 0o077 == 0
