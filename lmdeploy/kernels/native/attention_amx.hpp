@@ -13,6 +13,7 @@ constexpr long GROUP = 4;      // blocks packed together, so that a query tile's
 constexpr long FEW_TILES = 2;  // query tiles for which packing the keys does not pay
 
 // Brings the next block's rows to L2 bit by bit: all at once they would wait for each other, and the arithmetic for them.
+// How many rows each step fetches was found by trial: 1 a pair of values, 2 around the scores, 1 a tile of sums.
 struct Ahead {
     const bf16 *const *key, *const *value;
     long count, bytes, next = 0;
@@ -172,7 +173,7 @@ struct AmxKernel {
 
     // Scores of a tile -> weights as left-hand tiles; sums are rescaled where the maximum rose.
     template <bool WHOLE>
-    void softmax(const State& s, long tile, const float* score, long base, long halves, bf16* weight, Ahead& ahead) const {
+    void softmax(const State& s, long tile, const float* score, long base, long halves, bf16* weight) const {
         const long live = std::min(16L, rows - 16 * tile);
         const __m512 never = _mm512_set1_ps(NEVER), scale = _mm512_set1_ps(p.scale * LOG2E);
         __m512 most[16];
@@ -197,7 +198,6 @@ struct AmxKernel {
             for (long d = 0; d < wide; d += 16) _mm512_store_ps(o + d, _mm512_mul_ps(_mm512_load_ps(o + d), _mm512_set1_ps(keep[r])));
         }
         for (long r = 0; r < live; r++) {
-            ahead.fetch(4);
             const __m512 shift = _mm512_set1_ps(top[r]);
             __m512 w[4] = {};
             for (long i = 0; i < 2 * halves; i++) {
@@ -242,8 +242,8 @@ struct AmxKernel {
         const bool whole = low - base >= BLOCK - 1 && (p.window <= 0 || high - p.window + 1 <= base);
         score(halves);
         for (long i = 0; i < N; i++) {
-            if (whole) softmax<true>(s, tile + i, scores + i * 16 * BLOCK, base, halves, weights + i * 2 * TILE, ahead);
-            else softmax<false>(s, tile + i, scores + i * 16 * BLOCK, base, halves, weights + i * 2 * TILE, ahead);
+            if (whole) softmax<true>(s, tile + i, scores + i * 16 * BLOCK, base, halves, weights + i * 2 * TILE);
+            else softmax<false>(s, tile + i, scores + i * 16 * BLOCK, base, halves, weights + i * 2 * TILE);
         }
         accumulate<N>(s, tile, halves, v, ahead);
     }
