@@ -8,7 +8,7 @@
 
 namespace lmd {
 
-constexpr long WORTH_THREADS = 1 << 16;  // products of a query with a key element
+constexpr long WORTH_THREADS = 1 << 19;  // products of a query with a key element; linear.cpp says what waking a thread costs
 
 #ifdef __AVX512F__
 constexpr long TOGETHER = 8, KEYS = 16;  // running sums of values and of products that fit the registers
