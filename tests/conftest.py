@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: tests share the machine with the servers that they start
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     _open_missing_streams()
     _never_fail_on_output()
+    # Idle threads of the CPU kernels sleep instead of spinning; read when torch is loaded. Beside one busy program a batch of 16 then makes
+    # 3,250 tokens/s instead of 780 (embedded model, 2 cores); on an idle machine the difference is within the noise (benchmark/RESULTS.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return _run(words)
     except KeyboardInterrupt:
