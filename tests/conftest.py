@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: tests share the machine with the servers that they start
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch is loaded: tests share the machine with the servers that they start
 
 ROOT = Path(__file__).resolve().parents[1]
 

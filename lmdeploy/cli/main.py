@@ -48,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     _open_missing_streams()
     _never_fail_on_output()
-    # Idle threads of the CPU kernels sleep instead of spinning; read when torch is loaded. Beside one busy program a batch of 16 then makes
-    # 3,250 tokens/s instead of 780 (embedded model, 2 cores); on an idle machine the difference is within the noise (benchmark/RESULTS.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _let_idle_threads_sleep()
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -71,6 +69,16 @@ def main(argv: list[str] | None = None) -> int:
 def _internal(e: Exception, debug: bool) -> str:
     hint = "" if debug else " (--debug shows where)"
     return f"internal error: {type(e).__name__}: {e}{hint}"
+
+
+def _let_idle_threads_sleep() -> None:
+    """Threads of the CPU kernels that wait for work spin some 20 us, then sleep (libgomp would spin for milliseconds; it reads this when torch is loaded).
+
+    Beside one busy program a batch of 16 then makes 3,050 tokens/s instead of 640 (embedded model, 2 cores); never spinning (OMP_WAIT_POLICY=passive)
+    makes 3,800 but costs a large model 11 % on an idle machine, where this costs nothing (benchmark/RESULTS.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _complain(text: str, code: int, debug: bool) -> int:
