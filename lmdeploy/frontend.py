@@ -401,6 +401,8 @@ class Frontend:
         response = answer.feed(output)
         if answer.finished:
             del answers[output.index]
+            if output.finish_reason is None and answers:  # a stop word ended it; the others go on
+                self.client.abort(output.request_id, output.index)
         return response
 
     def _drop(self, request_id: int, *, finished: bool) -> None:

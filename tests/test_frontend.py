@@ -201,3 +201,14 @@ def test_closing_ends_running_readers_and_refuses_new_ones(model_folder: Path) -
             frontend.generate(prepared)
         assert not frontend._sinks
         frontend.close()
+
+
+def test_an_answer_that_a_stop_word_ended_is_not_computed_further(frontend: Frontend) -> None:
+    before = frontend.stats().generated_tokens
+    story = frontend.prepare(
+        "Tell me a story about a cat.", GenerationConfig(n=3, temperature=1.5, random_seed=1, max_new_tokens=400, ignore_eos=True, stop_words=["the"])
+    )
+    ends = [part for part in frontend.stream(story) if part.finish_reason]
+    spent = frontend.stats().generated_tokens - before
+    assert {part.finish_reason for part in ends} == {"stop"}
+    assert spent <= sum(part.generate_token_len for part in ends) + 3 * 8, "a few steps until the engine has heard of it"

@@ -49,8 +49,8 @@ class EngineClient(Protocol):
         """Hand over a request; raises EngineError when the engine has failed or is closed."""
         ...
 
-    def abort(self, request_id: int) -> None:
-        """End a request; its unfinished answers get a last output 'abort'. Unknown or finished ids are ignored."""
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        """End a request, or its answer `index` alone; unfinished answers get a last output 'abort'. Unknown or finished ids are ignored."""
         ...
 
     def stats(self) -> EngineStats:
@@ -80,7 +80,7 @@ class EngineThread:
     """
 
     def __init__(self, build: Callable[[], Engine]) -> None:
-        self._inbox: queue.SimpleQueue[EngineRequest | int | None] = queue.SimpleQueue()  # request | id to abort | None = close
+        self._inbox: queue.SimpleQueue[EngineRequest | tuple[int, int | None] | None] = queue.SimpleQueue()  # request | what to abort | None = close
         self._lock = threading.Lock()  # guards _open and _failure: nothing is accepted after the loop has ended
         self._open: dict[int, set[int]] = {}  # request id -> answers that still need a final output
         self._failure: str | None = None
@@ -117,9 +117,9 @@ class EngineThread:
             self._open[request.request_id] = set(range(max(1, request.n)))
             self._inbox.put(request)
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, index: int | None = None) -> None:
         """Queue an abort; nothing happens when the request has ended."""
-        self._inbox.put(request_id)
+        self._inbox.put((request_id, index))
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now; requests still in the inbox are not counted."""
@@ -169,8 +169,8 @@ class EngineThread:
                 return True
             if message is None:
                 return False
-            if isinstance(message, int):
-                engine.abort(message)
+            if isinstance(message, tuple):
+                engine.abort(*message)
             else:
                 refused += self._add(engine, message)
             block = False

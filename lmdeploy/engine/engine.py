@@ -71,9 +71,9 @@ class Engine:
         check_request(request, self.info.vocab_size, self._scheduler.limits.max_tokens)
         self._scheduler.add(request)
 
-    def abort(self, request_id: int) -> None:
-        """End a request now and free its blocks; its last outputs come with the next step. Unknown ids are ignored."""
-        self._outputs += self._scheduler.abort(request_id)
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        """End a request (or its answer `index`) now and free its blocks; its last outputs come with the next step. Unknown ids are ignored."""
+        self._outputs += self._scheduler.abort(request_id, index)
 
     def step(self) -> list[EngineOutput]:
         """Compute one step; what it brought each answer. Raises EngineError when the executor is lost."""

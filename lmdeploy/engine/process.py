@@ -106,10 +106,10 @@ class EngineProcess:
             # The reader sees the end of the child too, and ends this request like all others.
             logger.warning("request %d was submitted to a dead engine", request.request_id)
 
-    def abort(self, request_id: int) -> None:
-        """Stop a request; unknown and finished ids are ignored."""
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        """Stop a request, or its answer `index` alone; unknown and finished ids are ignored."""
         if request_id in self._open:
-            self._send(wire.Abort(request_id))
+            self._send(wire.Abort(request_id, index))
 
     def stats(self) -> EngineStats:
         """Figures of now; the last known ones when the engine does not answer within a second."""
@@ -305,7 +305,7 @@ class _Child:
             if isinstance(message, wire.Submit):
                 self._submit(client, message.request)
             elif isinstance(message, wire.Abort):
-                client.abort(message.request_id)
+                client.abort(message.request_id, message.index)
             elif isinstance(message, wire.GetStats):
                 self._channel.send(wire.Stats(message.ticket, client.stats()))
             elif isinstance(message, wire.Stop):

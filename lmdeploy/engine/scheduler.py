@@ -108,12 +108,16 @@ class Scheduler:
             for seq in sequences:
                 self._wait(seq)
 
-    def abort(self, request_id: int) -> list[EngineOutput]:
-        """End all unfinished answers of a request and free their blocks at once; results in flight for them are ignored."""
+    def abort(self, request_id: int, index: int | None = None) -> list[EngineOutput]:
+        """End all unfinished answers of a request, or answer `index` alone, and free their blocks at once; results in flight for them are ignored."""
         sequences = self._requests.get(request_id, [])
         outputs = []
-        for seq in list(sequences):
-            seq.siblings = []
+        for seq in [s for s in sequences if index is None or s.index == index]:
+            if index is None:
+                seq.siblings = []
+            for leader in sequences:
+                if seq in leader.siblings:
+                    leader.siblings.remove(seq)
             self._end(seq)
             outputs.append(final_output(seq, "abort"))
         self.counts.aborted += len(outputs)

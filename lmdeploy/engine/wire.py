@@ -43,9 +43,10 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Forget this request."""
+    """Forget this request, or its answer `index` alone."""
 
     request_id: int
+    index: int | None = None
 
 
 class GetStats(msgspec.Struct, tag=True, frozen=True):

@@ -134,9 +134,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        if any(not a.ended for (r, _), a in self.answers.items() if r == request_id):
+        index = data.draw(st.none() | st.integers(0, self.requests[request_id].n - 1))
+        if any(not a.ended for (r, i), a in self.answers.items() if r == request_id and index in (None, i)):
             self.aborted.add(request_id)
-        self.engine.abort(request_id)
+        self.engine.abort(request_id, index)
 
     @rule(half_applied=st.booleans(), times=st.sampled_from([1, 1, 1, 2]))
     def break_the_next_step(self, half_applied: bool, times: int) -> None:

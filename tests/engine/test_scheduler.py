@@ -271,6 +271,22 @@ def test_seeds_of_the_answers_differ_by_their_index() -> None:
     assert [tokens(found[1, i]) for i in range(3)] == [expected_tokens(PROMPT, 4, seed=10 + i) for i in range(3)]
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_one_answer_can_be_ended_while_the_others_go_on(index: int, steps: int) -> None:
+    engine = build(FakeRank(num_blocks=32), budget=5)
+    engine.add(request(1, max_new_tokens=9, n=3))
+    early = [o for _ in range(steps) for o in engine.step()]
+    engine.abort(1, index)
+    engine.scheduler.check_integrity()
+    rest = finish(engine)
+    answers = [[o for o in early if o.index == i] + rest.get((1, i), []) for i in range(3)]
+    assert [answer[-1].finish_reason for answer in answers] == ["abort" if i == index else "length" for i in range(3)]
+    for i in {0, 1, 2} - {index}:
+        assert tokens(answers[i]) == expected_tokens(PROMPT, 9, seed=i)
+    assert engine.stats().used_blocks == 0
+
+
 def test_when_the_first_answer_fails_the_next_computes_the_prompt() -> None:
     rank = FakeRank(num_blocks=32)
     rank.broken, rank.half_applied = 2, True  # the step, and its repetition alone
