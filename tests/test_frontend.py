@@ -205,10 +205,8 @@ def test_closing_ends_running_readers_and_refuses_new_ones(model_folder: Path) -
 
 def test_an_answer_that_a_stop_word_ended_is_not_computed_further(frontend: Frontend) -> None:
     before = frontend.stats().generated_tokens
-    story = frontend.prepare(
-        "Tell me a story about a cat.", GenerationConfig(n=3, temperature=1.5, random_seed=1, max_new_tokens=400, ignore_eos=True, stop_words=["the"])
-    )
-    ends = [part for part in frontend.stream(story) if part.finish_reason]
-    spent = frontend.stats().generated_tokens - before
-    assert {part.finish_reason for part in ends} == {"stop"}
-    assert spent <= sum(part.generate_token_len for part in ends) + 3 * 8, "a few steps until the engine has heard of it"
+    gen = GenerationConfig(n=3, temperature=1.0, random_seed=2, max_new_tokens=300, ignore_eos=True, stop_words=["happy"])
+    ends = [part for part in frontend.stream(frontend.prepare("Tell me a story about a cat.", gen)) if part.finish_reason]
+    lengths = sorted(part.generate_token_len for part in ends)
+    assert lengths[0] + 100 < lengths[-1], "the answers are of unequal lengths"
+    assert frontend.stats().generated_tokens - before <= sum(lengths) + 3 * 8, "a few steps pass until the engine has heard of it"
