@@ -215,8 +215,12 @@ UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
 class EngineConfig(_Checked):
     """Options of the engine. `TurbomindEngineConfig` and `PytorchEngineConfig` are the names that users build."""
 
-    dtype: str = option("auto", "activation and weight type; auto: bfloat16 where the device computes it fast, else float32 (CPU) / float16", choices=DTYPES)
-    model_format: str | None = option(None, "weight layout; found from the files when not given", choices=MODEL_FORMATS)
+    dtype: str = option(
+        "auto",
+        "type of weights and activations; auto: on CPU bfloat16 where it is fast, else float32; on CUDA the checkpoint's own 16-bit type",
+        choices=DTYPES,
+    )
+    model_format: str | None = option(None, "weight layout; this version reads hf only", choices=MODEL_FORMATS)
     tp: int = option(1, "tensor-parallel ranks", check=at_least(1))
     session_len: int | None = option(None, "longest prompt + answer in tokens; default: the model's own limit", check=between(1, 1 << 31))
     max_batch_size: int | None = option(None, "most sequences computed together; default: 32 on CPU, 256 on GPU", check=between(1, 65536))
@@ -233,7 +237,7 @@ class EngineConfig(_Checked):
     use_logn_attn: bool = option(False, "scale queries beyond the training length by log(position)/log(training length)")
     max_prefill_token_num: int = option(8192, "most tokens computed in one step; on CPU 1024 when not given", check=between(1, 1 << 20))
     device_type: str = option("auto", "where to run; auto: cuda if there is one, else cpu", choices=("auto", "cuda", "cpu"))
-    eager_mode: bool = option(False, "no CUDA graphs")
+    eager_mode: bool = option(False, "no CUDA graphs; this version has none either way")
     download_dir: str | None = option(None, "where the hub's files are kept")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     hf_overrides: dict[str, Any] | None = option(None, "values that replace config.json's", flag=False)
@@ -427,7 +431,6 @@ class ChatTemplateConfig:
     def from_json(cls, file_or_string: str) -> ChatTemplateConfig:
         """From a JSON file or JSON text; unknown keys raise ConfigError naming the nearest."""
         import json
-        import os
 
         is_file = os.path.isfile(file_or_string)
         source = file_or_string if is_file else _shown(file_or_string)

@@ -54,16 +54,6 @@ class AttentionMeta:
     kv_lens_host: list[int]
     num_decode: int  # leading sequences with one new token
 
-    @property
-    def max_query_len(self) -> int:
-        """Longest run of new tokens."""
-        return max(self.query_lens)
-
-    @property
-    def max_kv_len(self) -> int:
-        """Longest context."""
-        return max(self.kv_lens_host)
-
 
 @dataclass(slots=True)
 class ForwardInputs:

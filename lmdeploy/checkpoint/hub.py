@@ -74,11 +74,14 @@ def _download(name: str, download_dir: str | None, revision: str | None) -> Path
 
 
 def _second_copies(name: str, revision: str | None) -> list[str]:
-    """`*.bin` when the hub has the same weights as safetensors, so that they are not downloaded twice."""
+    """`*.bin` when the hub has the same weights as safetensors, so that they are not downloaded twice.
+
+    `model_info` and not `list_repo_files`: the latter tries again for 25 s, with a line on stderr each time, when there is no network.
+    """
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
     except Exception:  # not reachable, or refused: the download that follows says why
         return []
     return ["*.bin"] if any(file.endswith(".safetensors") for file in files) else []

@@ -10,23 +10,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import LEVELS, get_logger
 
-C = TypeVar("C")
-
 #: field -> flag, where the public command line has another word than the config
 FLAG_NAMES = {"device_type": "device"}
 #: options of EngineConfig that other systems' command lines have; the config itself says what it makes of them
 COMPATIBLE = ("tp", "dp", "cp", "ep", "nnodes", "node_rank", "dist_init_addr", "devices", "distributed_executor_backend", "num_gpu_blocks", "empty_init")
+#: engine options that this version obeys only with their neutral value, and that users look for in the help
+_SHOWN_COMPATIBLE = ("model_format", "tp", "quant_policy")
 #: flags of the public surface that nothing here can obey yet: name -> its neutral values; any other value is an error
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "role": ("Hybrid",), "migration_backend": ("DLSlime",), "language_model_only": (False,), "disable_vision_encoder": (False,),
@@ -136,10 +137,21 @@ _KINDS: dict[Any, _Kind] = {
 }
 
 
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A number or `None`, which has a meaning of its own for some options (max_new_tokens)."""
+
+    @functools.wraps(parse, assigned=("__name__",), updated=())  # argparse names the type in its error
+    def number(text: str) -> Any:
+        return None if text == "None" else parse(text)
+
+    return number
+
+
 def _kind(hint: Any) -> _Kind:
     """From a type hint such as `int | None` or `list[str]`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        kind = _kind(next(a for a in typing.get_args(hint) if a is not type(None)))
+        return dataclasses.replace(kind, parse=_or_none(kind.parse)) if kind.parse in (int, float) else kind
     if typing.get_origin(hint) in (list, tuple):
         inner = _KINDS[typing.get_args(hint)[0]]
         return _Kind(inner.word, inner.parse, "*")
@@ -172,6 +184,8 @@ def _add_field(group: Any, f: dataclasses.Field[Any], kind: _Kind, default: Any,
     names = [f.name] if f.name not in FLAG_NAMES else [FLAG_NAMES[f.name], f.name]
     choices = f.metadata.get("choices")
     text = f.metadata.get("help", "")
+    if default is dataclasses.MISSING and callable(f.default_factory):
+        default = " ".join(map(str, f.default_factory()))
     if default is not None and default is not dataclasses.MISSING and default != ():
         text += f" (default: {default})"
     group.add_argument(
@@ -191,11 +205,6 @@ def config_values(args: argparse.Namespace, config: type) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}
 
 
-def config_from(args: argparse.Namespace, config: type[C]) -> C:
-    """A config of the flags that were given; its own checks raise ConfigError."""
-    return config(**config_values(args, config))
-
-
 # ---------------------------------------------------------------------- flags that several commands share
 
 
@@ -213,14 +222,14 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Everything that makes an EngineConfig, and what other command lines of this kind accept."""
-    group = add_config_flags(parser, EngineConfig, title="Engine", skip=("tp", "quant_policy"))
+    group = add_config_flags(parser, EngineConfig, title="Engine", skip=_SHOWN_COMPATIBLE)
     group.add_argument(
         "--backend", choices=BACKENDS, metavar="{" + ",".join(BACKENDS) + "}", help="turbomind: the fast kernels; pytorch: plain torch (default: turbomind)"
     )
     compatible = parser.add_argument_group("Accepted for compatibility (anything but the neutral value is an error)")
     hints = typing.get_type_hints(EngineConfig)
     for f in dataclasses.fields(EngineConfig):
-        if f.name in ("tp", "quant_policy"):
+        if f.name in _SHOWN_COMPATIBLE:
             _add_field(compatible, f, _kind(hints[f.name]), f.default)
         elif f.name in COMPATIBLE:
             _add_field(compatible, f, _kind(hints[f.name]), f.default, hidden=True)

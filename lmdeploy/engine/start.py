@@ -1,6 +1,6 @@
 """From a model folder and options to a running engine. Everything "auto" or unset is decided here, once, and logged.
 
-`resolve_config` is pure: numbers and names in, a new frozen config out. `build_engine` puts kernels, model, runner, executor and engine together.
+`resolve_config` is pure: numbers and names in, a new config out. `build_engine` puts kernels, model, runner, executor and engine together.
 """
 
 from __future__ import annotations

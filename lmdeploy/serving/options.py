@@ -37,10 +37,14 @@ class ServerConfig(_Checked):
     api_keys: list[str] | None = option(None, "accepted keys (Authorization: Bearer KEY); default: no key needed")
     ssl: bool = option(False, "serve https; needs the environment variables SSL_KEYFILE and SSL_CERTFILE")
     log_level: str = option("WARNING", "how much is logged", choices=LEVELS)
-    max_log_len: int | None = option(None, "log this many characters of each prompt; default: prompts are never logged", check=at_least(0))
+    max_log_len: int | None = option(
+        None, "with --log-level INFO, log this many characters of each prompt; default: prompts are never logged", check=at_least(0)
+    )
     disable_fastapi_docs: bool = option(False, "no Swagger page and no /openapi.json")
     disable_metrics: bool = option(False, "no /metrics")
-    max_concurrent_requests: int | None = option(None, "requests worked on at a time; more wait in the server", check=at_least(1))
+    max_concurrent_requests: int | None = option(
+        None, "requests worked on at a time; more wait in the server; default: no limit but the engine's --max-waiting", check=at_least(1)
+    )
     allow_terminate_by_client: bool = option(False, "let clients stop the server by GET /terminate")
     generation_config: str = option(
         "auto", "sampling defaults: auto = the model's generation_config.json, lmdeploy = the library's", choices=("auto", "lmdeploy")

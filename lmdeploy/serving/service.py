@@ -44,7 +44,6 @@ class Service:
         self.metrics = Metrics(frontend, self.model_name)
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
         self._sessions: set[int] = set()
-        self._cancelled: dict[int, asyncio.Event] = {}
 
     def check_model(self, name: str) -> None:
         """Raise 404 unless `name` is the served model: its given name, its path, or the last part of the path."""

@@ -7,7 +7,6 @@ decode), which is what makes incremental decoding exact: bytes are concatenated,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Protocol
 
 
@@ -100,8 +99,3 @@ def byte_level_alphabet() -> dict[str, int]:
     others = (b for b in range(256) if b not in set(printable))
     table.update({chr(256 + i): b for i, b in enumerate(others)})
     return table
-
-
-def join_ids(parts: Iterable[list[int]]) -> list[int]:
-    """One flat list."""
-    return [token_id for part in parts for token_id in part]

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import huggingface_hub
 import pytest
+from huggingface_hub import ModelInfo
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils._paths import filter_repo_objects
 
@@ -59,10 +60,10 @@ class Hub:
             raise self.answer
         return str(self.answer)
 
-    def list_repo_files(self, name: str, revision: str | None = None) -> list[str]:
+    def model_info(self, name: str, revision: str | None = None) -> ModelInfo:
         if isinstance(self.files, Exception):
             raise self.files
-        return self.files
+        return ModelInfo(id=name, siblings=[{"rfilename": file} for file in self.files])
 
 
 def use(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception, files: list[str] | Exception) -> Hub:
@@ -113,14 +114,15 @@ def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Excep
     assert text.startswith("org/name at v1")
 
 
-def test_offline_mode_is_one_line_with_the_real_library(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}], ids=["offline mode", "nothing answers"])
+def test_no_hub_is_one_line_at_once_with_the_real_library(network: dict[str, str], tmp_path: Path) -> None:
     code = "from lmdeploy.checkpoint.hub import resolve_model\ntry:\n    resolve_model('org/name')\nexcept Exception as e:\n    print(type(e).__name__, e)"
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))},
+        env={**network, "HF_HOME": str(tmp_path), "NO_PROXY": "*", "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=15,
         check=True,
     )
     assert result.stdout.startswith("CheckpointError org/name: ")

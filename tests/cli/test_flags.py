@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from lmdeploy.cli.chat import add_chat_flags, generation_config
-from lmdeploy.cli.flags import UNSUPPORTED, FlagParser, engine_config, template_config
+from lmdeploy.cli.flags import UNSUPPORTED, FlagParser, add_config_flags, engine_config, template_config
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError
+from lmdeploy.serving.options import ServerConfig
 
 
 def parser() -> FlagParser:
@@ -65,6 +66,19 @@ def test_a_switch_does_not_swallow_the_model() -> None:
     config = engine_config(args)
     assert config.eager_mode is True
     assert config.use_logn_attn is True
+
+
+def test_none_is_written_as_the_help_says_it() -> None:
+    assert generation("--max-new-tokens", "None").max_new_tokens is None
+    assert generation().max_new_tokens == 1024
+    with pytest.raises(ConfigError, match="invalid int value: 'many'"):
+        generation("--max-new-tokens", "many")
+
+
+def test_help_shows_a_list_option_s_default() -> None:
+    server = FlagParser("server", "")
+    add_config_flags(server, ServerConfig, title="Server")
+    assert "web pages that may call the server (CORS) (default: *)" in " ".join(server.format_help().split())
 
 
 @pytest.mark.parametrize("field", [f for f in dataclasses.fields(EngineConfig) if f.metadata["flag"]], ids=lambda f: f.name)
