@@ -88,15 +88,22 @@ def test_a_bias_of_the_config_that_the_file_lacks_is_an_error(tmp_path: Path) ->
         load_model(write_llama(tmp_path, attention_bias=True))
 
 
-def test_internlm3_is_llama_with_biases(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3", "qkv_bias": True, "bias": False},
+        {"architectures": ["InternLMForCausalLM"], "model_type": "internlm", "bias": True},
+    ],
+    ids=["internlm3", "internlm"],
+)
+def test_internlm_1_and_3_are_llama_with_biases(config: dict[str, object], tmp_path: Path) -> None:
     tensors, generator = llama_tensors(LLAMA_CONFIG), torch.Generator().manual_seed(1)
     for layer in range(2):
         for name, rows in (("q", 4 * 24), ("k", 2 * 24), ("v", 2 * 24), ("o", 64)):
             tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = torch.randn(rows, generator=generator)
     write_folder(tmp_path / "llama", {**LLAMA_CONFIG, "attention_bias": True}, tensors)
-    internlm3 = {**LLAMA_CONFIG, "architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3", "qkv_bias": True, "bias": False}
-    write_folder(tmp_path / "internlm3", internlm3, tensors)
-    assert torch.equal(logits(tmp_path / "internlm3"), logits(tmp_path / "llama"))
+    write_folder(tmp_path / "internlm", {**LLAMA_CONFIG, **config}, tensors)
+    assert torch.equal(logits(tmp_path / "internlm"), logits(tmp_path / "llama"))
 
 
 @pytest.mark.parametrize("rows", [[6], [0, 3, 4], [5, 1], [2, 2], list(range(7)), []])
