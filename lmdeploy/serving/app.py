@@ -6,6 +6,7 @@ The page at `/` and everything it loads come from this package: it renders witho
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import LmdeployError
 from lmdeploy.frontend import Frontend
 from lmdeploy.serving import encode, generate, interactive
@@ -36,6 +38,12 @@ from lmdeploy.version import __version__
 STATIC = Path(__file__).parent / "static"
 #: with work to do, no step for this long means that the engine is stuck
 STALL_SECONDS = 120.0
+
+#: fields of requests that GenerationConfig calls otherwise
+_WIRE_NAMES = {
+    "stop": "stop_words", "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "request_output_len": "max_new_tokens",
+    "seed": "random_seed",
+}  # fmt: skip
 
 _BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
@@ -138,13 +146,28 @@ def openapi_schema(app: FastAPI, model_name: str, *, keys: bool) -> dict[str, An
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     parts = schema.setdefault("components", {}).setdefault("schemas", {})
     for path, model in _BODIES.items():
-        body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        body = _explained(model.model_json_schema(ref_template="#/components/schemas/{model}"))
         parts.update(body.pop("$defs", {}))
         parts[model.__name__] = body
         example = {k: (model_name if v == "MODEL" else v) for k, v in EXAMPLES[model].items()}
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}}
         schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+    for operation in (operation for operations in schema["paths"].values() for operation in operations.values()):
+        operation["responses"].pop("422", None)  # fastapi's own; ours have OpenAI's shape
+        operation["responses"]["4XX"] = {"description": 'An error: `{"error": {"message", "type", "param", "code"}}`'}
+    for name in ("HTTPValidationError", "ValidationError"):
+        parts.pop(name, None)
     if keys:
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
     return schema
+
+
+def _explained(body: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a request with the meaning of every field that GenerationConfig has, too."""
+    helps = {f.name: f.metadata["help"] for f in dataclasses.fields(GenerationConfig) if f.name != "logprobs"}  # in a chat that is a switch
+    for name, field in body["properties"].items():
+        text = helps.get(_WIRE_NAMES.get(name, name))
+        if text is not None:
+            field["description"] = text.replace("None", "null")
+    return body

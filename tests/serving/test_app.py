@@ -61,6 +61,17 @@ def test_the_schema_refers_only_to_what_it_has(server: RunningServer) -> None:
     assert {"ChatRequest", "ChatMessage", "CompletionRequest", "GenerateRequest", "EncodeRequest"} <= names
 
 
+def test_the_page_tells_what_the_sampling_fields_mean_and_how_errors_look(server: RunningServer) -> None:
+    schema = server.http.get("/openapi.json").json()
+    for model in ("ChatRequest", "CompletionRequest", "GenerateRequest", "InteractiveRequest"):
+        fields = schema["components"]["schemas"][model]["properties"]
+        assert "0 = greedy" in fields["temperature"]["description"]
+        assert "ends the answer" in fields["stop"]["description"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    for operations in schema["paths"].values():
+        assert all(set(operation["responses"]) == {"200", "4XX"} for operation in operations.values())
+
+
 def test_docs_and_metrics_can_be_switched_off(serve: Callable[..., RunningServer]) -> None:
     server = serve(disable_fastapi_docs=True, disable_metrics=True)
     for path in ("/", "/openapi.json", "/static/swagger-ui.css", "/metrics", "/docs", "/redoc", "/terminate"):
