@@ -2,7 +2,8 @@
 
     python scripts/record_chat.py        (needs the test extra: pexpect)
 
-Nothing is edited afterwards; run it again when the program's looks change.
+Nothing is edited afterwards; run it again when the program's looks change. The picture shows the folder of the package: record in a
+copy at a neutral place (`git archive HEAD | tar x -C /opt/lmdeploy`) and take its docs/chat.svg.
 """
 
 from __future__ import annotations
