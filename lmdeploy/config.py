@@ -310,7 +310,7 @@ class EngineConfig(_Checked):
 
 
 class TurbomindEngineConfig(EngineConfig):
-    """Engine options with the fast kernel set (C++/AMX on CPU, Triton on CUDA). The default."""
+    """Engine options with the fast kernel set (C++ for AMX, AVX-512 and AVX2 on CPU; on CUDA plain torch in this version). The default."""
 
     backend = "turbomind"
 
