@@ -196,7 +196,8 @@ class Frontend:
     ) -> list[int]:
         """Token ids of a prompt, template applied unless `do_preprocess` is False or ids are given."""
         if not isinstance(prompt, (str, list)) or not len(prompt):
-            raise RequestError(f"the prompt is empty or of type {type(prompt).__name__}; give text, a list of messages or token ids", param="prompt")
+            problem = "empty" if isinstance(prompt, (str, list)) else f"of type {type(prompt).__name__}"
+            raise RequestError(f"the prompt is {problem}; give text, a list of messages or token ids", param="prompt")
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             return self._checked_ids(prompt)
         if isinstance(prompt, str):
