@@ -20,7 +20,7 @@ import torch
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
-from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.reference import REFERENCE, dequantising
 from lmdeploy.log import get_logger
 
 Tensor = torch.Tensor
@@ -218,6 +218,7 @@ def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
     linear, silu_mul = _linear(library, workers, amx), _silu_mul(library, workers)
     return Kernels(
         linear=linear,
+        linear_w4=dequantising(linear),
         rms_norm=_rms_norm(library, workers),
         add_rms_norm=_add_rms_norm(library, workers),
         head_norm=_head_norm(library, workers),
