@@ -50,7 +50,7 @@ def _against_native(operator: str, need: Need, build: NativeBuild | None) -> lis
         return [*reasons, build.reason]
     if need.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"no {str(need.dtype).removeprefix('torch.')} kernel; use bfloat16 or float32 on CPU")
-    if operator in ("linear", "linear_w4", "experts") and need.dtype is torch.bfloat16 and build.variant != "amx":
+    if operator in ("linear", "experts") and need.dtype is torch.bfloat16 and build.variant != "amx":
         reasons.append(f"bfloat16 products need AMX ({'; '.join(build.notes) or build.variant}); torch is faster without")
     if operator == "attention" and need.head_dim is not None and need.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim={need.head_dim} is above {MAX_HEAD_DIM}")
