@@ -35,7 +35,7 @@ class GptqFormat(PackedFormat):
         for block in packed4.blocks_of(cols.start // 8, -(-cols.stop // 8), width * 4, step=1):
             words = torch.empty(block.stop - block.start, width, dtype=torch.int32, device=out.device)
             source.take(f"{part.name}.qweight", words, block, hull, shape=(part.in_features // 8, part.out_features))
-            data = packed4.pick(words, rows, hull.start).contiguous().view(torch.uint8)
+            data = packed4.pick(words, rows, hull.start).clone(memory_format=torch.contiguous_format).view(torch.uint8)
             first = block.start * 4 - cols.start // 2  # where the block begins in `out`; below 0 where a rank begins inside a word
             start, stop = max(first, 0), min(first + data.shape[1], out.shape[1])
             out[:, start:stop] = data[:, start - first : stop - first]
