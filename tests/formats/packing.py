@@ -83,8 +83,10 @@ def configuration(method: str, group_size: int, **changes: Any) -> dict[str, Any
     return {"quant_method": method, "bits": 4, "group_size": group_size, **extra, **changes}
 
 
-def quantised_folder(dense: Path, out: Path, method: str, group_size: int, *, act_order: bool = False, skip: tuple[str, ...] = ()) -> tuple[Path, Path]:
-    """(4-bit folder, dense folder of the same numbers) of a dense folder: every linear in the decoder layers is rounded, but routers and `skip`."""
+def quantised_folder(
+    dense: Path, out: Path, method: str, group_size: int, *, act_order: bool = False, skip: tuple[str, ...] = (), also: tuple[str, ...] = ()
+) -> tuple[Path, Path]:
+    """(4-bit folder, dense folder of the same numbers) of a dense folder: every linear in the decoder layers is rounded, but routers and `skip`; and `also`."""
     config = json.loads((dense / "config.json").read_text())
     tensors: dict[str, Tensor] = {}
     for file in sorted(dense.glob("*.safetensors")):
@@ -93,7 +95,7 @@ def quantised_folder(dense: Path, out: Path, method: str, group_size: int, *, ac
     orders: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
-        if ".layers." not in name or tensor.dim() != 2 or module.endswith(".gate") or any(part in name for part in skip):
+        if not (".layers." in name or module in also) or tensor.dim() != 2 or module.endswith(".gate") or any(part in name for part in skip):
             continue
         inputs = tensor.shape[1]
         if act_order and inputs not in orders:  # modules with the same input have the same order

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdeploy.checkpoint.random_source import RandomSource
 from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.formats import awq, packed4
@@ -17,7 +18,10 @@ from lmdeploy.formats.awq import AwqFormat
 from lmdeploy.formats.packed4 import Packed4
 from lmdeploy.formats.weight_format import Part
 from lmdeploy.kernels.reference import REFERENCE
-from tests.formats.packing import AWQ_ORDER, Module, quantised_folder
+from lmdeploy.models.registry import build_model
+from lmdeploy.parallel import Parallel
+from lmdeploy.spec import load_spec
+from tests.formats.packing import AWQ_ORDER, Module, configuration, quantised_folder
 from tests.helpers import Harness, load_model, write_folder, write_internlm2, write_llama
 
 CPU = torch.device("cpu")
@@ -158,6 +162,29 @@ def test_modules_that_stay_dense_are_read_so(tmp_path: Path) -> None:
     packed, plain = quantised_folder(write_llama(tmp_path / "dense", intermediate_size=96), tmp_path, "awq", 32, skip=("down_proj", "layers.1.self_attn"))
     found, wanted = (Harness(load_model(folder)).step([(0, PROMPT)])[0] for folder in (packed, plain))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantised_head_is_read_too(tmp_path: Path) -> None:
+    dense = write_llama(tmp_path / "dense", intermediate_size=96, vocab_size=136)
+    packed, plain = quantised_folder(dense, tmp_path, "awq", 32, also=("lm_head",))
+    models = [load_model(folder) for folder in (packed, plain)]
+    assert isinstance(models[0].head.weight, Packed4)
+    found, wanted = (Harness(model).step([(0, PROMPT)])[0] for model in models)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_random_weights_have_the_format_that_config_json_asks_for(tmp_path: Path, method: str) -> None:
+    """For benchmarks: every linear in the layers is packed, the head is not."""
+    overrides = {"quantization_config": configuration(method, 32), "intermediate_size": 96}
+    spec = load_spec(write_llama(tmp_path), overrides)
+    model = build_model(spec, torch.float32, CPU, REFERENCE, Parallel())
+    model.load(RandomSource())
+    layer = model.layers[1]
+    assert all(isinstance(part.weight, Packed4) for part in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down))
+    assert not isinstance(model.head.weight, Packed4)
+    logits = Harness(model).step([(0, PROMPT)])[0]
+    assert bool(logits.isfinite().all()) and float(logits.std()) > 0
 
 
 def test_a_layer_of_both_kinds_is_refused(tmp_path: Path) -> None:

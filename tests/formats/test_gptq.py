@@ -138,3 +138,16 @@ def test_a_model_computes_what_its_numbers_mean(tmp_path: Path, write: type[writ
     packed, plain = quantised_folder(write(tmp_path / "dense", intermediate_size=96), tmp_path, "gptq", 32, act_order=act_order)
     found, wanted = (Harness(load_model(folder)).step([(0, PROMPT)])[0] for folder in (packed, plain))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_land_on_the_gpu_and_multiply_there(tmp_path: Path, dtype: torch.dtype, act_order: bool) -> None:
+    module = Module.random(24, 64, 16, seed=4, act_order=act_order)
+    weight = GptqFormat(16).load(source_of(tmp_path, a=module.gptq()), [Part("a", 24, 64)], False, dtype, torch.device("cuda"))
+    assert all(t.is_cuda for t in weight.memory())
+    assert torch.equal(weight.dequantised(torch.float32).cpu(), module.weight)
+    x, out = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype), torch.empty(5, 24, dtype=dtype, device="cuda")
+    weight.matmul(x.cuda(), out, REFERENCE)
+    torch.testing.assert_close(out.cpu().float(), x.float() @ module.weight.to(dtype).float().t(), rtol=2e-2, atol=2e-2)
