@@ -156,6 +156,9 @@ struct PackedRows {
     Fetch slice(long n, long rows, long k, long depth) const { return {(const char*)w.row(n) + k * 16, w.K / 2, depth * 16, rows}; }
 };
 
+// Columns of the activations' tiles: few rows of x need less of L2 and L1 each time that they meet a block. 4 % at T = 1.
+static long columns(const Product& p) { return p.T <= 4 ? 4 : p.T <= 8 ? 8 : 16; }
+
 // Few rows of x: each byte is used once. Between the products of one chunk the next is written out, and the next pair of blocks,
 // which lies behind this one in memory, is brought to L2 as STREAMS parts side by side, far enough apart for the hardware to follow
 // each. Measured for K = 2048 and 8192, GB/s of one core: 1 stream 9.7 and 10.3, 2: 12.1 and 11.2, 4: 13.1 and 12.5, 8: 13.2 and
@@ -163,9 +166,10 @@ struct PackedRows {
 template <int TB, int PARTS>
 static void few_rows(const Product& p, const Weight4& w, long first, long last) {
     const long chunks = p.k_blocks / BLOCKS, part = 16 * w.K / STREAMS, scale_bytes = 32 * w.groups() * 4;
+    const long stride = 4 * columns(p), x_tile = 32 * columns(p);
     alignas(64) bf16 a[2][2 * BLOCKS * TILE];
     alignas(64) float tile[256];
-    Tiles tiles;
+    Tiles tiles(columns(p));
     const auto unpack_quarter = [&](long n, long c, long j, bf16* to) {  // 8 of the 32 rows
         const long half = j / 2;
         unpack_rows<PARTS>(w, n + 16 * half, j % 2 * 8, j % 2 * 8 + 8, c * CHUNK, to + half * BLOCKS * TILE, TILE);
@@ -178,13 +182,13 @@ static void few_rows(const Product& p, const Weight4& w, long first, long last) 
         for (long j = 0; j < BLOCKS; j++) unpack_quarter(n, 0, j, a[0]);
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
         for (long c = 0; c < chunks; c++) {
-            const bf16 *x = p.packed + c * BLOCKS * TILE, *left = a[c % 2];
+            const bf16 *x = p.packed + c * BLOCKS * x_tile, *left = a[c % 2];
             scales.fetch(scale_lines), zeros.fetch(scale_lines);
-            for (long j = 0; j < BLOCKS; j++, x += TILE, left += TILE) {
+            for (long j = 0; j < BLOCKS; j++, x += x_tile, left += TILE) {
                 for (long i = 0; i < STREAMS; i++) _mm_prefetch(next + i * part, _MM_HINT_T1);
                 next += 64;
-                tile_load<6>(x, 64);
-                if (TB == 2) tile_load<7>(x + p.k_blocks * TILE, 64);
+                tile_load<6>(x, stride);
+                if (TB == 2) tile_load<7>(x + p.k_blocks * x_tile, stride);
                 tile_load<4>(left, 64), tile_dot<0, 4, 6>();
                 if (TB == 2) tile_dot<2, 4, 7>();
                 tile_load<5>(left + BLOCKS * TILE, 64), tile_dot<1, 5, 6>();
@@ -221,7 +225,12 @@ static void pack_chunk(const Product& p, long t, long k, bf16* to) {
         _mm512_store_si512(sorted[2] + 32 * r, _mm512_permutex2var_epi16(e0, odd, e1));
         _mm512_store_si512(sorted[3] + 32 * r, _mm512_permutex2var_epi16(o0, odd, o1));
     }
-    for (long j = 0; j < BLOCKS; j++) pack_columns(sorted[j], 32, rows, 32, to + j * TILE);
+    const long wide = columns(p);
+    for (long j = 0; j < BLOCKS; j++, to += 32 * wide) {
+        alignas(64) bf16 full[TILE];
+        pack_columns(sorted[j], 32, rows, 32, wide == 16 ? to : full);
+        for (long i = 0; i < 16 && wide < 16; i++) _mm256_mask_storeu_epi32(to + i * 2 * wide, wide == 8 ? 0xff : 0xf, _mm256_load_si256((const __m256i*)(full + i * 32)));
+    }
 }
 
 template <int PARTS>
@@ -237,8 +246,8 @@ static bool linear_tiles(Product p, const Weight4& w, int threads) {
     p.packed = (bf16*)scratch(size_t(pieces) * BLOCKS * TILE * 2, 0);
     if (!p.packed) return false;
     const int team = worth_threads(p.T, p.K, p.N) ? threads : 1;
-    share(pieces, pieces < 64 / BLOCKS * 4 ? 1 : team, [&p, chunks](long first, long last) {
-        for (long i = first; i < last; i++) pack_chunk(p, i / chunks * 16, i % chunks * CHUNK, p.packed + i * BLOCKS * TILE);
+    share(pieces, pieces < 64 ? 1 : team, [&p, chunks](long first, long last) {
+        for (long i = first; i < last; i++) pack_chunk(p, i / chunks * 16, i % chunks * CHUNK, p.packed + i * BLOCKS * 32 * columns(p));
     });
     share((p.N + 15) / 16, team, [&p, &w](long first, long last) {
         switch (parts(w)) {
