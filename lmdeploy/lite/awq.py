@@ -93,10 +93,8 @@ def dequantised(q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def quantise_layer(layer: LayerWeights, stats: dict[str, InputStats], groups: Sequence[SmoothingGroup], how: Rounding) -> LayerResult:
     """Smooth the groups, then clip and round every linear layer."""
-    result = LayerResult({})
     before = {name: linear.weight for name, linear in layer.linears.items() if linear.quantised}
-    for group in groups:
-        _smooth(layer, stats, group, how, result)
+    result = LayerResult({}, warnings=smooth_layer(layer, stats, groups, how))
     for name, linear in layer.linears.items():
         if linear.quantised:
             _finish(name, linear, before.pop(name), _usable(stats, name), how, result)
@@ -106,6 +104,14 @@ def quantise_layer(layer: LayerWeights, stats: dict[str, InputStats], groups: Se
             result.tensors[f"{name}.bias"] = linear.bias
     result.tensors.update(layer.others)
     return result
+
+
+def smooth_layer(layer: LayerWeights, stats: dict[str, InputStats], groups: Sequence[SmoothingGroup], how: Rounding) -> list[str]:
+    """Move scales within the layer; it still computes the same. Returns warnings about groups that were left alone."""
+    warnings: list[str] = []
+    for group in groups:
+        _smooth(layer, stats, group, how, warnings)
+    return warnings
 
 
 def _usable(stats: dict[str, InputStats], name: str) -> InputStats | None:
@@ -119,7 +125,7 @@ def group_stats(stats: dict[str, InputStats], targets: Sequence[str]) -> InputSt
     return max(found, key=lambda s: s.count) if found else None
 
 
-def _smooth(layer: LayerWeights, stats: dict[str, InputStats], group: SmoothingGroup, how: Rounding, result: LayerResult) -> None:
+def _smooth(layer: LayerWeights, stats: dict[str, InputStats], group: SmoothingGroup, how: Rounding, warnings: list[str]) -> None:
     """Choose the scales of one group and move them; a group whose statistics are unusable stays as it is."""
     targets = [name for name in group.targets if name in layer.linears]
     seen = group_stats(stats, targets)
@@ -128,7 +134,7 @@ def _smooth(layer: LayerWeights, stats: dict[str, InputStats], group: SmoothingG
     for name in targets:  # experts of a router are given what it was given
         stats.setdefault(name, seen)
     if not seen.finite:
-        result.warnings.append(f"{', '.join(targets)}: inputs hold NaN or infinity; left unscaled and unclipped")
+        warnings.append(f"{', '.join(targets)}: inputs hold NaN or infinity; left unscaled and unclipped")
         return
     source = _Source(layer, group)
     if not source.fits(seen.absmax.shape[0]):
@@ -136,7 +142,7 @@ def _smooth(layer: LayerWeights, stats: dict[str, InputStats], group: SmoothingG
     weights = [layer.linears[name].weight for name in targets if layer.linears[name].quantised]
     scales = _searched(seen, weights, source, how) if how.search else source.realised(fixed_scales(seen.absmax, weights, how.group))
     if not bool(torch.isfinite(scales).all()):
-        result.warnings.append(f"{', '.join(targets)}: the scales are not finite; left unscaled")
+        warnings.append(f"{', '.join(targets)}: the scales are not finite; left unscaled")
         return
     source.divide(scales)
     for name in targets:
