@@ -37,7 +37,11 @@ BLOCK = 64
 
 @dataclass(slots=True)
 class InputStats:
-    """What went into one linear layer with K inputs, in float32: per input the largest and the summed magnitude; per group of g inputs X^T X; some rows."""
+    """What went into one linear layer with K inputs, in float32: per input the largest and the summed magnitude; per group of g inputs X^T X; some rows.
+
+    For X^T X and the rows that are kept, every token's inputs are scaled to a mean square of 1: else the few tokens with huge inputs that most models have
+    would be all that an error measures (embedded model: the search then loses to plain rounding on some text).
+    """
 
     absmax: Tensor  # [K]
     abssum: Tensor  # [K]
@@ -58,10 +62,11 @@ class InputStats:
         torch.maximum(self.absmax, size.amax(0), out=self.absmax)
         self.abssum += size.sum(0)
         self.count += x.shape[0]
+        values = values / values.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
         if self.gram is not None:
             groups = values.view(x.shape[0], self.gram.shape[0], -1).transpose(0, 1)  # [K/g, T, g]
             self.gram.baddbmm_(groups.transpose(1, 2), groups)
-        self.kept.append(x[:: max(1, x.shape[0] // max(1, keep))][:keep].clone())
+        self.kept.append(values[:: max(1, x.shape[0] // max(1, keep))][:keep].clone())
 
     @property
     def absmean(self) -> Tensor:
@@ -71,7 +76,7 @@ class InputStats:
     @property
     def rows(self) -> Tensor:
         """The kept rows, float32 [S, K]."""
-        return torch.cat(self.kept).float()
+        return torch.cat(self.kept)
 
     @property
     def finite(self) -> bool:
