@@ -65,6 +65,22 @@ def linear_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor) -> Case:
     return Case(f"linear {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, lambda k, i: k.linear(x, weights[i], None, out))
 
 
+def linear_w4_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor, group: int = 128) -> Case:
+    """The same with 4-bit weights; codes are cut from the bytes of `pool`, groups of `group` inputs."""
+    inner, outer = LINEARS[name]
+    raw, half, groups = pool.view(torch.uint8), inner * outer // 2, outer * inner // group
+    copies = max(1, raw.numel() // (half + 8 * groups))
+    codes = raw[: copies * half].view(copies, outer, inner // 2)
+    shares = torch.rand(copies, 2, outer, inner // group)
+    x, out = torch.randn(rows, inner).to(dtype), torch.empty(rows, outer, dtype=dtype)
+    nbytes = half + 8 * groups + rows * (inner + outer) * dtype.itemsize
+
+    def run(kernels: Kernels, i: int) -> None:
+        kernels.linear_w4(x, codes[i], shares[i, 0], shares[i, 1], None, out)
+
+    return Case(f"linear_w4 {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, run)
+
+
 def attention_case(query_len: int, kv_len: int, sequences: int, dtype: torch.dtype, pool: Tensor) -> Case:
     """Equal sequences over a shuffled cache; the caches of different layers are cut from `pool`."""
     per_sequence = (kv_len + BLOCK_SIZE - 1) // BLOCK_SIZE
@@ -155,6 +171,7 @@ def main() -> None:
     print(f"{args.dtype}, {args.threads} threads, native {build.variant}; others keep {common.busy_cores():.2f} cores busy")
     print(f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, torch matmul {ceilings.bf16_gflops:.0f} GFLOP/s; last column: times as fast as torch")
     cases = [linear_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
+    cases += [linear_w4_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
     cases += [attention_case(*size, dtype, pool) for size in ((1, 512, 1), (1, 512, 8), (1, 8192, 1), (512, 512, 1), (512, 4096, 1))]
     cases += small_cases(1, dtype) + small_cases(512, dtype)
     for case in cases:

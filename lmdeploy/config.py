@@ -197,6 +197,8 @@ class _Checked:
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MODEL_FORMATS = ("hf", "llama", "awq", "gptq", "fp8", "compressed-tensors", "mxfp4")
+#: those of them that this version loads
+LOADED_FORMATS = ("hf", "awq", "gptq")
 BACKENDS = ("turbomind", "pytorch")
 #: far above any machine; thread counts that the system refuses would end the process without a word
 MAX_CPU_THREADS = 1024
@@ -220,7 +222,7 @@ class EngineConfig(_Checked):
         "type of weights and activations; auto: on CPU bfloat16 where it is fast, else float32; on CUDA the checkpoint's own 16-bit type",
         choices=DTYPES,
     )
-    model_format: str | None = option(None, "weight layout; this version reads hf only", choices=MODEL_FORMATS)
+    model_format: str | None = option(None, "weight layout: hf, awq or gptq; found from config.json when not given", choices=MODEL_FORMATS)
     tp: int = option(1, "tensor-parallel ranks", check=at_least(1))
     session_len: int | None = option(None, "longest prompt + answer in tokens; default: the model's own limit", check=between(1, 1 << 31))
     max_batch_size: int | None = option(None, "most sequences computed together; default: 32 on CPU, 256 on GPU", check=between(1, 65536))
@@ -290,10 +292,8 @@ class EngineConfig(_Checked):
         for name, allowed in UNUSED_VALUES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version of lmdeploy; use {name}={allowed[0]!r}")
-        if self.model_format not in (None, "hf"):
-            raise ConfigError(
-                f"model_format={self.model_format!r}: this version of lmdeploy loads 16- and 32-bit Hugging Face weights; use 'hf' or leave it out"
-            )
+        if self.model_format not in (None, *LOADED_FORMATS):
+            raise ConfigError(f"model_format={self.model_format!r} is not available in this version of lmdeploy; known: {', '.join(LOADED_FORMATS)}")
 
     @classmethod
     def _translate(cls, kwargs: dict[str, Any]) -> dict[str, Any]:

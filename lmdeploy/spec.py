@@ -157,6 +157,8 @@ FAMILIES: dict[str, Family] = {
 
 #: Where composite models keep the language model's config.
 LANGUAGE_KEYS = ("llm_config", "text_config", "language_config")
+#: files that hold the quantization_config where config.json has none, and the method that writes them
+QUANTIZATION_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 LENGTH_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
@@ -440,8 +442,18 @@ def load_spec(folder: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(f"hf_overrides={_short(overrides)} must be a table of config.json keys and values")
     generation = folder / "generation_config.json"
-    merged = _merged(raw, overrides or {})
+    merged = _merged(_with_quantization(raw, folder), overrides or {})
     return ModelSpec.from_config(merged, _read_json(generation) if generation.is_file() else None, str(folder / "config.json"))
+
+
+def _with_quantization(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """config.json with `quantization_config` from the file of its own that older tools wrote."""
+    if "quantization_config" in raw:
+        return raw
+    for name, method in QUANTIZATION_FILES.items():
+        if (folder / name).is_file():
+            return {**raw, "quantization_config": {"quant_method": method, **_read_json(folder / name)}}
+    return raw
 
 
 def _merged(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

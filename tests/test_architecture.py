@@ -31,6 +31,7 @@ LAYERS = (
     ("frontend",),
     ("calls",),
     ("pipeline",),
+    ("lite",),
     ("serving",),
     ("cli",),
 )

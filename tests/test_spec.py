@@ -376,3 +376,13 @@ def test_a_folder_that_is_no_model_says_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="LoRA"):
         load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "method"), [("quant_config.json", "awq"), ("quantize_config.json", "gptq")])
+def test_a_quantization_config_in_a_file_of_its_own_is_read(tmp_path: Path, name: str, method: str) -> None:
+    folder = write_model(tmp_path / "m")
+    assert load_spec(folder).quantization is None
+    (folder / name).write_text(json.dumps({"bits": 4, "group_size": 64}))
+    assert load_spec(folder).quantization == {"quant_method": method, "bits": 4, "group_size": 64}
+    (folder / "config.json").write_text(json.dumps(config(quantization_config={"quant_method": "other"})))
+    assert load_spec(folder).quantization == {"quant_method": "other"}, "config.json comes first"

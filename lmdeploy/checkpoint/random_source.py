@@ -15,6 +15,9 @@ from lmdeploy.errors import CheckpointError
 
 #: A prime, so that no row length divides it and the rows of a matrix differ.
 BLOCK = 4_194_301
+#: Eight nibbles of 8 in an int32 word, and the standard deviation of 0..15.
+MIDDLE = -(0x77777778)
+SPREAD = 4.61
 
 
 class RandomSource:
@@ -29,8 +32,8 @@ class RandomSource:
         return set()
 
     def has(self, name: str) -> bool:
-        """Any tensor can be made; but a bias that config.json does not ask for is not offered."""
-        return not name.endswith(".bias")
+        """Any tensor can be made; but a bias that config.json does not ask for is not offered, nor an order of groups."""
+        return not name.endswith((".bias", ".g_idx"))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Unknown here; callers that must know say so in `shape=`."""
@@ -41,11 +44,16 @@ class RandomSource:
         raise CheckpointError(f"random weights: the type of '{name}' is not stored anywhere")
 
     def take(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
-        """Fill `out`; the slice only varies the numbers."""
+        """Fill `out`; the slice only varies the numbers. Packed integers and their scales mean numbers of the usual size around zero."""
+        if not out.is_floating_point():
+            self._fill_packed(f"{name}:{rows.start if rows else 0}", out)
+            return
         offset = zlib.crc32(f"{name}:{rows.start if rows else 0}:{cols.start if cols else 0}".encode()) % BLOCK
         self._fill(out, offset)
         if out.dim() == 1 and name.endswith("weight"):  # a norm
             out.add_(1.0)
+        elif name.endswith(".scales"):
+            out.mul_(0.01).add_(self.scale / SPREAD)
 
     def take_ranges(self, name: str, out: torch.Tensor, ranges: Sequence[slice], cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Fill `out`."""
@@ -54,6 +62,14 @@ class RandomSource:
     def finish(self, ignore: Sequence[str] = ()) -> None:
         """Nothing can be left over; the blocks are freed."""
         self._blocks.clear()
+
+    def _fill_packed(self, name: str, out: torch.Tensor) -> None:
+        """Random nibbles, or zero points of 8."""
+        if "zeros:" in name:
+            out.fill_(MIDDLE)
+            return
+        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
+        out.copy_(torch.randint(-(1 << 31), 1 << 31, out.shape, generator=generator, dtype=out.dtype))
 
     def _fill(self, out: torch.Tensor, offset: int) -> None:
         """Fill `out`, row by row where its rows do not follow each other in memory."""

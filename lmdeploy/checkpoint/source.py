@@ -138,7 +138,7 @@ class FolderSource:
         if file is None:
             if name.endswith(".weight") and (packed := f"{name[: -len('weight')]}qweight") in self._file_of:
                 raise CheckpointError(
-                    f"{self.folder}: the weights are quantised ({packed!r}); this layer loads 16- and 32-bit weights, give the unquantised model"
+                    f"{self.folder}: the weights are quantised ({packed!r}), but config.json has no quantization_config that says how; add it, or give the unquantised model"
                 )
             near = difflib.get_close_matches(name, self._file_of, 3)
             hint = (

@@ -16,18 +16,20 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import LEVELS, get_logger
+
+C = TypeVar("C")
 
 #: field -> flag, where the public command line has another word than the config
 FLAG_NAMES = {"device_type": "device"}
 #: options of EngineConfig that other systems' command lines have; the config itself says what it makes of them
 COMPATIBLE = ("tp", "dp", "cp", "ep", "nnodes", "node_rank", "dist_init_addr", "devices", "distributed_executor_backend", "num_gpu_blocks", "empty_init")
 #: engine options that this version obeys only with their neutral value, and that users look for in the help
-_SHOWN_COMPATIBLE = ("model_format", "tp", "quant_policy")
+_SHOWN_COMPATIBLE = ("tp", "quant_policy")
 #: flags of the public surface that nothing here can obey yet: name -> its neutral values; any other value is an error
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "role": ("Hybrid",), "migration_backend": ("DLSlime",), "language_model_only": (False,), "disable_vision_encoder": (False,),
@@ -203,6 +205,11 @@ def _add_field(group: Any, f: dataclasses.Field[Any], kind: _Kind, default: Any,
 def config_values(args: argparse.Namespace, config: type) -> dict[str, Any]:
     """The options of `config` that were given on the command line."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}
+
+
+def config_from(args: argparse.Namespace, config: type[C]) -> C:
+    """A config of the flags that were given; its own checks raise ConfigError."""
+    return config(**config_values(args, config))
 
 
 # ---------------------------------------------------------------------- flags that several commands share

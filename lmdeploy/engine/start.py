@@ -22,6 +22,7 @@ from lmdeploy.engine.kv_cache import PoolRequest, gib
 from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.errors import ConfigError
+from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.select import pads_rows, select
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo
@@ -110,6 +111,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     start = time.perf_counter()
     device = choose_device(config)
     spec = adapt_spec(load_spec(model_path, config.hf_overrides), config)
+    formats = choose_formats(spec.quantization, config.model_format, str(model_path))
     resolved = resolve_config(config, spec, device)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
@@ -117,7 +119,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         hold_steady()
     dtype: torch.dtype = getattr(torch, resolved.dtype)
     kernels = select(resolved.backend, device.type, dtype, head_dim=spec.head_dim, threads=resolved.cpu_threads)
-    model = build_model(spec, dtype, device, kernels, Parallel())
+    model = build_model(spec, dtype, device, kernels, Parallel(), formats)
     model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, pads_rows=pads_rows(kernels))

@@ -5,9 +5,8 @@ The tensors are allocated once, at their final place and type; the checkpoint is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -22,8 +21,6 @@ BIAS = TensorSpec("bias", out_axis=0, in_axis=None)
 @dataclass(slots=True)
 class DenseWeight:
     """`weight` [N, K] and `bias` [N] or None, in the model's type, on its device."""
-
-    tensors: ClassVar[tuple[TensorSpec, ...]] = (WEIGHT, BIAS)
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -49,10 +46,28 @@ class DenseWeight:
         """out [T, N] = x [T, K] @ weight.T + bias."""
         kernels.linear(x, self.weight, self.bias, out)
 
+    def memory(self) -> Iterator[torch.Tensor]:
+        """Weight and bias."""
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+
     @property
     def nbytes(self) -> int:
         """Bytes of both tensors."""
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+        return sum(t.nbytes for t in self.memory())
+
+
+class DenseFormat:
+    """Files that hold the weight itself."""
+
+    def load(self, source: WeightSource, parts: Sequence[Part], bias: bool, dtype: torch.dtype, device: torch.device) -> DenseWeight:
+        """Allocate and fill."""
+        cols = parts[0].cols
+        in_features = parts[0].in_features if cols is None else cols.stop - cols.start
+        weight = DenseWeight.allocate(sum(part.num_rows for part in parts), in_features, bias, dtype, device)
+        weight.load(source, parts)
+        return weight
 
 
 def _take(spec: TensorSpec, part: Part, source: WeightSource, out: torch.Tensor) -> None:

@@ -1,14 +1,14 @@
 """What a weight format of a linear layer must offer, so that `layers/linear.py` slices for ranks once, for all formats.
 
-A format declares its tensors with the axes that run along the layer's outputs and inputs (`TensorSpec`). A layer states its `Part`s: which module of the
-checkpoint, its full size there, and which of its output rows and input columns this rank owns. The format then loads, multiplies and counts its bytes.
+A layer states its `Part`s: which module of the checkpoint, its full size there, and which of its output rows and input columns this rank owns.
+A `FileFormat` reads them into a `WeightFormat`, which multiplies and counts its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 
@@ -53,24 +53,27 @@ class Part:
 
 
 class WeightFormat(Protocol):
-    """The weights of one linear layer on one rank."""
+    """The weights of one linear layer on one rank, as they stay in memory."""
 
-    tensors: ClassVar[tuple[TensorSpec, ...]]
-
-    @classmethod
-    def allocate(cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, device: torch.device) -> WeightFormat:
-        """Uninitialised weights of this rank's size."""
-        ...
-
-    def load(self, source: WeightSource, parts: Sequence[Part]) -> None:
-        """Fill the rows, part after part, straight from the checkpoint."""
-        ...
+    bias: torch.Tensor | None
 
     def matmul(self, x: torch.Tensor, out: torch.Tensor, kernels: Kernels) -> None:
         """out [T, N] = x [T, K] @ W.T + bias."""
         ...
 
+    def memory(self) -> Iterator[torch.Tensor]:
+        """Every tensor that is kept."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes that the weights take."""
+        ...
+
+
+class FileFormat(Protocol):
+    """How a checkpoint stores a linear layer."""
+
+    def load(self, source: WeightSource, parts: Sequence[Part], bias: bool, dtype: torch.dtype, device: torch.device) -> WeightFormat:
+        """The layer's weights, allocated once and filled part after part, straight from the checkpoint."""
         ...

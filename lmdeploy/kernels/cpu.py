@@ -20,7 +20,7 @@ import torch
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
-from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.reference import REFERENCE, LinearW4, dequantising
 from lmdeploy.log import get_logger
 
 Tensor = torch.Tensor
@@ -31,6 +31,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _I],
+    "linear_w4": [_P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I],
     "rms_norm": [_P, _L, _P, _P, _F, _P, _L, _L, _I],
     "head_norm": [_P, _L, _L, _P, _F, _L, _L, _L, _I],
     "silu_mul": [_P, _P, _L, _L, _I],
@@ -46,7 +47,7 @@ def _functions(library: ctypes.CDLL, name: str) -> dict[torch.dtype, Callable[..
     found: dict[torch.dtype, Callable[..., int]] = {}
     for dtype, suffix in _SUFFIX.items():
         function = library[f"lmd_{name}_{suffix}"]
-        function.argtypes, function.restype = _ARGUMENTS[name], _I if name == "linear" and suffix == "bf16" else None
+        function.argtypes, function.restype = _ARGUMENTS[name], _I if name == "linear_w4" or (name == "linear" and suffix == "bf16") else None
         found[dtype] = function
     return found
 
@@ -72,6 +73,28 @@ def _linear(library: ctypes.CDLL, threads: int, amx: bool) -> Callable[[Tensor, 
             fallback(x, weight, bias, out)
 
     return linear
+
+
+def _linear_w4(library: ctypes.CDLL, threads: int, fallback: LinearW4) -> LinearW4:
+    functions = _functions(library, "linear_w4")
+
+    def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        dtype = x.dtype
+        function = functions.get(dtype)
+        same = out.dtype is dtype and (bias is None or (bias.dtype is dtype and bias.is_contiguous()))
+        floats = scales.dtype is torch.float32 and zeros.dtype is torch.float32 and qweight.dtype is torch.uint8
+        packed = qweight.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous()
+        if function is None or not (same and floats and packed) or x.stride(1) != 1 or out.stride(1) != 1:
+            fallback(x, qweight, scales, zeros, bias, out)
+            return
+        rows, inner = x.shape
+        outer, groups = scales.shape
+        weight = (qweight.data_ptr(), scales.data_ptr(), zeros.data_ptr(), None if bias is None else bias.data_ptr())
+        sizes = (rows, inner, outer, inner // groups, threads)
+        if function(x.data_ptr(), x.stride(0), *weight, out.data_ptr(), out.stride(0), *sizes) == 0:  # out of memory for the packed rows
+            fallback(x, qweight, scales, zeros, bias, out)
+
+    return linear_w4
 
 
 def _rms_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, float, Tensor], None]:
@@ -218,6 +241,7 @@ def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
     linear, silu_mul = _linear(library, workers, amx), _silu_mul(library, workers)
     return Kernels(
         linear=linear,
+        linear_w4=_linear_w4(library, workers, dequantising(linear)),
         rms_norm=_rms_norm(library, workers),
         add_rms_norm=_add_rms_norm(library, workers),
         head_norm=_head_norm(library, workers),

@@ -7,6 +7,8 @@ the pool is uninitialised memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +19,11 @@ Tensor = torch.Tensor
 
 #: Numbers that decoding gathers at once for keys, and again for values: 64 MiB each in float32.
 GATHER_LIMIT = 1 << 24
+#: Numbers of a 4-bit weight that are written out at once: 16 MiB in float32.
+DEQUANTISE_LIMIT = 1 << 22
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+LinearW4 = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -25,6 +32,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+def dequantise_w4(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q - zero) * scale, rounded once to `dtype`. qweight uint8 [N, K/2], low half first; scales and zeros float32 [N, K/g]; result [N, K]."""
+    numbers = torch.stack((qweight & 15, qweight >> 4), dim=-1)
+    grouped = numbers.view(*scales.shape, -1).float()  # [N, K/g, g]
+    return grouped.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
+
+
+def dequantising(product: Linear) -> LinearW4:
+    """`linear_w4` by a dense product of weights that are written out in the type of x, a bounded number of rows at a time."""
+
+    def run(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        rows = qweight.shape[0]
+        step = max(1, DEQUANTISE_LIMIT // x.shape[1])
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            weight = dequantise_w4(qweight[part], scales[part], zeros[part], x.dtype)
+            result = out if step >= rows else out.new_empty(out.shape[0], weight.shape[0])
+            product(x, weight, bias[part] if bias is not None else None, result)
+            if result is not out:
+                out[:, part] = result
+
+    return run
+
+
+linear_w4 = dequantising(linear)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
@@ -180,6 +214,7 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert
 
 REFERENCE = Kernels(
     linear=linear,
+    linear_w4=linear_w4,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     head_norm=head_norm,
@@ -187,5 +222,5 @@ REFERENCE = Kernels(
     attention=attention,
     silu_mul=silu_mul,
     experts=experts,
-    names=dict.fromkeys(("linear", "rms_norm", "add_rms_norm", "head_norm", "rope_write_kv", "attention", "silu_mul", "experts"), "torch"),
+    names=dict.fromkeys(("linear", "linear_w4", "rms_norm", "add_rms_norm", "head_norm", "rope_write_kv", "attention", "silu_mul", "experts"), "torch"),
 )

@@ -13,13 +13,14 @@ import torch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
-from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.reference import REFERENCE, dequantising
 from lmdeploy.kernels.row_buckets import Linear, padded
 from lmdeploy.log import get_logger
 
 logger = get_logger(__name__)
 
 PADDED: Linear = padded(REFERENCE.linear)
+PADDED_W4 = dequantising(PADDED)
 
 OPERATORS = tuple(REFERENCE.names)
 #: (operator, the chosen candidate, every other candidate with the reasons against it)
@@ -75,8 +76,10 @@ def pads_rows(kernels: Kernels) -> bool:
     return kernels.linear is PADDED
 
 
-def _torch_linear(need: Need) -> Linear:
-    return PADDED if need.device_type == "cpu" and need.dtype is not torch.float32 else REFERENCE.linear
+def _torch_set(need: Need) -> Kernels:
+    """The reference; 16-bit products on CPU pad their rows."""
+    padding = need.device_type == "cpu" and need.dtype is not torch.float32
+    return replace(REFERENCE, linear=PADDED, linear_w4=PADDED_W4) if padding else REFERENCE
 
 
 def select(
@@ -90,7 +93,7 @@ def select(
     if build is None or build.library is None:
         if build is not None:
             logger.warning("CPU kernels fall back to torch: %s", build.reason)
-        return replace(REFERENCE, names=names, linear=_torch_linear(need))
+        return replace(_torch_set(need), names=names)
     fast = native_kernels(build, threads)
     fallbacks: dict[str, list[str]] = {}
     for operator, chosen, others in rows:
@@ -98,7 +101,7 @@ def select(
             fallbacks.setdefault("; ".join(others[0][1]), []).append(operator)
     for reason, operators in fallbacks.items():
         logger.warning("%s: torch instead of the native kernel: %s", ", ".join(operators), reason)
-    torch_set = replace(REFERENCE, linear=_torch_linear(need))
+    torch_set = _torch_set(need)
     chosen_functions = {name: getattr(fast if names[name] != "torch" else torch_set, name) for name in OPERATORS}
     return Kernels(**chosen_functions, names=names)
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.formats.choose import DENSE, Formats
 from lmdeploy.inputs import Scratch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.parallel import Parallel
@@ -35,13 +36,14 @@ class Module(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
-    """Facts of the model, this rank's place, the operators, and what tensors are made of."""
+    """Facts of the model, this rank's place, the operators, what tensors are made of, and how the checkpoint stores linear layers."""
 
     spec: ModelSpec
     parallel: Parallel
     kernels: Kernels
     dtype: torch.dtype
     device: torch.device
+    formats: Formats = DENSE
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised weight of this model's dtype and device."""

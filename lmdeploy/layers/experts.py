@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
-from lmdeploy.formats.weight_format import Part
+from lmdeploy.errors import CheckpointError
+from lmdeploy.formats.dense import DenseFormat, DenseWeight
+from lmdeploy.formats.weight_format import Part, WeightFormat
 from lmdeploy.inputs import ForwardInputs
 from lmdeploy.layers.build import BuildContext, StepBuffers
 from lmdeploy.layers.linear import Linear
@@ -41,25 +43,51 @@ class Experts:
         self.full_width, self.hidden_size = spec.moe_intermediate_size, spec.hidden_size
         self.share = ctx.parallel.slice(self.full_width, "moe_intermediate_size")
         self.width = self.share.stop - self.share.start
+        self.ctx = ctx
         self.router = Linear(ctx, [Part(f"{prefix}.{names.router}", spec.num_experts, spec.hidden_size)])
-        self.gate_up = ctx.empty(spec.num_experts, 2 * self.width, spec.hidden_size)
-        self.down = ctx.empty(spec.num_experts, spec.hidden_size, self.width)
+        self.gate_up = self.down = torch.empty(0)  # [E, 2F, M] and [E, M, F] once loaded
+        self.packed: list[tuple[WeightFormat, WeightFormat]] = []  # instead of them where the experts are quantised
 
     def load(self, source: WeightSource) -> None:
         """Pull the router and every expert's slice."""
         self.router.load(source)
-        inner, outer = (self.full_width, self.hidden_size), (self.hidden_size, self.full_width)
+        kinds = {type(self.ctx.formats.of(source, [*self._inner(e), self._outer(e)])) for e in range(self.num_experts)}
+        if kinds == {DenseFormat}:
+            self._load_dense(source)
+        elif DenseFormat in kinds:
+            raise CheckpointError(f"{self.prefix}.{self.names.experts}: some experts are quantised and others are not; they must be stored alike")
+        else:
+            self.packed = [(self._load_packed(source, self._inner(e)), self._load_packed(source, [self._outer(e)])) for e in range(self.num_experts)]
+
+    def _inner(self, expert: int) -> list[Part]:
+        """Gate and up of an expert."""
+        name = f"{self.prefix}.{self.names.experts}.{expert}"
+        return [Part(f"{name}.{part}", self.full_width, self.hidden_size, [self.share]) for part in (self.names.gate, self.names.up)]
+
+    def _outer(self, expert: int) -> Part:
+        """Down of an expert."""
+        return Part(f"{self.prefix}.{self.names.experts}.{expert}.{self.names.down}", self.hidden_size, self.full_width, None, self.share)
+
+    def _load_packed(self, source: WeightSource, parts: list[Part]) -> WeightFormat:
+        return self.ctx.formats.of(source, parts).load(source, parts, False, self.ctx.dtype, self.ctx.device)
+
+    def _load_dense(self, source: WeightSource) -> None:
+        """All experts in two tensors, as the kernel wants them."""
+        self.gate_up = self.ctx.empty(self.num_experts, 2 * self.width, self.hidden_size)
+        self.down = self.ctx.empty(self.num_experts, self.hidden_size, self.width)
         for expert in range(self.num_experts):
-            name, gate_up = f"{self.prefix}.{self.names.experts}.{expert}", self.gate_up[expert]
-            source.take(f"{name}.{self.names.gate}.weight", gate_up[: self.width], self.share, shape=inner)
-            source.take(f"{name}.{self.names.up}.weight", gate_up[self.width :], self.share, shape=inner)
-            source.take(f"{name}.{self.names.down}.weight", self.down[expert], None, self.share, shape=outer)
+            DenseWeight(self.gate_up[expert]).load(source, self._inner(expert))
+            DenseWeight(self.down[expert]).load(source, [self._outer(expert)])
 
     def tensors(self) -> Iterator[Tensor]:
         """All weights."""
         yield from self.router.tensors()
-        yield self.gate_up
-        yield self.down
+        for gate_up, down in self.packed:
+            yield from gate_up.memory()
+            yield from down.memory()
+        if not self.packed:
+            yield self.gate_up
+            yield self.down
 
     def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
         """step.normed [T, M] -> step.proj [T, M]."""
@@ -68,6 +96,23 @@ class Experts:
         weights, chosen = torch.topk(torch.softmax(scores, dim=-1, dtype=torch.float32), self.top_k, dim=-1)  # [T, k]
         if self.normalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        self.kernels.experts(step.normed, self.gate_up, self.down, chosen, weights, step.proj)
+        if self.packed:
+            self._run_packed(step.normed, chosen, weights, step.proj)
+        else:
+            self.kernels.experts(step.normed, self.gate_up, self.down, chosen, weights, step.proj)
         if self.parallel.size > 1:
             self.parallel.all_reduce(step.proj)
+
+    def _run_packed(self, x: Tensor, chosen: Tensor, weights: Tensor, out: Tensor) -> None:
+        """`kernels.experts` with weights of any format: each expert's tokens together."""
+        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        for expert in torch.unique(chosen).tolist():
+            token, choice = torch.where(chosen == expert)
+            gate_up, down = self.packed[expert]
+            both = x.new_empty(token.shape[0], 2 * self.width)
+            hidden, result = x.new_empty(token.shape[0], self.width), x.new_empty(token.shape[0], self.hidden_size)
+            gate_up.matmul(x[token], both, self.kernels)
+            self.kernels.silu_mul(both, hidden)
+            down.matmul(hidden, result, self.kernels)
+            total.index_add_(0, token, result.float().mul_(weights[token, choice].unsqueeze(1)))
+        out.copy_(total)

@@ -27,24 +27,18 @@ class Linear:
 
     def __init__(self, ctx: BuildContext, parts: Sequence[Part], *, expect_bias: bool = False) -> None:
         self.parts, self.expect_bias = tuple(parts), expect_bias
-        self.kernels, self.dtype, self.device = ctx.kernels, ctx.dtype, ctx.device
+        self.kernels, self.dtype, self.device, self.formats = ctx.kernels, ctx.dtype, ctx.device, ctx.formats
         self.weight: WeightFormat | None = None
 
     def load(self, source: WeightSource) -> None:
         """Allocate and pull the weights."""
         bias = self.expect_bias or any(source.has(f"{part.name}.bias") for part in self.parts)
-        first = self.parts[0]
-        in_features = first.in_features if first.cols is None else first.cols.stop - first.cols.start
-        weight = DenseWeight.allocate(sum(part.num_rows for part in self.parts), in_features, bias, self.dtype, self.device)
-        weight.load(source, self.parts)
-        self.weight = weight
+        self.weight = self.formats.of(source, self.parts).load(source, self.parts, bias, self.dtype, self.device)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Weight and bias."""
-        assert isinstance(self.weight, DenseWeight), "not loaded"
-        yield self.weight.weight
-        if self.weight.bias is not None:
-            yield self.weight.bias
+        """Everything that the weights are made of."""
+        assert self.weight is not None, "not loaded"
+        yield from self.weight.memory()
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """x [T, K] -> out [T, N]."""
@@ -135,7 +129,7 @@ class RowLinear(Linear):
         """Allocate and pull; ranks above 0 drop the bias."""
         super().load(source)
         if self.parallel.rank > 0:
-            assert isinstance(self.weight, DenseWeight)
+            assert self.weight is not None
             self.weight.bias = None
 
     def forward(self, x: Tensor, out: Tensor) -> None:

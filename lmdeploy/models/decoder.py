@@ -186,3 +186,7 @@ class Decoder:
             groups.append(SmoothingGroup(attention[2], (f"{names.attention}.{names.in_attention.out}",), False))
         groups.append(SmoothingGroup(gate_up[-1], (f"{names.mlp}.{names.in_mlp.down}",), False))
         return tuple(groups)
+
+    def unquantised(self) -> tuple[str, ...]:
+        """For quantisers: linear layers that stay as they are (names below a layer)."""
+        return ()

@@ -27,3 +27,7 @@ class MoEDecoder(Decoder):
         kept = tuple(g for g in super().smoothing_groups() if not g.source.startswith(f"{block}.") and g.source != self.names.post_norm)
         per_expert = tuple(SmoothingGroup(f"{e}.{inside.up}", (f"{e}.{inside.down}",), False) for e in experts)
         return (*kept, SmoothingGroup(self.names.post_norm, tuple(fed), True), *per_expert)
+
+    def unquantised(self) -> tuple[str, ...]:
+        """The router: it is tiny, and a token that goes to another expert is a large error."""
+        return (f"{self.names.mlp}.{self.in_experts.router}",)

@@ -11,6 +11,7 @@ import importlib
 import torch
 
 from lmdeploy.errors import CheckpointError
+from lmdeploy.formats.choose import Formats, choose_formats
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.layers.build import BuildContext
 from lmdeploy.models.decoder import Decoder
@@ -60,6 +61,9 @@ def model_class(spec: ModelSpec) -> type[Decoder]:
     return found
 
 
-def build_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, kernels: Kernels, parallel: Parallel) -> Decoder:
-    """The model of a spec with its weights still to be loaded: `model.load(source)`."""
-    return model_class(spec)(BuildContext(spec, parallel, kernels, dtype, torch.device(device)))
+def build_model(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, kernels: Kernels, parallel: Parallel, formats: Formats | None = None
+) -> Decoder:
+    """The model of a spec with its weights still to be loaded: `model.load(source)`. `formats` is what config.json says when not given."""
+    formats = formats or choose_formats(spec.quantization)
+    return model_class(spec)(BuildContext(spec, parallel, kernels, dtype, torch.device(device), formats))

@@ -57,3 +57,14 @@ def test_biases_are_only_given_to_those_who_expect_them() -> None:
     assert not source.has("a.bias")
     source.take("a.bias", torch.empty(3))
     source.finish()
+
+
+def test_packed_weights_are_random_numbers_around_zero() -> None:
+    source, words, zeros, scales = RandomSource(), torch.empty(64, 64, dtype=torch.int32), torch.empty(2, 64, dtype=torch.int32), torch.empty(2, 64)
+    for name, out in (("qweight", words), ("qzeros", zeros), ("scales", scales)):
+        source.take(f"a.{name}", out)
+    nibbles = torch.cat([words >> (4 * i) & 15 for i in range(8)]).float()
+    assert abs(nibbles.mean() - 7.5) < 0.1 and abs(nibbles.std() - 4.61) < 0.05
+    assert set((zeros >> 28 & 15).flatten().tolist()) == {8}
+    assert scales.min() > 0 and abs(scales.mean() * 4.61 - source.scale) < 1e-3
+    assert not source.has("a.g_idx")

@@ -44,6 +44,44 @@ def test_linear_is_a_dot_product_per_output_plus_bias(device: str, dtype: torch.
     assert_close(out, wanted, dtype)
 
 
+def naive_w4(qweight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The 4-bit weight number by number, as api.py describes it; float64 [N, K]."""
+    rows, inner = qweight.shape[0], qweight.shape[1] * 2
+    group = inner // scales.shape[1]
+    weight = torch.empty(rows, inner, dtype=torch.float64)
+    for n in range(rows):
+        for k in range(inner):
+            byte = int(qweight[n, k // 2])
+            q = byte // 16 if k % 2 else byte % 16
+            weight[n, k] = (q - float(zeros[n, k // group])) * float(scales[n, k // group])
+    return weight
+
+
+def make_w4(outer: int, inner: int, group: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(outer * inner)
+    qweight = torch.randint(0, 256, (outer, inner // 2), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(outer, inner // group, generator=generator) / inner**0.5 + 0.01
+    zeros = torch.randint(0, 17, (outer, inner // group), generator=generator).float()
+    return qweight.to(device), scales.to(device), zeros.to(device)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(("rows", "inner", "outer", "group"), [(5, 48, 37, 16), (1, 64, 1, 64), (0, 16, 8, 2), (33, 6, 130, 6)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("limit", [1 << 22, 300])
+def test_linear_w4_multiplies_by_the_numbers_that_the_nibbles_stand_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, rows: int, inner: int, outer: int, group: int, with_bias: bool, limit: int
+) -> None:
+    monkeypatch.setattr(reference, "DEQUANTISE_LIMIT", limit)
+    x, (qweight, scales, zeros) = make(rows, inner, dtype=dtype, device=device), make_w4(outer, inner, group, device)
+    bias = make(outer, dtype=dtype, device=device, seed=2) if with_bias else None
+    out = make(rows, outer, dtype=dtype, device=device, seed=3)
+    REFERENCE.linear_w4(x, qweight, scales, zeros, bias, out)
+    weight = naive_w4(qweight.cpu(), scales.cpu(), zeros.cpu()).to(dtype).double()
+    wanted = x.double().cpu() @ weight.t() + (bias.double().cpu() if bias is not None else 0)
+    assert_close(out, wanted, dtype, 4)
+
+
 def test_linear_reads_rows_with_a_stride(device: str) -> None:
     wide = make(5, 40, dtype=torch.float32, device=device)
     weight, out = make(3, 16, dtype=torch.float32, device=device, seed=1), torch.empty(5, 3, device=device)

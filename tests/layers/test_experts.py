@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource, open_source
+from lmdeploy.errors import CheckpointError
+from lmdeploy.formats.choose import DENSE as DENSE_FILES
+from lmdeploy.formats.choose import Formats, choose_formats
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.layers.build import BuildContext, StepBuffers, StepShape
 from lmdeploy.layers.experts import ExpertNames, Experts
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec
+from tests.formats.packing import Module, configuration
 from tests.helpers import LLAMA_CONFIG, write_folder
 
 CPU, COUNT, WIDTH, INNER = torch.device("cpu"), 5, 12, 8
@@ -31,9 +36,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
     return open_source(write_folder(tmp_path_factory.mktemp("experts"), {}, tensors))
 
 
-def run(source: WeightSource, spec: ModelSpec, x: torch.Tensor, rank: int = 0, size: int = 1) -> torch.Tensor:
+def run(source: WeightSource, spec: ModelSpec, x: torch.Tensor, rank: int = 0, size: int = 1, formats: Formats = DENSE_FILES) -> torch.Tensor:
     """This rank's sum, without the sum over ranks."""
-    ctx = BuildContext(spec, Parallel(rank, size), REFERENCE, torch.float32, CPU)
+    ctx = BuildContext(spec, Parallel(rank, size), REFERENCE, torch.float32, CPU, formats)
     layer = Experts(ctx, "m", ExpertNames())
     layer.load(source)
     layer.parallel = Parallel()
@@ -74,3 +79,45 @@ def test_ranks_hold_slices_of_every_expert_that_sum_to_the_whole(source: WeightS
     x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1))
     total = sum(run(source, SPEC, x, rank, 2) for rank in range(2))
     torch.testing.assert_close(total, run(source, SPEC, x), rtol=1e-5, atol=1e-5)
+
+
+def write_quantised(folder: Path, method: str, dense_experts: int = 0) -> tuple[WeightSource, WeightSource]:
+    """(4-bit source, dense source of the same numbers) of experts 16 wide, 32 inside; the router stays dense."""
+    router = {"m.gate.weight": torch.randn(COUNT, 16, generator=torch.Generator().manual_seed(2))}
+    packed, plain = dict(router), dict(router)
+    for e in range(COUNT):
+        for i, (name, shape) in enumerate((("gate", (32, 16)), ("up", (32, 16)), ("down", (16, 32)))):
+            module, full = Module.random(*shape, 8, seed=3 * e + i), f"m.experts.{e}.{name}_proj"
+            plain[f"{full}.weight"] = module.weight
+            if e < dense_experts:
+                packed[f"{full}.weight"] = module.weight
+            else:
+                packed |= {f"{full}.{suffix}": t for suffix, t in (module.awq() if method == "awq" else module.gptq()).items()}
+    return open_source(write_folder(folder / "packed", {}, packed)), open_source(write_folder(folder / "plain", {}, plain))
+
+
+WIDE = replace(SPEC, hidden_size=16, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_quantised_experts_compute_what_their_numbers_mean(tmp_path: Path, method: str, size: int) -> None:
+    packed, plain = write_quantised(tmp_path, method)
+    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
+    formats = choose_formats(configuration(method, 8))
+    found = sum(run(packed, WIDE, x, rank, size, formats) for rank in range(size))
+    torch.testing.assert_close(found, run(plain, WIDE, x), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_stay_packed_in_memory(tmp_path: Path) -> None:
+    packed, _ = write_quantised(tmp_path, "awq")
+    layer = Experts(BuildContext(WIDE, Parallel(), REFERENCE, torch.float32, CPU, choose_formats(configuration("awq", 8))), "m", ExpertNames())
+    layer.load(packed)
+    packed.finish()
+    assert sum(t.nbytes for t in layer.tensors()) == 4 * COUNT * 16 + COUNT * 3 * (16 * 32 // 2 + 2 * 4 * 16 * 32 // 8)
+
+
+def test_experts_of_both_kinds_are_refused(tmp_path: Path) -> None:
+    packed, _ = write_quantised(tmp_path, "awq", dense_experts=1)
+    with pytest.raises(CheckpointError, match=r"m\.experts: some experts are quantised and others are not"):
+        run(packed, WIDE, torch.zeros(1, 16), formats=choose_formats(configuration("awq", 8)))

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource, open_source
+from lmdeploy.formats.choose import choose_formats
+from lmdeploy.formats.packed4 import Packed4
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.layers.build import BuildContext
 from lmdeploy.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec
+from tests.formats.packing import Module, configuration
 from tests.helpers import LLAMA_CONFIG, write_folder
 
 SPEC = ModelSpec.from_config({**LLAMA_CONFIG, "hidden_size": 12, "head_dim": 4, "intermediate_size": 10})
@@ -97,3 +100,35 @@ def test_weights_are_cast_to_the_type_of_the_model(tmp_path: Path) -> None:
     ctx = replace(context(), dtype=torch.bfloat16)
     (weight,) = loaded(QKVLinear(ctx, "a", ("q", "k", "v")), source_of(tmp_path, **FUSED["separate"][2]))
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, torch.cat((Q, K, V)).bfloat16())
+
+
+def quantised(tmp_path: Path, method: str, **modules: Module) -> WeightSource:
+    return source_of(tmp_path, **{f"{name}.{suffix}": t for name, m in modules.items() for suffix, t in (m.awq() if method == "awq" else m.gptq()).items()})
+
+
+def packed_context(method: str, rank: int, size: int) -> BuildContext:
+    spec = replace(SPEC, hidden_size=32, intermediate_size=48)
+    return BuildContext(spec, Parallel(rank, size), REFERENCE, torch.float32, torch.device("cpu"), choose_formats(configuration(method, 8)))
+
+
+def dequantised(layer: Linear, source: WeightSource) -> torch.Tensor:
+    layer.load(source)
+    assert isinstance(layer.weight, Packed4)
+    return layer.weight.dequantised(torch.float32)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_of_quantised_layers_hold_the_same_slices_as_dense_ones(tmp_path: Path, method: str, size: int) -> None:
+    qkv, gate, up, down = (Module.random(n, k, 8, seed=n + k) for n, k in ((32, 32), (48, 32), (48, 32), (32, 48)))
+    source = quantised(tmp_path, method, **{"a.qkv": qkv, "m.gate": gate, "m.up": up, "down": down})
+    groups = qkv.weight.view(KV_HEADS, 4, DIM, 32)  # two query heads, their key, their value
+    q, k, v = groups[:, :2].flatten(0, 2), groups[:, 2].flatten(0, 1), groups[:, 3].flatten(0, 1)
+    for rank in range(size):
+        ctx = packed_context(method, rank, size)
+        found = dequantised(QKVLinear(ctx, "a", ("qkv",), interleaved=True), source)
+        assert torch.equal(found, torch.cat([t.chunk(size)[rank] for t in (q, k, v)]))
+        found = dequantised(GateUpLinear(ctx, "m", ("gate", "up"), 48), source)
+        assert torch.equal(found, torch.cat([t.weight.chunk(size)[rank] for t in (gate, up)]))
+        found = dequantised(RowLinear(ctx, "down", 48, 32, expect_bias=False), source)
+        assert torch.equal(found, down.weight.chunk(size, dim=1)[rank])

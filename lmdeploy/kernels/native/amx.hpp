@@ -15,10 +15,11 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles are per-thread state; the destructor gives them up so that the kernel need not save 8 KiB at each switch.
+// Tiles 4 and 5 are left-hand operands everywhere; the others may have fewer than 16 columns.
 struct Tiles {
-    Tiles() {
+    explicit Tiles(long columns = 16) {
         TileConfig c;
-        for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = 16;
+        for (int i = 0; i < 8; i++) c.row_bytes[i] = i == 4 || i == 5 ? 64 : uint16_t(4 * columns), c.rows[i] = 16;
         _tile_loadconfig(&c);
     }
     ~Tiles() { _tile_release(); }

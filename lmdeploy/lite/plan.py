@@ -1,0 +1,68 @@
+"""Which tensors of a checkpoint are what, layer by layer, from names and shapes alone; whatever cannot be quantised is refused here, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.models.decoder import Decoder
+
+#: Endings of tensors that only quantised checkpoints have.
+QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One decoder layer. Names of `linears`, `others` and `kept` are those below `prefix`; `tensors` are whole names."""
+
+    index: int
+    prefix: str
+    linears: tuple[str, ...]  # modules with a matrix
+    kept: tuple[str, ...]  # those of them that stay as they are (routers)
+    others: tuple[str, ...]  # tensors that belong to no linear layer
+    tensors: tuple[str, ...]
+    linear_bytes: int  # of the matrices that are quantised
+    num_weights: int
+    largest: int  # numbers of the largest matrix
+
+
+def plan_layers(model: Decoder, source: WeightSource, group: int) -> tuple[LayerPlan, ...]:
+    """The plan of every layer; ConfigError when the group size does not fit, CheckpointError when the folder is no 16-bit model."""
+    names = sorted(source.names())
+    if packed := next((n for n in names if n.endswith(QUANTISED)), None):
+        raise CheckpointError(f"the model is already quantised: it has the tensor {packed!r}; give the 16-bit model")
+    stem = f"{model.prefix}{model.names.layers}."
+    by_layer: dict[int, list[str]] = {}
+    for name in names:
+        number = name.removeprefix(stem).split(".", 1)[0]
+        if name.startswith(stem) and number.isdigit():
+            by_layer.setdefault(int(number), []).append(name)
+    count = model.spec.num_layers
+    if missing := [i for i in range(count) if i not in by_layer]:
+        raise CheckpointError(f"the weights have no tensors of layer {missing[0]} ('{stem}{missing[0]}.*'), but config.json says that there are {count} layers")
+    return tuple(_plan(index, f"{stem}{index}.", by_layer[index], model.unquantised(), source, group) for index in range(count))
+
+
+def _plan(index: int, prefix: str, names: list[str], kept: tuple[str, ...], source: WeightSource, group: int) -> LayerPlan:
+    linears = tuple(n.removeprefix(prefix).removesuffix(".weight") for n in names if n.endswith(".weight") and len(source.shape(n)) == 2)
+    quantised = [name for name in linears if name not in kept]
+    for name in quantised:
+        _check(f"{prefix}{name}", source.shape(f"{prefix}{name}.weight"), group)
+    taken = {f"{prefix}{name}.{suffix}" for name in linears for suffix in ("weight", "bias")}
+    others = tuple(n.removeprefix(prefix) for n in names if n not in taken)
+    sizes = {name: prod(source.shape(f"{prefix}{name}.weight")) for name in linears}
+    stored = sum(sizes[name] * source.dtype(f"{prefix}{name}.weight").itemsize for name in quantised)
+    routers = tuple(name for name in linears if name in kept)
+    return LayerPlan(index, prefix, linears, routers, others, tuple(names), stored, sum(sizes.values()), max(sizes.values()))
+
+
+def _check(name: str, shape: tuple[int, ...], group: int) -> None:
+    outputs, inputs = shape
+    if inputs % group:
+        fits = [g for g in (16, 32, 64, 128, 256) if inputs % g == 0]
+        hint = f"use --w-group-size {' or '.join(map(str, fits))}" if fits else "no usual group size does"
+        raise ConfigError(f"w_group_size={group} does not divide the {inputs} inputs of {name!r}; {hint}")
+    if outputs % 8:
+        raise ConfigError(f"{name!r} has {outputs} outputs; the AWQ layout needs a multiple of 8")
