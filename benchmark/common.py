@@ -84,12 +84,15 @@ def linear_parameters(spec: ModelSpec) -> int:
     return spec.num_layers * (qkv + out + mlp)
 
 
-def decode_floor(spec: ModelSpec, batch: int, context: int, width: int, ceilings: Ceilings) -> float:
-    """Seconds of one decode step: all weights and the batch's keys and values are read once. `width`: bytes a number."""
-    head = spec.vocab_size * spec.hidden_size
+def decode_floor(spec: ModelSpec, batch: int, context: int, width: int, ceilings: Ceilings, weight_bytes: int | None = None) -> float:
+    """Seconds of one decode step: all weights and the batch's keys and values are read once. `width`: bytes a number.
+
+    `weight_bytes`: what the weights of the layers and the head really take (quantised ones take less); default: all in `width`.
+    """
+    weights = linear_parameters(spec) + spec.vocab_size * spec.hidden_size
     kv = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context * batch
-    weights = linear_parameters(spec) + head
-    return max((weights + kv) * width / ceilings.read_gbs / 1e9, 2 * weights * batch / ceilings.bf16_gflops / 1e9)
+    read = (weights * width if weight_bytes is None else weight_bytes) + kv * width
+    return max(read / ceilings.read_gbs / 1e9, 2 * weights * batch / ceilings.bf16_gflops / 1e9)
 
 
 def prefill_floor(spec: ModelSpec, tokens: int, ceilings: Ceilings) -> float:
