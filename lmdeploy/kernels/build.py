@@ -17,11 +17,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch  # noqa: F401  maps the OpenMP runtime that the library shares
+
+from lmdeploy.log import get_logger
+
+logger = get_logger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 CACHE = Path("~/.cache/lmdeploy")
@@ -141,13 +146,14 @@ def _key(variant: Variant, compiler: str, openmp: list[Path]) -> str:
 
 
 def _compile(variant: Variant, compiler: str, openmp: list[Path], target: Path) -> None:
-    """Compile each source, link, and move the result to `target` in one step, so that nobody loads half a file."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+    """Compile the sources side by side, link, and move the result to `target` in one step, so that nobody loads half a file."""
+    logger.warning("compiling the CPU kernels, once; later starts take them from %s", target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent) as name, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         folder = Path(name)
-        objects = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(str(folder / f"{source.stem}.o"))
-            _run([compiler, *BASE_FLAGS, *variant.flags, "-c", str(source), "-o", objects[-1]])
+        sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: -source.stat().st_size)  # the longest first
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        commands = [[compiler, *BASE_FLAGS, *variant.flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+        list(pool.map(_run, commands))
         linked = folder / target.name
         runtime = [str(openmp[0])] if openmp else ["-fopenmp"]
         _run([compiler, "-shared", *objects, "-o", str(linked), *runtime])
