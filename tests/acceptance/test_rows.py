@@ -240,7 +240,7 @@ def test_a7_api_client_is_the_same_conversation_over_http(server: Server) -> Non
 
 
 def test_a13_the_openai_script_gets_an_answer_and_the_log_shows_both_requests(server: Server) -> None:
-    """The script as it is; of the row's server options, 4-bit weights and KV cache come with the quantisation issue."""
+    """The script as it is, on 16-bit weights."""
     script = ROOT / "examples" / "openai_client.py"
     run = subprocess.run([sys.executable, str(script), server.url + "/v1"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
@@ -249,6 +249,27 @@ def test_a13_the_openai_script_gets_an_answer_and_the_log_shows_both_requests(se
     assert re.search(r"GET /v1/models.* 200", log)
     assert re.search(r"POST /v1/chat/completions.* 200", log)
     assert "狐狸" not in log, "prompts are not logged"
+
+
+def test_a13_the_script_on_four_bit_weights(model_folder: Path, tmp_path: Path) -> None:
+    """All of the row's server options but `--quant-policy 4`: a 4-bit KV cache comes with the quantisation issue and is refused in one line until then."""
+    quantised = tmp_path / "chat-4bit"
+    command = [sys.executable, "-m", "lmdeploy", "lite", "auto_awq", str(model_folder), "--calib-samples", "0", "--work-dir", str(quantised)]
+    made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    server = Server(tmp_path / "log", str(quantised), "--model-format", "awq", "--cache-max-entry-count", "0.01", "--server-name", "0.0.0.0", "--tp", "1")
+    try:
+        script = ROOT / "examples" / "openai_client.py"
+        run = subprocess.run([sys.executable, str(script), server.url + "/v1"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+        assert run.returncode == 0, run.stderr
+        assert len(run.stdout.strip()) > 5
+    finally:
+        server.stop()
+    refused = subprocess.run(
+        [sys.executable, "-m", "lmdeploy", "serve", "api_server", str(quantised), "--model-format", "awq", "--quant-policy", "4"],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "quant_policy=4" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a13_openai_client_streams(server: Server) -> None:
