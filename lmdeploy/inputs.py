@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lmdeploy.kv_layer import KVLayer
+
 
 class Scratch:
     """Named buffers that are reused by every layer of every step, so that a step allocates nothing.
@@ -63,7 +65,7 @@ class ForwardInputs:
     positions: torch.Tensor  # int64 [T]
     rope_lengths: torch.Tensor | None  # int64 [T], the length that fixes a dynamic rope's base; None = rope does not depend on it
     attention: AttentionMeta
-    kv: list[tuple[torch.Tensor, torch.Tensor]]  # per layer (key, value), each [N, K, S, D]
+    kv: list[KVLayer]  # per layer
     logit_rows: torch.Tensor  # int64 [R]
     scratch: Scratch
     cos: torch.Tensor | None = None  # float32 [T, R/2]: filled once by the model from its rope, shared by all layers

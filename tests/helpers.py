@@ -20,6 +20,7 @@ from lmdeploy.checkpoint.source import open_source
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kv_layer import KVLayer
 from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.registry import build_model
 from lmdeploy.parallel import Parallel
@@ -154,7 +155,7 @@ class Harness:
         random.Random(7).shuffle(self.free)
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         # NaN where nothing was written: a read outside a sequence's own keys cannot go unseen
-        self.kv = [tuple(torch.full(shape, float("nan"), dtype=model.ctx.dtype, device=self.device) for _ in range(2)) for _ in range(spec.num_layers)]
+        self.kv = [KVLayer(*(torch.full(shape, float("nan"), dtype=model.ctx.dtype, device=self.device) for _ in range(2))) for _ in range(spec.num_layers)]
         self.scratch = Scratch(max_rows, model.ctx.dtype, self.device)
         self.sequences: dict[int, _Stored] = {}
 
@@ -222,7 +223,7 @@ class Harness:
             self._tensor(positions),
             lengths if self.model.spec.rope.depends_on_length else None,
             meta,
-            self.kv,  # type: ignore[arg-type]
+            self.kv,
             torch.arange(sum(counts), device=self.device),
             self.scratch,
         )

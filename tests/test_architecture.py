@@ -20,7 +20,7 @@ MODULES = [p for p in FILES if p.read_text(encoding="utf-8").strip()]
 
 #: lowest first; parts on one line do not import each other
 LAYERS = (
-    ("errors", "log", "version"),
+    ("errors", "log", "version", "kv_layer"),
     ("config", "spec", "messages", "inputs", "parallel"),
     ("kernels", "checkpoint", "text"),
     ("formats",),

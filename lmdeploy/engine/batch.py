@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lmdeploy.engine.plan import NewSequence, PlanItem
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
+from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 Ints = NDArray[np.int64]
@@ -76,7 +77,7 @@ class StepBatch:
 class BatchBuilder:
     """Builds the steps of one rank."""
 
-    def __init__(self, tables: SlotTables, kv: list[tuple[Tensor, Tensor]], scratch: Scratch, *, uses_rope_lengths: bool) -> None:
+    def __init__(self, tables: SlotTables, kv: list[KVLayer], scratch: Scratch, *, uses_rope_lengths: bool) -> None:
         self.tables, self.kv, self.scratch, self.uses_rope_lengths = tables, kv, scratch, uses_rope_lengths
 
     def build(self, items: Sequence[PlanItem], all_rows: Sequence[bool] | None) -> StepBatch:

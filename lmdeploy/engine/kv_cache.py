@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.kv_layer import KVFormat, KVLayer
 from lmdeploy.spec import ModelSpec
 
 Tensor = torch.Tensor
 MAX_POOL_TOKENS = 2**31 - 1  # block ids and slot numbers stay in int32 in kernels
 HUGE_PAGE = 2 << 20
+PLAIN = KVFormat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,9 @@ class PoolSize:
     note: str = ""
 
 
-def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """KV bytes of one token over all layers."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+def bytes_per_token(spec: ModelSpec, dtype: torch.dtype, format: KVFormat = PLAIN) -> int:
+    """KV bytes of one token over all layers, scales and offsets of quantised rows included."""
+    return spec.num_layers * spec.num_kv_heads * format.bytes_per_row(spec.head_dim, dtype)
 
 
 def size_pool(request: PoolRequest, token_bytes: int, free: int) -> PoolSize:
@@ -104,28 +106,28 @@ def gib(count: int) -> str:
 
 
 class KVCache:
-    """One pool for all layers. `layers[i]` is the (key, value) of layer i, each [N, K, S, D], views of one tensor."""
+    """One pool for all layers: `layers[i]` is the cache of layer i, its tensors views of one piece of memory."""
 
-    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, format: KVFormat = PLAIN) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        count = int(np.prod(shape, dtype=np.int64))
+        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        layer_bytes = format.layer_bytes(*shape, dtype)
+        count = spec.num_layers * layer_bytes
         try:
-            flat = _resident(count, dtype) if device.type == "cpu" else torch.zeros(count, dtype=dtype, device=device)
+            memory = _resident(count) if device.type == "cpu" else torch.zeros(count, dtype=torch.uint8, device=device)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-            raise ConfigError(f"the KV cache of {gib(count * dtype.itemsize)} could not be allocated ({error}); lower cache_max_entry_count") from error
-        pool = flat.view(shape)
-        self.nbytes = pool.nbytes
-        self.layers: list[tuple[Tensor, Tensor]] = [(pool[i, 0], pool[i, 1]) for i in range(spec.num_layers)]
+            raise ConfigError(f"the KV cache of {gib(count)} could not be allocated ({error}); lower cache_max_entry_count") from error
+        self.nbytes = count
+        self.layers: list[KVLayer] = [format.layer(memory[i * layer_bytes : (i + 1) * layer_bytes], *shape, dtype) for i in range(spec.num_layers)]
 
     def free(self) -> None:
         """Drop the pool; its memory goes back when no view is left."""
         self.layers = []
 
 
-def _resident(count: int, dtype: torch.dtype) -> Tensor:
-    """`count` zeros in pages of their own (huge ones where possible), touched; they return to the system when freed."""
-    nbytes = -(-count * dtype.itemsize // HUGE_PAGE) * HUGE_PAGE
+def _resident(count: int) -> Tensor:
+    """`count` zero bytes in pages of their own (huge ones where possible), touched; they return to the system when freed."""
+    nbytes = -(-count // HUGE_PAGE) * HUGE_PAGE
     # private, for huge pages are not made for a shared mapping; none of these names exist on Windows
     area = mmap.mmap(-1, nbytes) if not hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -135,7 +137,7 @@ def _resident(count: int, dtype: torch.dtype) -> Tensor:
     with ThreadPoolExecutor(2) as threads:  # the kernel zeroes a page when it is first written: 2 threads, twice the speed
         for half in (pages[:middle], pages[middle:]):
             threads.submit(_touch, half)
-    return torch.frombuffer(area, dtype=dtype, count=count)
+    return torch.frombuffer(area, dtype=torch.uint8, count=count)
 
 
 def _touch(pages: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lmdeploy.inputs import AttentionMeta
+from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 
@@ -27,19 +28,26 @@ class Kernels:
     #: weight W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]. Byte j of a row holds q[n, 2j] in its low half and q[n, 2j + 1] in its high half;
     #: g = K // scales.shape[1] is even and divides K. Rows of `x` may be strided.
     linear_w4: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+    #: (x [T, K], qweight [N, K] int8 or float8_e4m3fn, scales float32 [N, K/g], bias [N] | None, out [T, N]): out = x @ W.T + bias with
+    #: W[n, k] = qweight[n, k] * scales[n, k // g]; x stays as it is. g = K // scales.shape[1] divides K; K/g = 1: one scale a row. Rows of `x` may be strided.
+    linear_w8: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+    #: The same with one scale a row, scales float32 [N, 1], and x quantised row by row to the type of the weight while it runs: x ~ xq * sx with
+    #: sx = max|x| / 127 (int8, rounded to nearest even) or / 448 (float8_e4m3fn); out = (xq @ qweight.T) * sx * scales + bias. Sums of int8 are exact.
+    linear_w8a8: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
     #: (x [T, M], weight [M], eps, out [T, M]): out = x / sqrt(mean(x^2) + eps) * weight
     rms_norm: Callable[[Tensor, Tensor, float, Tensor], None]
     #: (x [T, M], residual [T, M], weight [M], eps, out [T, M]): residual += x in place; out = rms_norm(residual)
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
     #: (x [T, H, D], weight [D], eps): RMSNorm of each head in place; rows of x may be strided (a part of qkv)
     head_norm: Callable[[Tensor, Tensor, float], None]
-    #: (q [T, H, D], k [T, K, D], v [T, K, D], cos [T, R/2], sin [T, R/2], q_scale [T] | None, key_cache [N, K, S, D], value_cache,
-    #: slot_mapping [T]): rotate the first R of D dims of q and k in place, half-split (x1 cos - x2 sin, x2 cos + x1 sin), scale q rows, write the
-    #: rotated k and v to the cache. q, k and v may be strided parts of one qkv buffer (last dim contiguous).
-    rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], None]
-    #: (q [T, H, D], k [T, K, D], v [T, K, D], key_cache [N, K, S, D], value_cache, meta, scale, window, out [T, H * D]): causal attention of the new
-    #: tokens over all kv_lens keys; the new k and v are already in the cache. window > 0: a query at p sees keys p - window + 1 .. p. Query head h reads KV head h * K // H.
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, AttentionMeta, float, int, Tensor], None]
+    #: (q [T, H, D], k [T, K, D], v [T, K, D], cos [T, R/2], sin [T, R/2], q_scale [T] | None, kv, slot_mapping [T]): rotate the first R of D dims of q and k
+    #: in place, half-split (x1 cos - x2 sin, x2 cos + x1 sin), scale q rows. Where kv.rotation is given, multiply q, k and v by it, in place too. Write k and v
+    #: to the cache, quantised as `kv_quant.py` says. q, k and v may be strided parts of one qkv buffer (last dim contiguous).
+    rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, Tensor], None]
+    #: (q [T, H, D], k [T, K, D], v [T, K, D], kv, meta, scale, window, out [T, H * D]): causal attention of the new tokens over all kv_lens keys as the cache
+    #: holds them; q, k and v are as `rope_write_kv` left them, and the new k and v are already in the cache. window > 0: a query at p sees keys
+    #: p - window + 1 .. p. Query head h reads KV head h * K // H. Where kv.rotation is given, the result is rotated back.
+    attention: Callable[[Tensor, Tensor, Tensor, KVLayer, AttentionMeta, float, int, Tensor], None]
     #: (gate_up [T, 2F], out [T, F]): out = silu(gate_up[:, :F]) * gate_up[:, F:]
     silu_mul: Callable[[Tensor, Tensor], None]
     #: (x [T, M], gate_up [E, 2F, M], down [E, M, F], expert_ids int64 [T, k], expert_weights float32 [T, k], out [T, M]): sum over the k chosen experts

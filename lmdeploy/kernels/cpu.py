@@ -20,7 +20,8 @@ import torch
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
-from lmdeploy.kernels.reference import REFERENCE, LinearW4, dequantising
+from lmdeploy.kernels.reference import REFERENCE, LinearW4, dequantising, dequantising_w8
+from lmdeploy.kv_layer import KVLayer
 from lmdeploy.log import get_logger
 
 Tensor = torch.Tensor
@@ -154,52 +155,50 @@ def _silu_mul(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor], 
     return silu_mul
 
 
-def _cache_fits(key_cache: Tensor, value_cache: Tensor, dtype: torch.dtype) -> bool:
-    """Both caches alike, of the activations' dtype, slots and dims packed."""
-    strides = key_cache.stride()
-    packed = strides[3] == 1 and strides[2] == key_cache.shape[3]
-    return packed and strides == value_cache.stride() and key_cache.dtype is dtype and value_cache.dtype is dtype
+def _cache_fits(kv: KVLayer, dtype: torch.dtype) -> bool:
+    """Nothing quantised, both parts alike, of the activations' dtype, slots and dims packed."""
+    strides = kv.key.stride()
+    packed = strides[3] == 1 and strides[2] == kv.key.shape[3]
+    return kv.plain and kv.rotation is None and packed and strides == kv.value.stride() and kv.key.dtype is dtype and kv.value.dtype is dtype
 
 
 def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
     functions, fallback = _functions(library, "rope_write_kv"), REFERENCE.rope_write_kv
 
-    def rope_write_kv(
-        q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
+    def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, slot_mapping: Tensor) -> None:
         dtype = q.dtype
         function = functions.get(dtype)
         tables = cos.dtype is torch.float32 and sin.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous()
         scale_fits = q_scale is None or (q_scale.dtype is torch.float32 and q_scale.is_contiguous())
         dims_packed = q.stride(2) == 1 and k.stride(2) == 1 and v.stride(2) == 1 and slot_mapping.is_contiguous()
-        if function is None or not (tables and scale_fits and dims_packed and _cache_fits(key_cache, value_cache, dtype)):
-            fallback(q, k, v, cos, sin, q_scale, key_cache, value_cache, slot_mapping)
+        if function is None or not (tables and scale_fits and dims_packed and _cache_fits(kv, dtype)):
+            fallback(q, k, v, cos, sin, q_scale, kv, slot_mapping)
             return
         pointers = [x.data_ptr() for x in (q, k, v, cos, sin)]
-        pointers += [0 if q_scale is None else q_scale.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), slot_mapping.data_ptr()]
+        pointers += [0 if q_scale is None else q_scale.data_ptr(), kv.key.data_ptr(), kv.value.data_ptr(), slot_mapping.data_ptr()]
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
         rows, heads, head_dim = q.shape
-        sizes = (rows, heads, k.shape[1], head_dim, 2 * cos.shape[1], key_cache.shape[2], *key_cache.stride()[:2])
+        sizes = (rows, heads, k.shape[1], head_dim, 2 * cos.shape[1], kv.key.shape[2], *kv.key.stride()[:2])
         function(_ROPE.pack(*pointers, *strides, *sizes), threads)
 
     return rope_write_kv
 
 
-def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, AttentionMeta, float, int, Tensor], None]:
+def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, Tensor, KVLayer, AttentionMeta, float, int, Tensor], None]:
     functions, fallback = _functions(library, "attention"), REFERENCE.attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
         dtype = q.dtype
         function = functions.get(dtype)
         head_dim, table = q.shape[2], meta.block_table
         plain = q.stride(2) == 1 and out.dtype is dtype and out.stride(1) == 1 and table.stride(1) == 1 and scale > 0
-        if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(key_cache, value_cache, dtype):
-            fallback(q, k, v, key_cache, value_cache, meta, scale, window, out)
+        if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(kv, dtype):
+            fallback(q, k, v, kv, meta, scale, window, out)
             return
-        pointers = (q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr())
+        pointers = (q.data_ptr(), kv.key.data_ptr(), kv.value.data_ptr(), out.data_ptr())
         lengths = (meta.query_start.data_ptr(), meta.kv_lens.data_ptr(), table.data_ptr())
-        strides = (q.stride(0), q.stride(1), table.stride(0), *key_cache.stride()[:2], out.stride(0))
-        sizes = (len(meta.query_lens), q.shape[1], key_cache.shape[1], head_dim, key_cache.shape[2], window)
+        strides = (q.stride(0), q.stride(1), table.stride(0), *kv.key.stride()[:2], out.stride(0))
+        sizes = (len(meta.query_lens), q.shape[1], kv.key.shape[1], head_dim, kv.key.shape[2], window)
         function(_ATTENTION.pack(*pointers, *lengths, *strides, *sizes, scale), threads)
 
     return attention
@@ -242,6 +241,8 @@ def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
     return Kernels(
         linear=linear,
         linear_w4=_linear_w4(library, workers, dequantising(linear)),
+        linear_w8=dequantising_w8(linear),
+        linear_w8a8=REFERENCE.linear_w8a8,
         rms_norm=_rms_norm(library, workers),
         add_rms_norm=_add_rms_norm(library, workers),
         head_norm=_head_norm(library, workers),

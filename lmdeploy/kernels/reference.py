@@ -14,16 +14,19 @@ import torch.nn.functional as F
 
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
+from lmdeploy.kernels.kv_quant import FP8_MAX, dequantise_rows, quantise_rows
+from lmdeploy.kv_layer import KVLayer, Width
 
 Tensor = torch.Tensor
 
 #: Numbers that decoding gathers at once for keys, and again for values: 64 MiB each in float32.
 GATHER_LIMIT = 1 << 24
-#: Numbers of a 4-bit weight that are written out at once: 16 MiB in float32.
+#: Numbers of a quantised weight that are written out at once: 16 MiB in float32.
 DEQUANTISE_LIMIT = 1 << 22
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 LinearW4 = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+LinearW8 = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -59,6 +62,51 @@ def dequantising(product: Linear) -> LinearW4:
 
 
 linear_w4 = dequantising(linear)
+
+
+def dequantise_w8(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """q * scale, rounded once to `dtype`. qweight int8 or float8_e4m3fn [N, K], scales float32 [N, K/g]; result [N, K]."""
+    return qweight.float().view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
+
+
+def dequantising_w8(product: Linear) -> LinearW8:
+    """`linear_w8` by a dense product of weights that are written out in the type of x, a bounded number of rows at a time."""
+
+    def run(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        rows = qweight.shape[0]
+        step = max(1, DEQUANTISE_LIMIT // x.shape[1])
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            weight = dequantise_w8(qweight[part], scales[part], x.dtype)
+            result = out if step >= rows else out.new_empty(out.shape[0], weight.shape[0])
+            product(x, weight, bias[part] if bias is not None else None, result)
+            if result is not out:
+                out[:, part] = result
+
+    return run
+
+
+linear_w8 = dequantising_w8(linear)
+
+
+def quantise_activations(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the numbers xq [T, K] as float32, sx [T, 1]) with x ~ xq * sx, one scale a row. `dtype` is int8 or float8_e4m3fn; a row of zeros has scale 1."""
+    x = x.float()
+    most = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(most == 0, 1.0, most / (127 if dtype is torch.int8 else FP8_MAX))
+    numbers = x / scale
+    return (numbers.round() if dtype is torch.int8 else numbers.to(dtype).float()), scale
+
+
+def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = (xq @ qweight.T) * sx * scales + bias. x [T, K], qweight [N, K], scales float32 [N, 1]; sums in float64, exact for int8."""
+    numbers, scale = quantise_activations(x, qweight.dtype)
+    rows, numbers = qweight.shape[0], numbers.double()
+    step = max(1, DEQUANTISE_LIMIT // x.shape[1])
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        sums = (numbers @ qweight[part].double().t()).float().mul_(scale).mul_(scales[part].view(1, -1))
+        out[:, part] = sums if bias is None else sums.add_(bias[part].float())
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
@@ -97,23 +145,53 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> None:
     x[..., half : 2 * half] = second
 
 
-def rope_write_kv(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Rotate q [T, H, D] and k [T, K, D] in place, scale the rows of q, write k and v to their slots of the caches [N, K, S, D]."""
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, slot_mapping: Tensor) -> None:
+    """Rotate q [T, H, D] and k [T, K, D] in place, scale the rows of q, write k and v to their slots of the cache; see `api.Kernels`."""
     _rotate(q, cos, sin, q_scale)
     _rotate(k, cos, sin, None)
-    block_size = key_cache.shape[2]
+    if kv.rotation is not None:
+        for x in (q, k, v):
+            x.copy_(x.float() @ kv.rotation)
+    block_size = kv.key.shape[2]
     block = torch.div(slot_mapping, block_size, rounding_mode="floor")
     offset = slot_mapping - block * block_size
-    key_cache[block, :, offset] = k
-    value_cache[block, :, offset] = v
+    _write_rows(k, kv.key, kv.key_scales, kv.key_width, block, offset)
+    _write_rows(v, kv.value, kv.value_scales, kv.value_width, block, offset)
 
 
-def _gather(cache: Tensor, blocks: Tensor, skip: int, length: int, group: int) -> Tensor:
-    """Rows skip..skip + length of the given blocks of a cache [N, K, S, D] as float32 [1, H, length, D], H = K * group."""
-    rows = cache[blocks].transpose(0, 1).flatten(1, 2)[:, skip : skip + length].float()
+def _write_rows(x: Tensor, cache: Tensor, scales: Tensor | None, width: Width, block: Tensor, offset: Tensor) -> None:
+    """Rows x [T, K, D] to the slots (block, offset) of a cache."""
+    if scales is None:
+        cache[block, :, offset] = x
+        return
+    numbers, pairs = quantise_rows(x, width)
+    scales[block, :, offset] = pairs
+    if width == "fp8":  # torch cannot scatter float8
+        cache, numbers = cache.view(torch.uint8), numbers.view(torch.uint8)
+    cache[block, :, offset] = numbers
+
+
+def _read_blocks(kv: KVLayer, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the given blocks [...] as float32 [..., K, S, D]."""
+    stored = ((kv.key, kv.key_scales, kv.key_width), (kv.value, kv.value_scales, kv.value_width))
+    keys, values = (dequantise_rows(_pick_blocks(cache, blocks), scales[blocks] if scales is not None else None, width) for cache, scales, width in stored)
+    return keys, values
+
+
+def _pick_blocks(cache: Tensor, blocks: Tensor) -> Tensor:
+    """cache[blocks]; torch cannot gather float8."""
+    return cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.dtype is torch.float8_e4m3fn else cache[blocks]
+
+
+def _line_up(rows: Tensor, skip: int, length: int, group: int) -> Tensor:
+    """Rows skip..skip + length of blocks [n, K, S, D] as [1, H, length, D], H = K * group."""
+    rows = rows.transpose(0, 1).flatten(1, 2)[:, skip : skip + length]
     return rows.repeat_interleave(group, dim=0).unsqueeze(0) if group > 1 else rows.unsqueeze(0)
+
+
+def _turned_back(result: Tensor, kv: KVLayer) -> Tensor:
+    """Weighted sums [..., D] of values, out of the cache's rotation."""
+    return result if kv.rotation is None else result @ kv.rotation
 
 
 def _mask(query_len: int, kv_len: int, first_key: int, window: int, device: torch.device) -> Tensor:
@@ -124,30 +202,30 @@ def _mask(query_len: int, kv_len: int, first_key: int, window: int, device: torc
     return visible & (key > query - window) if window > 0 else visible
 
 
-def _extend(q: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, row: int, start: int, scale: float, window: int, out: Tensor) -> None:
+def _extend(q: Tensor, kv: KVLayer, meta: AttentionMeta, row: int, start: int, scale: float, window: int, out: Tensor) -> None:
     """Attention of sequence `row`, whose new tokens begin at row `start` of q and out."""
     num_heads, head_dim = q.shape[1:]
-    group, block_size = num_heads // key_cache.shape[1], key_cache.shape[2]
+    group, block_size = num_heads // kv.key.shape[1], kv.key.shape[2]
     query_len, kv_len = meta.query_lens[row], meta.kv_lens_host[row]
     oldest = max(0, kv_len - query_len - window + 1) if window > 0 else 0  # no query sees keys before it
     first_block = oldest // block_size
     blocks = meta.block_table[row, first_block : -(-kv_len // block_size)]
     skip = oldest - first_block * block_size
-    keys, values = (_gather(cache, blocks, skip, kv_len - oldest, group) for cache in (key_cache, value_cache))
+    keys, values = (_line_up(rows, skip, kv_len - oldest, group) for rows in _read_blocks(kv, blocks))
     queries = q[start : start + query_len].transpose(0, 1).unsqueeze(0).float()  # [1, H, query_len, D]
     # One query sees all keys that were gathered; a fresh prompt inside the window is plainly causal; only the rest needs a mask.
     causal = 1 < query_len == kv_len and (window <= 0 or kv_len <= window)
     mask = None if query_len == 1 or causal else _mask(query_len, kv_len, oldest, window, q.device)
     result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
-    out[start : start + query_len].view(query_len, num_heads, head_dim).copy_(result[0].transpose(0, 1))
+    out[start : start + query_len].view(query_len, num_heads, head_dim).copy_(_turned_back(result[0].transpose(0, 1), kv))
 
 
-def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, rows: slice, scale: float, window: int, out: Tensor) -> None:
+def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, rows: slice, scale: float, window: int, out: Tensor) -> None:
     """Attention of several sequences with one new token each, padded to the longest of them.
 
     The heads that share a KV head take the place of query positions, so that keys are not repeated.
     """
-    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    num_kv_heads, block_size = kv.key.shape[1:3]
     used = -(-max(meta.kv_lens_host[rows]) // block_size)
     lengths = meta.kv_lens[rows].unsqueeze(1)  # [n, 1]
     place = torch.arange(used * block_size, device=q.device)
@@ -156,10 +234,10 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMe
         visible &= place >= lengths - window
     table = meta.block_table[rows, :used].masked_fill(place[::block_size] >= lengths, 0)  # entries past the sequence are undefined
     hidden = ~visible[:, None, :, None]  # what lies there may be NaN, which no mask removes
-    keys, values = (cache[table].transpose(1, 2).flatten(2, 3).float().masked_fill_(hidden, 0) for cache in (key_cache, value_cache))  # [n, K, L, D]
-    queries = q[rows].reshape(-1, num_kv_heads, q.shape[1] // num_kv_heads, head_dim).float()  # [n, K, H / K, D]
+    keys, values = (rows.transpose(1, 2).flatten(2, 3).masked_fill_(hidden, 0) for rows in _read_blocks(kv, table))  # [n, K, L, D]
+    queries = q[rows].reshape(-1, num_kv_heads, q.shape[1] // num_kv_heads, q.shape[2]).float()  # [n, K, H / K, D]
     result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible[:, None, None], scale=scale)
-    out[rows].view(-1, num_kv_heads, queries.shape[2], head_dim).copy_(result)
+    out[rows].view(queries.shape).copy_(_turned_back(result, kv))
 
 
 def _decode_groups(lengths: list[int], row_size: int) -> list[slice]:
@@ -173,20 +251,20 @@ def _decode_groups(lengths: list[int], row_size: int) -> list[slice]:
     return [*groups, slice(first, len(lengths))] if lengths else groups
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
+def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
     """Causal attention of the new tokens of each sequence over its cached keys. q [T, H, D], out [T, H * D].
 
     Sequences with one new token are computed together, the others one at a time.
     """
-    row_size = key_cache.shape[1] * key_cache.shape[3]
+    row_size = kv.key.shape[1] * q.shape[2]
     for rows in _decode_groups(meta.kv_lens_host[: meta.num_decode], row_size):
         if rows.stop - rows.start == 1:  # nothing to pad, so nothing to mask
-            _extend(q, key_cache, value_cache, meta, rows.start, rows.start, scale, window, out)
+            _extend(q, kv, meta, rows.start, rows.start, scale, window, out)
         else:
-            _decode(q, key_cache, value_cache, meta, rows, scale, window, out)
+            _decode(q, kv, meta, rows, scale, window, out)
     start = meta.num_decode
     for row in range(meta.num_decode, len(meta.query_lens)):
-        _extend(q, key_cache, value_cache, meta, row, start, scale, window, out)
+        _extend(q, kv, meta, row, start, scale, window, out)
         start += meta.query_lens[row]
 
 
@@ -212,15 +290,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert
     out.copy_(total)
 
 
-REFERENCE = Kernels(
-    linear=linear,
-    linear_w4=linear_w4,
-    rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm,
-    head_norm=head_norm,
-    rope_write_kv=rope_write_kv,
-    attention=attention,
-    silu_mul=silu_mul,
-    experts=experts,
-    names=dict.fromkeys(("linear", "linear_w4", "rms_norm", "add_rms_norm", "head_norm", "rope_write_kv", "attention", "silu_mul", "experts"), "torch"),
-)
+_OPERATORS = {
+    "linear": linear, "linear_w4": linear_w4, "linear_w8": linear_w8, "linear_w8a8": linear_w8a8, "rms_norm": rms_norm, "add_rms_norm": add_rms_norm,
+    "head_norm": head_norm, "rope_write_kv": rope_write_kv, "attention": attention, "silu_mul": silu_mul, "experts": experts,
+}  # fmt: skip
+REFERENCE = Kernels(**_OPERATORS, names=dict.fromkeys(_OPERATORS, "torch"))  # type: ignore[arg-type]

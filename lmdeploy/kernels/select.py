@@ -13,7 +13,7 @@ import torch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
-from lmdeploy.kernels.reference import REFERENCE, dequantising
+from lmdeploy.kernels.reference import REFERENCE, dequantising, dequantising_w8
 from lmdeploy.kernels.row_buckets import Linear, padded
 from lmdeploy.log import get_logger
 
@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 
 PADDED: Linear = padded(REFERENCE.linear)
 PADDED_W4 = dequantising(PADDED)
+PADDED_W8 = dequantising_w8(PADDED)
 
 OPERATORS = tuple(REFERENCE.names)
 #: (operator, the chosen candidate, every other candidate with the reasons against it)
@@ -79,7 +80,7 @@ def pads_rows(kernels: Kernels) -> bool:
 def _torch_set(need: Need) -> Kernels:
     """The reference; 16-bit products on CPU pad their rows."""
     padding = need.device_type == "cpu" and need.dtype is not torch.float32
-    return replace(REFERENCE, linear=PADDED, linear_w4=PADDED_W4) if padding else REFERENCE
+    return replace(REFERENCE, linear=PADDED, linear_w4=PADDED_W4, linear_w8=PADDED_W8) if padding else REFERENCE
 
 
 def select(

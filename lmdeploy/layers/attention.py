@@ -58,10 +58,9 @@ class Attention:
         if self.norms:
             self.norms[0].heads(step.q)
             self.norms[1].heads(step.k)
-        keys, values = inputs.kv[self.index]
-        meta = inputs.attention
-        self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, keys, values, meta.slot_mapping)
-        self.kernels.attention(step.q, step.k, step.v, keys, values, meta, self.scale, self.window, step.attn)
+        kv, meta = inputs.kv[self.index], inputs.attention
+        self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, kv, meta.slot_mapping)
+        self.kernels.attention(step.q, step.k, step.v, kv, meta, self.scale, self.window, step.attn)
 
     def project(self, step: StepBuffers) -> None:
         """step.attn -> step.proj [T, M]; apart from `forward` because the last layer does it for fewer rows."""

@@ -17,6 +17,7 @@ from lmdeploy.formats.dense import DenseWeight
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.reference import silu_mul
+from lmdeploy.kv_layer import KVLayer
 from lmdeploy.layers.build import BuildContext, StepBuffers, StepShape
 from lmdeploy.layers.experts import Experts
 from lmdeploy.layers.linear import Linear
@@ -165,7 +166,7 @@ class LayerStream:
         self.scratch = Scratch(self.batch_size * length, self.dtype, self.device)
         blocks = self.batch_size * -(-length // BLOCK)
         shape = (blocks, self.spec.num_kv_heads, BLOCK, self.spec.head_dim)
-        self.cache = (torch.zeros(shape, dtype=self.dtype, device=self.device), torch.zeros(shape, dtype=self.dtype, device=self.device))
+        self.cache = KVLayer(torch.zeros(shape, dtype=self.dtype, device=self.device), torch.zeros(shape, dtype=self.dtype, device=self.device))
 
     @property
     def num_batches(self) -> int:

@@ -73,9 +73,9 @@ def test_slots_stay_32_bit_numbers() -> None:
 
 def test_layers_are_views_of_one_pool() -> None:
     cache = KVCache(spec(2), 5, 16, torch.bfloat16, CPU)
-    assert len(cache.layers) == 2 and all(t.shape == (5, 4, 16, 64) and t.is_contiguous() for pair in cache.layers for t in pair)
+    assert len(cache.layers) == 2 and all(t.shape == (5, 4, 16, 64) and t.is_contiguous() for layer in cache.layers for t in (layer.key, layer.value))
     assert cache.nbytes == 5 * 16 * bytes_per_token(spec(2), torch.bfloat16)
-    starts = [t.data_ptr() for pair in cache.layers for t in pair]
+    starts = [t.data_ptr() for layer in cache.layers for t in (layer.key, layer.value)]
     step = cache.nbytes // 4
     assert starts == [starts[0] + i * step for i in range(4)]
 

@@ -8,6 +8,7 @@ import torch
 from lmdeploy.kernels.build import NativeBuild
 from lmdeploy.kernels.cpu import native_kernels
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kv_layer import KVLayer
 from tests.kernels.test_cpu import EACH_DTYPE, Pool, assert_near, attend, make
 
 LENGTH = 2300  # three splits of 1024
@@ -45,5 +46,5 @@ def test_a_negative_scale_goes_to_the_reference(best_build: NativeBuild) -> None
     pool, q = Pool([70], 1, 64, 64, torch.float32), make(2, 1, 64)
     meta, outs = pool.meta([2]), [torch.empty(2, 64), torch.empty(2, 64)]
     for kernels, out in zip((native_kernels(best_build, 1), REFERENCE), outs, strict=True):
-        kernels.attention(q, q, q, pool.cache[0], pool.cache[1], meta, -0.5, 0, out)
+        kernels.attention(q, q, q, KVLayer(*pool.cache), meta, -0.5, 0, out)
     assert torch.equal(outs[0], outs[1])

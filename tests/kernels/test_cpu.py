@@ -13,6 +13,7 @@ from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild
 from lmdeploy.kernels.cpu import native_kernels
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 # Largest error relative to the largest result: the order of a float32 sum; one bfloat16 rounding.
@@ -153,7 +154,7 @@ def test_rope_write_kv_agrees_with_the_reference(kernels: Kernels, dtype: torch.
         qkv = make(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
         caches = torch.zeros(2, 5, kv_heads, block_size, head_dim, dtype=dtype)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        chosen.rope_write_kv(q, k, v, angles.cos(), angles.sin(), scale, caches[0], caches[1], slots)
+        chosen.rope_write_kv(q, k, v, angles.cos(), angles.sin(), scale, KVLayer(*caches), slots)
         results.append((qkv, caches))
     assert_near(results[0][0], results[1][0])
     assert_near(results[0][1], results[1][1])
@@ -205,7 +206,7 @@ class Pool:
 
 def attend(kernels: Kernels, pool: Pool, q: Tensor, meta: AttentionMeta, window: int = 0) -> Tensor:
     out = empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
-    kernels.attention(q, q, q, pool.cache[0], pool.cache[1], meta, q.shape[2] ** -0.5, window, out)
+    kernels.attention(q, q, q, KVLayer(*pool.cache), meta, q.shape[2] ** -0.5, window, out)
     return out
 
 

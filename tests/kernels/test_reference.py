@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels import reference
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 
@@ -148,7 +149,7 @@ def test_rope_write_kv_turns_pairs_scales_queries_and_fills_the_slots(device: st
     scale = torch.tensor([1.0, 1.5, 1.0, 0.5, 2.0], device=device) if with_scale else None
     caches = [torch.zeros(6, kv_heads, block_size, dim, dtype=dtype, device=device) for _ in range(2)]
     slots = torch.tensor([3, 21, 0, 22, 9], device=device)
-    REFERENCE.rope_write_kv(q, k, v, cos, sin, scale, caches[0], caches[1], slots)
+    REFERENCE.rope_write_kv(q, k, v, cos, sin, scale, KVLayer(*caches), slots)
     for t in range(tokens):
         factor = float(scale[t]) if scale is not None else 1.0
         for h in range(heads):
@@ -208,7 +209,7 @@ def test_attention_of_mixed_decode_and_prefill_matches_a_loop_over_keys(
     q = make(sum(counts), heads, dim, dtype=dtype, device=device, seed=99)
     empty = torch.empty(sum(counts), kv_heads, dim, dtype=dtype, device=device)
     out = torch.full((sum(counts), heads * dim), math.nan, dtype=dtype, device=device)
-    REFERENCE.attention(q, empty, empty, caches[0], caches[1], meta, dim**-0.5, window, out)
+    REFERENCE.attention(q, empty, empty, KVLayer(*caches), meta, dim**-0.5, window, out)
     start = 0
     for (keys, values), count in zip(contents, counts, strict=True):
         wanted = naive_attention(q[start : start + count].cpu(), keys.cpu(), values.cpu(), dim**-0.5, window)
@@ -225,7 +226,7 @@ def test_attention_of_any_batch_matches_the_loop(device: str, data: st.DataObjec
     block_size, window, heads = data.draw(st.sampled_from([1, 3, 8])), data.draw(st.sampled_from([0, 2, 6])), data.draw(st.sampled_from([(2, 1), (2, 2)]))
     contents, caches, meta = paged(lengths, counts, heads[1], 6, block_size, torch.float32, device)
     q, out = make(sum(counts), heads[0], 6, dtype=torch.float32, device=device), torch.empty(sum(counts), heads[0] * 6, device=device)
-    REFERENCE.attention(q, q[:, : heads[1]], q[:, : heads[1]], caches[0], caches[1], meta, 0.4, window, out)
+    REFERENCE.attention(q, q[:, : heads[1]], q[:, : heads[1]], KVLayer(*caches), meta, 0.4, window, out)
     start = 0
     for (keys, values), count in zip(contents, counts, strict=True):
         wanted = naive_attention(q[start : start + count].cpu(), keys.cpu(), values.cpu(), 0.4, window)
@@ -239,7 +240,7 @@ def test_decoding_in_groups_of_any_size_is_the_same(device: str, limit: int, mon
     lengths = [3, 9, 1, 4, 8, 2]
     contents, caches, meta = paged(lengths, [1] * 6, 2, 8, 4, torch.float32, device)
     q, out = make(6, 4, 8, dtype=torch.float32, device=device), torch.empty(6, 32, device=device)
-    REFERENCE.attention(q, q[:, :2], q[:, :2], caches[0], caches[1], meta, 0.3, 0, out)
+    REFERENCE.attention(q, q[:, :2], q[:, :2], KVLayer(*caches), meta, 0.3, 0, out)
     for row, (keys, values) in enumerate(contents):
         assert_close(out[row : row + 1], naive_attention(q[row : row + 1].cpu(), keys.cpu(), values.cpu(), 0.3, 0).flatten(1), torch.float32, 4)
 
@@ -247,7 +248,7 @@ def test_decoding_in_groups_of_any_size_is_the_same(device: str, limit: int, mon
 def test_attention_reads_queries_that_are_a_part_of_qkv(device: str) -> None:
     contents, caches, meta = paged([6], [3], 1, 8, 4, torch.float32, device)
     qkv, out = make(3, 4, 8, dtype=torch.float32, device=device), torch.empty(3, 16, device=device)
-    REFERENCE.attention(qkv[:, :2], qkv[:, 2:3], qkv[:, 3:], caches[0], caches[1], meta, 0.3, 0, out)
+    REFERENCE.attention(qkv[:, :2], qkv[:, 2:3], qkv[:, 3:], KVLayer(*caches), meta, 0.3, 0, out)
     assert_close(out, naive_attention(qkv[:, :2].cpu(), contents[0][0].cpu(), contents[0][1].cpu(), 0.3, 0).flatten(1), torch.float32, 4)
 
 
