@@ -1,6 +1,6 @@
 """Runs a model one decoder layer at a time and notes what goes into every linear layer.
 
-The hidden states of all windows stay on the host; one layer is loaded, run for all of them, and forgotten. It is the 16-bit layer that runs: statistics are
+The hidden states of all windows stay on the host (or `home`); one layer is loaded, run for all of them, and forgotten. It is the 16-bit layer that runs: statistics are
 those of the original model, rounding errors of earlier layers do not reach them, and one pass is enough. Inputs are seen by wrapping the kernels that
 every layer calls, so any model of the registry works, experts included. The memory need is one layer, one batch and the hidden states.
 """
@@ -52,7 +52,8 @@ class InputStats:
 
     @classmethod
     def empty(cls, inputs: int, group: int, device: torch.device, *, with_gram: bool) -> InputStats:
-        """Nothing seen yet."""
+        """Nothing seen yet. group 0: X^T X of all inputs together, [1, K, K]."""
+        group = group or inputs
         gram = torch.zeros(inputs // group, group, group, device=device) if with_gram and inputs % group == 0 else None
         return cls(torch.zeros(inputs, device=device), torch.zeros(inputs, device=device), gram)
 
@@ -91,6 +92,7 @@ class Recorder:
     def __init__(self, kernels: Kernels, group: int, *, with_gram: bool) -> None:
         self.inner, self.group, self.with_gram = kernels, group, with_gram
         self.keep = MAX_ROWS
+        self.paused = False  # True: layers run, nothing is noted (a run that is taken up again)
         self.stats: dict[str, InputStats] = {}
         self._names: dict[int, tuple[str, ...]] = {}  # address of a weight -> its modules
         self.kernels = replace(kernels, linear=self.linear, experts=self.experts)
@@ -110,7 +112,7 @@ class Recorder:
         """As the kernel, and noted."""
         names = self._names[weight.data_ptr()]
         self._note(names[0], x)
-        for name in names[1:]:
+        for name in names[1:] if not self.paused else ():
             self.stats[name] = self.stats[names[0]]
         self.inner.linear(x, weight, bias, out)
 
@@ -127,6 +129,8 @@ class Recorder:
         out.copy_(total)
 
     def _note(self, name: str, x: Tensor) -> None:
+        if self.paused:
+            return
         if name not in self.stats:
             self.stats[name] = InputStats.empty(x.shape[1], self.group, x.device, with_gram=self.with_gram)
         self.stats[name].add(x, self.keep)
@@ -146,6 +150,7 @@ class LayerStream:
 
     def __init__(self, spec: ModelSpec, source: WeightSource, recorder: Recorder, device: torch.device, dtype: torch.dtype) -> None:
         self.spec, self.source, self.recorder, self.device, self.dtype = spec, source, recorder, device, dtype
+        self.home = torch.device("cpu")  # where the hidden states are kept; the device itself where they fit
         ctx = BuildContext(replace(spec, num_layers=0), Parallel(), recorder.kernels, dtype, device)  # layers are built one by one
         self.model: Decoder = model_class(spec)(ctx)
         self.hidden = torch.empty(0)
@@ -157,11 +162,11 @@ class LayerStream:
         self.batch_size = min(batch_size, count)
         self.recorder.keep = -(-MAX_ROWS // -(-count // self.batch_size))
         self.model.embedding.load(self.source)
-        self.hidden = torch.empty(count, length, self.spec.hidden_size, dtype=self.dtype)
+        self.hidden = torch.empty(count, length, self.spec.hidden_size, dtype=self.dtype, device=self.home)
         for rows in self._batches():
             flat = torch.empty(windows[rows].numel(), self.spec.hidden_size, dtype=self.dtype, device=self.device)
             self.model.embedding.forward(windows[rows].reshape(-1).to(self.device), flat)
-            self.hidden[rows] = flat.view(-1, length, self.spec.hidden_size).to("cpu")
+            self.hidden[rows] = flat.view(-1, length, self.spec.hidden_size).to(self.home)
         self.model.embedding.weight = torch.empty(0)
         self.scratch = Scratch(self.batch_size * length, self.dtype, self.device)
         blocks = self.batch_size * -(-length // BLOCK)
@@ -191,7 +196,7 @@ class LayerStream:
             step = StepBuffers.take(self.scratch, shape, states.shape[0] * states.shape[1])
             step.residual.copy_(states.reshape(-1, self.spec.hidden_size))
             _forward(layer, inputs, step)
-            self.hidden[rows] = step.residual.view(states.shape).to("cpu")
+            self.hidden[rows] = step.residual.view(states.shape).to(self.home)
             yield number
 
     def _inputs(self, count: int, length: int) -> ForwardInputs:
