@@ -1,0 +1,100 @@
+"""Triton's products with quantised weights on the GPU, in the shapes of real models, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmdeploy.kernels.reference import REFERENCE
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+linear = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear")
+
+Tensor = torch.Tensor
+DEVICE = torch.device("cuda")
+#: inputs, outputs, group: layers of a 1.8B and a 7B model, a head, ragged edges, odd groups
+SHAPES = [(2048, 4096, 128), (8192, 2048, 128), (4096, 28672, 128), (2048, 92544, 128), (384, 1000, 64), (172, 72, 86), (512, 136, 512)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STEP = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def numbers(outer: int, inner: int, kind: torch.dtype) -> Tensor:
+    if kind is torch.float8_e4m3fn:
+        return (torch.randn(outer, inner, device=DEVICE) * 30).to(kind)
+    return torch.randint(-127, 128, (outer, inner), device=DEVICE, dtype=torch.int8)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert (found.float() - wanted.float()).abs().max() <= STEP[wanted.dtype] * wanted.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8, 33, 300])
+@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
+def test_w4_agrees_with_the_reference(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, inner + 8, device=DEVICE).to(dtype)[:, :inner]
+    bias = torch.randn(outer, device=DEVICE).to(dtype)
+    qweight = torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, device=DEVICE)
+    scales = torch.rand(outer, inner // group, device=DEVICE) * 0.1
+    zeros = torch.randint(0, 16, scales.shape, device=DEVICE).float()
+    found, wanted = (torch.full((rows, outer), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    linear.linear_w4(x, qweight, scales, zeros, bias, found)
+    REFERENCE.linear_w4(x, qweight, scales, zeros, bias, wanted)
+    close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 33, 300])
+@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
+def test_8_bits_agree_with_the_reference(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype, kind: torch.dtype) -> None:
+    x, weight = torch.randn(rows, inner + 8, device=DEVICE).to(dtype)[:, :inner], numbers(outer, inner, kind)
+    found, wanted = (torch.full((rows, outer), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    for groups in (inner // group, 1):
+        scales = torch.rand(outer, groups, device=DEVICE) * 0.01
+        linear.linear_w8(x, weight, scales, None, found)
+        REFERENCE.linear_w8(x, weight, scales, None, wanted)
+        close(found, wanted)
+    linear.linear_w8a8(x, weight, scales, None, found)
+    REFERENCE.linear_w8a8(x, weight, scales, None, wanted)
+    close(found, wanted)
+
+
+def test_quantised_products_beside_dense_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """No bar here, tuning is another matter: a line each for the reader."""
+    inner, outer = 4096, 28672
+    dense = torch.randn(outer, inner, device=DEVICE).bfloat16()
+    qweight = torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, device=DEVICE)
+    scales, row = torch.rand(outer, inner // 128, device=DEVICE), torch.rand(outer, 1, device=DEVICE)
+    eight = numbers(outer, inner, torch.int8)
+    for rows in (1, 16, 1024):
+        x, out = torch.randn(rows, inner, device=DEVICE).bfloat16(), torch.empty(rows, outer, device=DEVICE, dtype=torch.bfloat16)
+        times = {
+            "dense": milliseconds(lambda x=x, out=out: REFERENCE.linear(x, dense, None, out)),
+            "w4": milliseconds(lambda x=x, out=out: linear.linear_w4(x, qweight, scales, scales, None, out)),
+            "w8": milliseconds(lambda x=x, out=out: linear.linear_w8(x, eight, row, None, out)),
+            "w8a8": milliseconds(lambda x=x, out=out: linear.linear_w8a8(x, eight, row, None, out)),
+        }
+        with capsys.disabled():
+            print(f"\n{rows} rows, {outer}x{inner}, ms: " + "  ".join(f"{name} {time:.3f}" for name, time in times.items()))
+        assert all(time > 0 for time in times.values())
+
+
+def milliseconds(call) -> float:  # type: ignore[no-untyped-def]
+    """Median of 20, after 3."""
+    times = []
+    for i in range(23):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
