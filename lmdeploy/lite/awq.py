@@ -136,7 +136,7 @@ def _smooth(layer: LayerWeights, stats: dict[str, InputStats], group: SmoothingG
     if not seen.finite:
         warnings.append(f"{', '.join(targets)}: inputs hold NaN or infinity; left unscaled and unclipped")
         return
-    source = _Source(layer, group)
+    source = ScaleSource(layer, group)
     if not source.fits(seen.absmax.shape[0]):
         return
     weights = [layer.linears[name].weight for name in targets if layer.linears[name].quantised]
@@ -149,7 +149,7 @@ def _smooth(layer: LayerWeights, stats: dict[str, InputStats], group: SmoothingG
         layer.linears[name].scale_columns(scales)
 
 
-class _Source:
+class ScaleSource:
     """The norm or linear layer whose outputs are divided."""
 
     def __init__(self, layer: LayerWeights, group: SmoothingGroup) -> None:
@@ -194,7 +194,7 @@ def fixed_scales(absmax: Tensor, weights: Sequence[Tensor], group: int) -> Tenso
     return _normalised((absmax / relative.clamp(min=1e-9)).sqrt())
 
 
-def _searched(seen: InputStats, weights: Sequence[Tensor], source: _Source, how: Rounding) -> Tensor:
+def _searched(seen: InputStats, weights: Sequence[Tensor], source: ScaleSource, how: Rounding) -> Tensor:
     """mean|x|^alpha with the alpha whose rounded weights come nearest to the outputs."""
     rows = seen.rows
     best, least = torch.ones_like(seen.absmax), float("inf")
