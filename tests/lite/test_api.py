@@ -131,7 +131,7 @@ def test_ctrl_c_leaves_nothing_behind(moment: str, tmp_path: Path, model_folder:
 
 def test_a_model_that_collapses_is_refused(tmp_path: Path, model_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmdeploy.lite.evaluate.COLLAPSE", 0.5)
-    with pytest.raises(CheckpointError, match="the 4-bit model is broken: perplexity .* nothing is written"):
+    with pytest.raises(CheckpointError, match="the quantised model is broken: perplexity .* nothing is written"):
         auto_awq(str(model_folder), calib_dataset=text, calib_samples=0, calib_seqlen=64, work_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
