@@ -78,6 +78,25 @@ def _list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+#: KV cache policies: name -> the public surface's number. The last two are known there and not available here.
+KV_POLICIES: dict[str, int] = {"none": 0, "int8": 8, "int4": 4, "fp8": 16, "fp8_e5m2": 17, "turbo_quant": 42}
+QuantPolicy = int | str
+
+
+def kv_policy(value: Any) -> Any:
+    """A policy's name or number, also as a text -> its number, or 'k8v4', which has none; anything else as it is."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        return int(text) if text.isdecimal() else KV_POLICIES.get(text, text)
+    return _int(value)
+
+
+def _policy_problem(value: Any) -> str | None:
+    if value in (0, 4, 8, 16, "k8v4"):
+        return None
+    return "is not available in this version of lmdeploy; use 0 (16 bit), 8 (int8), k8v4 (keys int8, values int4), 4 (int4) or 16 (fp8, CUDA only)"
+
+
 #: annotation -> (Python types, what an error says, how equivalent values are brought into that type)
 _KINDS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], Any]]] = {
     "bool": ((bool,), "must be True or False", _bool),
@@ -86,6 +105,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], Any]]] = {
     "str": ((str,), "must be a text", _str),
     "list": ((list,), "must be a list", _list),
     "dict": ((dict,), "must be a dict", lambda v: v),
+    "QuantPolicy": ((int, str), "must be 0, 8, 4, 'k8v4' or 'fp8'", kv_policy),
 }
 
 
@@ -207,7 +227,7 @@ MAX_CPU_THREADS = 1024
 #: Any other value is an error, never silence.
 UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
     "tp": (1,), "dp": (1,), "cp": (1,), "ep": (1,), "nnodes": (1,), "node_rank": (0,), "dist_init_addr": (None,), "devices": (None,),
-    "quant_policy": (0,), "adapters": (None,), "num_cpu_blocks": (0,), "custom_module_map": (None,), "empty_init": (False,),
+    "adapters": (None,), "num_cpu_blocks": (0,), "custom_module_map": (None,), "empty_init": (False,),
     "distributed_executor_backend": (None, "uni"),
 }  # fmt: skip
 
@@ -234,7 +254,13 @@ class EngineConfig(_Checked):
     )
     cache_block_seq_len: int = option(64, "tokens per KV block", check=between(1, 1024))
     enable_prefix_caching: bool = option(True, "reuse the KV blocks of equal prompt beginnings")
-    quant_policy: int = option(0, "KV cache: 0 = 16/32 bit, 8 = int8, 4 = int4", choices=(0, 4, 8))
+    quant_policy: QuantPolicy = option(
+        0, "KV cache: 0 = none (16 bit), 8 = int8, k8v4 = keys int8 and values int4, 4 = int4, fp8 = float8 (CUDA, capability 8.9)", check=_policy_problem
+    )
+    kv_rotation: bool | None = option(
+        None, "rotate keys and values before they are quantised, so that outlier channels cost no accuracy; default: where keys or values have 4 bits"
+    )
+    strict_quality: bool = option(False, "refuse to start when a 4-bit KV cache costs the model too much accuracy (else a warning says so)")
     rope_scaling_factor: float = option(0.0, "dynamic NTK factor for prompts beyond the training length; 0 = as config.json says", check=at_least(0))
     use_logn_attn: bool = option(False, "scale queries beyond the training length by log(position)/log(training length)")
     max_prefill_token_num: int = option(8192, "most tokens computed in one step; on CPU 1024 when not given", check=between(1, 1 << 20))

@@ -16,6 +16,7 @@ Tensor = torch.Tensor
 #: Of a key or value: the activations' own type, unsigned integers, or float8_e4m3fn.
 Width = Literal["16", "8", "4", "fp8"]
 
+_NAMES: dict[tuple[Width, Width], str] = {("16", "16"): "none", ("8", "8"): "int8", ("4", "4"): "int4", ("8", "4"): "k8v4", ("fp8", "fp8"): "fp8"}
 SCALE_BYTES = 4  # scale and offset of a row, bfloat16 each
 ALIGNMENT = 64
 
@@ -49,6 +50,16 @@ class KVFormat:
     key: Width = "16"
     value: Width = "16"
     rotated: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """True when nothing is quantised."""
+        return self.key == self.value == "16"
+
+    @property
+    def name(self) -> str:
+        """As the start-up lines call it: 'none', 'int8', 'k8v4', 'rotated int4', 'fp8'."""
+        return ("rotated " if self.rotated else "") + _NAMES.get((self.key, self.value), f"k{self.key}v{self.value}")
 
     def bytes_per_row(self, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes of a key and a value of one head and token, scales included."""

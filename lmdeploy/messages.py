@@ -117,6 +117,8 @@ class MemoryBill(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     bytes_per_token: int  # KV bytes of one token over all layers
     session_len: int
+    bytes_per_token_16bit: int = 0  # what it would be without quantising, in a 16-bit type
+    kv_policy: str = "none"  # how keys and values are stored: none, int8, k8v4, int4, fp8, "rotated" where they are
     note: str = ""  # e.g. why the pool is smaller than the ratio asked for
 
 

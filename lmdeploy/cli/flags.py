@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, QuantPolicy, TurbomindEngineConfig, kv_policy
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import LEVELS, get_logger
 
@@ -29,7 +29,7 @@ FLAG_NAMES = {"device_type": "device"}
 #: options of EngineConfig that other systems' command lines have; the config itself says what it makes of them
 COMPATIBLE = ("tp", "dp", "cp", "ep", "nnodes", "node_rank", "dist_init_addr", "devices", "distributed_executor_backend", "num_gpu_blocks", "empty_init")
 #: engine options that this version obeys only with their neutral value, and that users look for in the help
-_SHOWN_COMPATIBLE = ("tp", "quant_policy")
+_SHOWN_COMPATIBLE = ("tp",)
 #: flags of the public surface that nothing here can obey yet: name -> its neutral values; any other value is an error
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "role": ("Hybrid",), "migration_backend": ("DLSlime",), "language_model_only": (False,), "disable_vision_encoder": (False,),
@@ -136,6 +136,7 @@ _KINDS: dict[Any, _Kind] = {
     float: _Kind("FLOAT", float),
     str: _Kind("TEXT", str),
     dict: _Kind("JSON", _json_object),
+    QuantPolicy: _Kind("{0,8,k8v4,4,fp8}", kv_policy),
 }
 
 
@@ -151,6 +152,8 @@ def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _kind(hint: Any) -> _Kind:
     """From a type hint such as `int | None` or `list[str]`."""
+    if hint in _KINDS:
+        return _KINDS[hint]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         kind = _kind(next(a for a in typing.get_args(hint) if a is not type(None)))
         return dataclasses.replace(kind, parse=_or_none(kind.parse)) if kind.parse in (int, float) else kind

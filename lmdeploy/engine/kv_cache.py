@@ -6,6 +6,7 @@ really touched at start-up: what the memory bill says is what the process has, a
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,27 @@ class PoolSize:
 def bytes_per_token(spec: ModelSpec, dtype: torch.dtype, format: KVFormat = PLAIN) -> int:
     """KV bytes of one token over all layers, scales and offsets of quantised rows included."""
     return spec.num_layers * spec.num_kv_heads * format.bytes_per_row(spec.head_dim, dtype)
+
+
+FORMATS: dict[int | str, KVFormat] = {
+    0: PLAIN, 8: KVFormat("8", "8"), 4: KVFormat("4", "4", rotated=True), "k8v4": KVFormat("8", "4", rotated=True), 16: KVFormat("fp8", "fp8"),
+}  # fmt: skip
+FP8_CAPABILITY = (8, 9)
+
+
+def choose_format(policy: int | str, rotation: bool | None, head_dim: int, capability: tuple[int, int] | None) -> KVFormat:
+    """The format of a `quant_policy`; `rotation` None = where keys or values have 4 bits. `capability` is the CUDA device's, None on CPU."""
+    format = FORMATS[policy]
+    if format.plain and rotation:
+        raise ConfigError("kv_rotation=True has no use with quant_policy=0: only quantised keys and values gain by it; leave it out or choose quant_policy=4")
+    if policy == 16 and (capability is None or capability < FP8_CAPABILITY):
+        here = "this is a CPU" if capability is None else f"this one has {capability[0]}.{capability[1]}"
+        raise ConfigError(
+            f"quant_policy=16 (fp8) needs a CUDA device of compute capability 8.9 or newer, {here}; use quant_policy=8 (int8), as small and as exact"
+        )
+    if head_dim % 2 and "4" in (format.key, format.value):
+        raise ConfigError(f"quant_policy={policy} stores two numbers a byte, but the model's head_dim={head_dim} is odd; use quant_policy=8 (int8)")
+    return format if rotation is None else dataclasses.replace(format, rotated=rotation)
 
 
 def size_pool(request: PoolRequest, token_bytes: int, free: int) -> PoolSize:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -96,11 +97,21 @@ def _glibc(name: str) -> Callable[..., int] | None:
     return getattr(libc, name) if hasattr(libc, "gnu_get_libc_version") else None
 
 
-def make_bill(device: torch.device, parts: tuple[int, int, int], pool: tuple[int, int, int], session_len: int, note: str) -> MemoryBill:
-    """`parts` are the bytes of weights, KV pool and workspace; `pool` is (blocks, block size, bytes per token)."""
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """What the bill says of the KV pool; `bytes_16bit` are those of a token that is not quantised."""
+
+    num_blocks: int
+    block_size: int
+    token_bytes: int
+    bytes_16bit: int
+    policy: str = "none"
+
+
+def make_bill(device: torch.device, parts: tuple[int, int, int], pool: PoolShape, session_len: int, note: str) -> MemoryBill:
+    """`parts` are the bytes of weights, KV pool and workspace."""
     total = taken_bytes(device)
     weights, kv_pool, workspace = parts
-    num_blocks, block_size, token_bytes = pool
     return MemoryBill(
         device=str(device),
         weights=weights,
@@ -109,12 +120,21 @@ def make_bill(device: torch.device, parts: tuple[int, int, int], pool: tuple[int
         other=total - weights - kv_pool - workspace,
         total=total,
         free=free_bytes(device),
-        num_blocks=num_blocks,
-        block_size=block_size,
-        bytes_per_token=token_bytes,
+        num_blocks=pool.num_blocks,
+        block_size=pool.block_size,
+        bytes_per_token=pool.token_bytes,
         session_len=session_len,
+        bytes_per_token_16bit=pool.bytes_16bit,
+        kv_policy=pool.policy,
         note=note,
     )
+
+
+def _gain(bill: MemoryBill) -> str:
+    """' (int8: 1.97 times what 16 bit would hold)'; nothing for a cache that is not quantised."""
+    if bill.kv_policy == "none":
+        return ""
+    return f" ({bill.kv_policy}: {bill.bytes_per_token_16bit / bill.bytes_per_token:.3g} times what 16 bit would hold)"
 
 
 def format_bill(bill: MemoryBill) -> str:
@@ -124,7 +144,7 @@ def format_bill(bill: MemoryBill) -> str:
     sessions = f"{tokens / bill.session_len:.3g} conversations of session_len={bill.session_len}"
     rows = [
         ("weights", bill.weights, ""),
-        ("KV cache", bill.kv_pool, f"{bill.num_blocks} blocks of {bill.block_size} = {tokens} tokens of {bill.bytes_per_token} bytes; {sessions}"),
+        ("KV cache", bill.kv_pool, f"{bill.num_blocks} blocks of {bill.block_size} = {tokens} tokens of {bill.bytes_per_token} bytes{_gain(bill)}; {sessions}"),
         ("step workspace", bill.workspace, "activations of the largest step"),
         ("other", bill.other, "interpreter, libraries, kernels" if cpu else "CUDA context, libraries, other processes"),
         ("total", bill.total, "resident memory of the process" if cpu else f"in use on {bill.device}"),

@@ -14,13 +14,14 @@ import torch
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
-from lmdeploy.engine.kv_cache import KVCache, PoolRequest, bytes_per_token, size_pool
-from lmdeploy.engine.memory import free_bytes, make_bill, trim
+from lmdeploy.engine.kv_cache import PLAIN, KVCache, PoolRequest, bytes_per_token, size_pool
+from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.inputs import ForwardInputs, Scratch
 from lmdeploy.kernels.row_buckets import buckets
+from lmdeploy.kv_layer import KVFormat
 from lmdeploy.log import get_logger
 from lmdeploy.messages import SamplingParams, TokenLogprobs
 from lmdeploy.spec import ModelSpec
@@ -49,30 +50,40 @@ class Model(Protocol):
 class ModelRunner:
     """One rank. `config` is resolved; construction sizes and takes all memory, after running the largest step once."""
 
-    def __init__(self, model: Model, config: EngineConfig, pool: PoolRequest, device: torch.device, dtype: torch.dtype, *, pads_rows: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig,
+        pool: PoolRequest,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        kv_format: KVFormat = PLAIN,
+        pads_rows: bool = False,
+    ) -> None:
         assert config.max_batch_size is not None
         self.model, self.device, self.dtype = model, device, dtype
         self.max_batch_size, self.max_tokens = config.max_batch_size, config.max_prefill_token_num
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         with torch.inference_mode():
-            self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device)
+            self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_format)
             self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
             self._run_largest_step()
             if pads_rows:
                 self._run_buckets()
             self.kv.free()
             trim()
-            token_bytes = bytes_per_token(model.spec, dtype)
+            token_bytes = bytes_per_token(model.spec, dtype, kv_format)
             size = size_pool(pool, token_bytes, free_bytes(device))
             self.session_len, self.note = size.session_len, size.note
-            self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device)
+            self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device, kv_format)
             self._make_tables(min(size.session_len, size.num_blocks * pool.block_size))  # no sequence outgrows the pool
             self.sampler.reserve(self.max_batch_size)
         trim()
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
-        numbers = (size.num_blocks, pool.block_size, token_bytes)
-        self.memory = make_bill(device, (model.weight_bytes, self.kv.nbytes, workspace), numbers, size.session_len, size.note)
+        shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_format.name)
+        self.memory = make_bill(device, (model.weight_bytes, self.kv.nbytes, workspace), shape, size.session_len, size.note)
 
     def _make_tables(self, session_len: int) -> None:
         spec = self.model.spec

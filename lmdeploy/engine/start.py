@@ -18,7 +18,7 @@ from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
-from lmdeploy.engine.kv_cache import PoolRequest, gib
+from lmdeploy.engine.kv_cache import PoolRequest, choose_format, gib
 from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.errors import ConfigError
@@ -112,6 +112,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     device = choose_device(config)
     spec = adapt_spec(load_spec(model_path, config.hf_overrides), config)
     formats = choose_formats(spec.quantization, config.model_format, str(model_path))
+    kv_format = choose_format(config.quant_policy, config.kv_rotation, spec.head_dim, _capability(device))
     resolved = resolve_config(config, spec, device)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
@@ -122,7 +123,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     model = build_model(spec, dtype, device, kernels, Parallel(), formats)
     model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
-    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, pads_rows=pads_rows(kernels))
+    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, kv_format=kv_format, pads_rows=pads_rows(kernels))
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
@@ -142,6 +143,10 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         enable_prefix_caching=resolved.enable_prefix_caching,
         rope_depends_on_length=spec.rope.depends_on_length,
     )
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _weights(model_path: Path, config: EngineConfig) -> WeightSource:

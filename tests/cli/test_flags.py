@@ -117,7 +117,7 @@ def test_device_has_the_command_lines_name() -> None:
         (["--backend", "vllm"], ["vllm", "turbomind"]),
         (["a", "b"], ["unexpected argument 'b'"]),
         (["--tp", "2"], ["tp=2", "not available"]),
-        (["--quant-policy", "8"], ["quant_policy=8", "not available"]),
+        (["--quant-policy", "turbo_quant"], ["quant_policy=42", "not available", "k8v4"]),
         (["--adapters", "/lora"], ["adapters", "not available"]),
         (["--dp", "2"], ["dp=2", "not available"]),
         (["--role", "Prefill"], ["--role Prefill", "not available"]),

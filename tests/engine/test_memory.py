@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from lmdeploy.engine.memory import cgroup_rooms, format_bill, free_bytes, make_bill, taken_bytes
+from lmdeploy.engine.memory import PoolShape, cgroup_rooms, format_bill, free_bytes, make_bill, taken_bytes
 from lmdeploy.messages import MemoryBill
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_version_1_groups_are_read_and_no_limit_is_no_room(tmp_path: Path) -> No
 
 
 def test_the_parts_of_a_bill_add_up_to_the_total() -> None:
-    bill = make_bill(CPU, (10 << 20, 20 << 20, 5 << 20), (80, 64, 4096), 2048, "")
+    bill = make_bill(CPU, (10 << 20, 20 << 20, 5 << 20), PoolShape(80, 64, 4096, 4096), 2048, "")
     assert bill.weights + bill.kv_pool + bill.workspace + bill.other == bill.total
     assert bill.total == pytest.approx(status_rss(), rel=0.02) and bill.free > 0
 
