@@ -38,6 +38,7 @@ COMMANDS = (
     Command("serve api_server", "lmdeploy.cli.serve", "serve a model over HTTP (OpenAI-style API)"),
     Command("serve api_client", "lmdeploy.cli.serve", "talk with a model that api_server serves"),
     Command("lite auto_awq", "lmdeploy.cli.lite", "write a 4-bit copy of a model (AWQ)"),
+    Command("lite compare", "lmdeploy.cli.compare", "compare models and KV cache policies: quality, memory, speed"),
     Command("list", "lmdeploy.cli.list", "print the names of the built-in chat templates"),
     Command("check_env", "lmdeploy.cli.check_env", "print versions, hardware and the kernels that would be used"),
 )
