@@ -21,7 +21,7 @@ from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.reference import REFERENCE, LinearW4, dequantising, dequantising_w8
-from lmdeploy.kv_layer import KVLayer
+from lmdeploy.kv_layer import KVLayer, Width
 from lmdeploy.log import get_logger
 
 Tensor = torch.Tensor
@@ -39,8 +39,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rope_write_kv": [ctypes.c_char_p, _I],
     "attention": [ctypes.c_char_p, _I],
 }
-_ROPE = struct.Struct("9Q14q")  # RopeArgs in elementwise.cpp
-_ATTENTION = struct.Struct("7Q12qf4x")  # AttentionArgs in attention.cpp
+_ROPE = struct.Struct("7Q2Q5q2Q5q13q")  # RopeArgs in rope.cpp, with two of Store in kv_cache.hpp
+_ATTENTION = struct.Struct("5Q2Q5q2Q5q11qf4x")  # AttentionArgs in attention.hpp
+_BITS = {"16": 16, "8": 8, "4": 4}  # the widths of cache rows that are read natively
 
 
 def _functions(library: ctypes.CDLL, name: str) -> dict[torch.dtype, Callable[..., int]]:
@@ -155,11 +156,27 @@ def _silu_mul(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor], 
     return silu_mul
 
 
-def _cache_fits(kv: KVLayer, dtype: torch.dtype) -> bool:
-    """Nothing quantised, both parts alike, of the activations' dtype, slots and dims packed."""
-    strides = kv.key.stride()
-    packed = strides[3] == 1 and strides[2] == kv.key.shape[3]
-    return kv.plain and kv.rotation is None and packed and strides == kv.value.stride() and kv.key.dtype is dtype and kv.value.dtype is dtype
+def _part_fits(rows: Tensor, scales: Tensor | None, width: Width, dtype: torch.dtype) -> bool:
+    """Keys or values of a width that is read natively, slots and dims packed, pairs of scale and offset too."""
+    strides = rows.stride()
+    packed = strides[3] == 1 and strides[2] == rows.shape[3]
+    if width == "16":
+        return packed and rows.dtype is dtype
+    return packed and width in _BITS and scales is not None and scales.stride()[2:] == (2, 1) and scales.dtype is torch.bfloat16
+
+
+def _cache_fits(kv: KVLayer, dtype: torch.dtype, head_dim: int) -> bool:
+    """Both parts fit; what is quantised or rotated has even heads that a row buffer holds."""
+    small = kv.plain and kv.rotation is None or (head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0)
+    return small and _part_fits(kv.key, kv.key_scales, kv.key_width, dtype) and _part_fits(kv.value, kv.value_scales, kv.value_width, dtype)
+
+
+def _store(rows: Tensor, scales: Tensor | None, width: Width) -> tuple[int, ...]:
+    """Keys or values as `Store` in kv_cache.hpp."""
+    block, head = rows.stride()[:2]
+    size = rows.element_size()
+    pairs, block_pairs, head_pairs = (0, 0, 0) if scales is None else (scales.data_ptr(), scales.stride(0) // 2, scales.stride(1) // 2)
+    return rows.data_ptr(), pairs, block * size, head * size, block_pairs, head_pairs, _BITS[width]
 
 
 def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
@@ -171,15 +188,16 @@ def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
         tables = cos.dtype is torch.float32 and sin.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous()
         scale_fits = q_scale is None or (q_scale.dtype is torch.float32 and q_scale.is_contiguous())
         dims_packed = q.stride(2) == 1 and k.stride(2) == 1 and v.stride(2) == 1 and slot_mapping.is_contiguous()
-        if function is None or not (tables and scale_fits and dims_packed and _cache_fits(kv, dtype)):
+        rows, heads, head_dim = q.shape
+        if function is None or not (tables and scale_fits and dims_packed and _cache_fits(kv, dtype, head_dim)):
             fallback(q, k, v, cos, sin, q_scale, kv, slot_mapping)
             return
         pointers = [x.data_ptr() for x in (q, k, v, cos, sin)]
-        pointers += [0 if q_scale is None else q_scale.data_ptr(), kv.key.data_ptr(), kv.value.data_ptr(), slot_mapping.data_ptr()]
+        pointers += [0 if q_scale is None else q_scale.data_ptr(), slot_mapping.data_ptr()]
+        stores = (*_store(kv.key, kv.key_scales, kv.key_width), *_store(kv.value, kv.value_scales, kv.value_width))
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-        rows, heads, head_dim = q.shape
-        sizes = (rows, heads, k.shape[1], head_dim, 2 * cos.shape[1], kv.key.shape[2], *kv.key.stride()[:2])
-        function(_ROPE.pack(*pointers, *strides, *sizes), threads)
+        sizes = (rows, heads, k.shape[1], head_dim, 2 * cos.shape[1], kv.key.shape[2], kv.rotation is not None)
+        function(_ROPE.pack(*pointers, *stores, *strides, *sizes), threads)
 
     return rope_write_kv
 
@@ -192,14 +210,14 @@ def _attention(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, 
         function = functions.get(dtype)
         head_dim, table = q.shape[2], meta.block_table
         plain = q.stride(2) == 1 and out.dtype is dtype and out.stride(1) == 1 and table.stride(1) == 1 and scale > 0
-        if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(kv, dtype):
+        if function is None or head_dim > MAX_HEAD_DIM or not plain or not _cache_fits(kv, dtype, head_dim):
             fallback(q, k, v, kv, meta, scale, window, out)
             return
-        pointers = (q.data_ptr(), kv.key.data_ptr(), kv.value.data_ptr(), out.data_ptr())
-        lengths = (meta.query_start.data_ptr(), meta.kv_lens.data_ptr(), table.data_ptr())
-        strides = (q.stride(0), q.stride(1), table.stride(0), *kv.key.stride()[:2], out.stride(0))
-        sizes = (len(meta.query_lens), q.shape[1], kv.key.shape[1], head_dim, kv.key.shape[2], window)
-        function(_ATTENTION.pack(*pointers, *lengths, *strides, *sizes, scale), threads)
+        pointers = (q.data_ptr(), out.data_ptr(), meta.query_start.data_ptr(), meta.kv_lens.data_ptr(), table.data_ptr())
+        stores = (*_store(kv.key, kv.key_scales, kv.key_width), *_store(kv.value, kv.value_scales, kv.value_width))
+        strides = (q.stride(0), q.stride(1), table.stride(0), out.stride(0))
+        sizes = (len(meta.query_lens), q.shape[1], kv.key.shape[1], head_dim, kv.key.shape[2], window, kv.rotation is not None)
+        function(_ATTENTION.pack(*pointers, *stores, *strides, *sizes, scale), threads)
 
     return attention
 

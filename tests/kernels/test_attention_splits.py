@@ -9,6 +9,7 @@ from lmdeploy.kernels.build import NativeBuild
 from lmdeploy.kernels.cpu import native_kernels
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.kv_layer import KVLayer
+from tests.kernels import test_kv_cpu as quantised
 from tests.kernels.test_cpu import EACH_DTYPE, Pool, assert_near, attend, make
 
 LENGTH = 2300  # three splits of 1024
@@ -48,3 +49,18 @@ def test_a_negative_scale_goes_to_the_reference(best_build: NativeBuild) -> None
     for kernels, out in zip((native_kernels(best_build, 1), REFERENCE), outs, strict=True):
         kernels.attention(q, q, q, KVLayer(*pool.cache), meta, -0.5, 0, out)
     assert torch.equal(outs[0], outs[1])
+
+
+@EACH_DTYPE
+@quantised.EACH_POLICY
+@pytest.mark.parametrize("window", [0, 1100])
+def test_splits_of_a_quantised_cache_keep_the_bits_decoded_and_prefilled(build: NativeBuild, dtype: torch.dtype, policy: str, window: int) -> None:
+    pool = quantised.QuantisedPool([LENGTH], 1, 32, 64, dtype, quantised.POLICIES[policy])
+    q = make(150, 3, 32, dtype=dtype, seed=5)
+    alone, shared = native_kernels(build, 1), native_kernels(build, 5)
+    whole = quantised.attend(alone, pool, q, pool.meta([150]), window)
+    quantised.assert_close(whole, quantised.attend(REFERENCE, pool, q, pool.meta([150]), window), quantised.TOLERANCE[dtype])
+    assert torch.equal(quantised.attend(shared, pool, q, pool.meta([150]), window), whole)
+    for row in (0, 60, 149):  # 2150 .. 2299
+        for kernels in (alone, shared):
+            assert torch.equal(quantised.attend(kernels, pool, q[row : row + 1], pool.meta([1], [LENGTH - 149 + row]), window)[0], whole[row])

@@ -26,11 +26,9 @@ struct PlainKernel {
     long G, rows, wide;
     float *queries, *keys, *values;  // [rows][wide]; [BLOCK][wide] where the cache is not float32 or rows are no whole vectors
     float* states[2];
-    bool direct;
 
     PlainKernel(const AttentionArgs& p, const Task& t) : p(p), t(t), span(p, t) {
         G = p.H / p.K, rows = t.tokens * G, wide = rounded(p.D, 32);
-        direct = sizeof(E) == 4 && p.D % LANES == 0;
         const size_t state = State::floats(rows, p.D);
         states[0] = (float*)scratch((2 * state + (rows + 2 * BLOCK) * wide) * sizeof(float), 1);
         states[1] = states[0] + state, queries = states[1] + state;
@@ -43,16 +41,23 @@ struct PlainKernel {
     }
 
     // Rows of the cache as float32: as they are, or converted to `copy`.
-    void read(const void* cache, long base, long count, float* copy, const float** row) const {
-        const E* from[BLOCK];
-        find_rows(p, cache, t, base, count, from);
+    void read(const Store& from, long base, long count, float* copy, const float** row) const {
+        const bool direct = !from.quantised() && sizeof(E) == 4 && p.D % LANES == 0;
+        Rows rows;
+        find_rows(p, from, from.row_bytes(p.D, sizeof(E)), t, base, count, rows);
         for (long j = 0; j < count; j++) {
-            row[j] = direct ? (const float*)from[j] : copy + j * wide;
+            float* to = copy + j * wide;
+            row[j] = direct ? (const float*)rows.at[j] : to;
             if (direct) continue;
-            long d = 0;
-            for (; d + LANES <= p.D; d += LANES) store(copy + j * wide + d, load(from[j] + d));
-            for (; d < p.D; d++) copy[j * wide + d] = to_float(from[j][d]);
+            if (from.quantised()) read_row((const uint8_t*)rows.at[j], rows.pair[j], from.width, p.D, to);
+            else widen_row((const E*)rows.at[j], to);
         }
+    }
+
+    void widen_row(const E* from, float* to) const {
+        long d = 0;
+        for (; d + LANES <= p.D; d += LANES) store(to + d, load(from + d));
+        for (; d < p.D; d++) to[d] = to_float(from[d]);
     }
 
     // Scores of the keys low..high; the rest is NEVER.
@@ -89,7 +94,7 @@ struct PlainKernel {
         vf added = {};
         for (long i = 0; i < BLOCK; i += LANES) {
             const vf s = load(w + i), x = exp2(s - high);
-            const vf weight = (vf)((vi)x & (vi)(s > NEVER));
+            const vf weight = (vf)((vi)x & ~(vi)(s <= NEVER));  // a NaN stays one
             store(w + i, weight), added += weight;
         }
         const float keep = exp2(fill(top - high))[0];
@@ -111,7 +116,7 @@ struct PlainKernel {
         alignas(64) float w[BLOCK];
         for (long base = begin; base < end; base += BLOCK) {
             const long count = std::min(BLOCK, end - base);
-            read(p.key_cache, base, count, keys, k), read(p.value_cache, base, count, values, v);
+            read(p.key, base, count, keys, k), read(p.value, base, count, values, v);
             for (long r = 0; r < rows; r++) {
                 const long at = span.position + r / G;
                 const long low = std::max(0L, p.window > 0 ? at - p.window + 1 - base : 0L), high = std::min(count, at + 1 - base);

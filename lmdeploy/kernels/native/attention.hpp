@@ -7,7 +7,8 @@
 #pragma once
 #include <algorithm>
 
-#include "common.hpp"
+#include "kv_cache.hpp"
+#include "rotation.hpp"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -21,11 +22,12 @@ constexpr float NEVER = -1e30f;  // the maximum before any key was seen; finite,
 constexpr float LOG2E = 1.44269504f;
 
 struct AttentionArgs {
-    const void *q, *key_cache, *value_cache;
+    const void* q;
     void* out;
     const int32_t *query_start, *kv_lens, *block_table;
-    int64_t q_row, q_head, table_row, block_stride, head_stride, out_row;
-    int64_t B, H, K, D, S, window;
+    Store key, value;
+    int64_t q_row, q_head, table_row, out_row;
+    int64_t B, H, K, D, S, window, rotated;
     float scale;
 };
 
@@ -48,16 +50,21 @@ struct Span {
     }
 };
 
-// Addresses of `count` rows of a cache from `position` on.
-template <typename E>
-inline void find_rows(const AttentionArgs& p, const void* cache, const Task& t, long position, long count, const E** row) {
+// Addresses of up to BLOCK rows of a store, and their pairs where it is quantised.
+struct Rows {
+    const char* at[BLOCK];
+    uint32_t pair[BLOCK];
+};
+
+// The `count` rows from `position` on; `bytes` is the size of one.
+inline void find_rows(const AttentionArgs& p, const Store& s, long bytes, const Task& t, long position, long count, Rows& rows) {
     const int32_t* table = p.block_table + t.sequence * p.table_row + position / p.S;
-    const E* head = (const E*)cache + t.kv_head * p.head_stride;
     long slot = position % p.S;
     for (long j = 0; j < count; table++, slot = 0) {
-        const E* at = head + *table * p.block_stride + slot * p.D;
+        const char* at = s.rows + *table * s.block + t.kv_head * s.head + slot * bytes;
         const long run = std::min(count - j, p.S - slot);
-        for (long i = 0; i < run; i++) row[j++] = at + i * p.D;
+        if (s.quantised()) std::memcpy(rows.pair + j, s.pairs + *table * s.pair_block + t.kv_head * s.pair_head + slot, run * sizeof(uint32_t));
+        for (long i = 0; i < run; i++) rows.at[j++] = at + i * bytes;
     }
 }
 
@@ -139,8 +146,9 @@ template <typename E>
 static void write(const AttentionArgs& p, const Task& t, const State& s) {
     for (long r = 0; r < t.tokens * (p.H / p.K); r++) {
         E* o = out_row<E>(p, t, r);
-        const float* x = s.sums + r * s.wide;
+        float* x = s.sums + r * s.wide;
         const float inverse = 1.0f / sum(load(s.total + r * LANES));
+        if (p.rotated) rotate_dims(x, p.D);
         long d = 0;
         for (; d + LANES <= p.D; d += LANES) store(o + d, load(x + d) * inverse);
         for (; d < p.D; d++) put(o + d, x[d] * inverse);

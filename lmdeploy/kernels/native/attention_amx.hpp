@@ -5,6 +5,7 @@
 #include "amx.hpp"
 #include "attention.hpp"
 #ifdef LMD_AMX
+#include "unpack.hpp"
 
 namespace lmd {
 
@@ -15,15 +16,14 @@ constexpr long FEW_TILES = 2;  // query tiles for which packing the keys does no
 // Brings the next block's rows to L2 bit by bit: all at once they would wait for each other, and the arithmetic for them.
 // How many rows each step fetches was found by trial: 1 a pair of values, 2 around the scores, 1 a tile of sums.
 struct Ahead {
-    const bf16 *const *key, *const *value;
-    long count, bytes, next = 0;
+    const char *const *key, *const *value;
+    long count, key_bytes, value_bytes, next = 0;
 
     void fetch(long rows) {
-        for (const long stop = std::min(count, next + rows); next < stop; next++)
-            for (long i = 0; i < bytes; i += 64) {
-                _mm_prefetch((const char*)key[next] + i, _MM_HINT_T1);
-                _mm_prefetch((const char*)value[next] + i, _MM_HINT_T1);
-            }
+        for (const long stop = std::min(count, next + rows); next < stop; next++) {
+            for (long i = 0; i < key_bytes; i += 64) _mm_prefetch(key[next] + i, _MM_HINT_T1);
+            for (long i = 0; i < value_bytes; i += 64) _mm_prefetch(value[next] + i, _MM_HINT_T1);
+        }
     }
 };
 
@@ -33,7 +33,9 @@ struct AmxKernel {
     const Task& t;
     Span span;
     long rows, tiles, k_steps, d_blocks, wide;  // query tiles of 16 rows; D / 32 and D / 16 rounded up; D rounded up to 32
+    long key_bytes, value_bytes;                // of a row
     bf16 *queries, *keys, *values, *weights;    // [rows][wide] or right-hand tiles; tiles [block][4][k step]; pairs [block][32][2 wide]; left-hand tiles [2][2]
+    bf16* plain;                                // rows [BLOCK][wide] of a quantised store, written out
     float *scores, *columns;                    // [32][BLOCK]; S^T [BLOCK][16]
     int32_t* place;                             // position of each row
     float* states[2];
@@ -42,11 +44,13 @@ struct AmxKernel {
     AmxKernel(const AttentionArgs& p, const Task& t) : p(p), t(t), span(p, t) {
         rows = t.tokens * (p.H / p.K), tiles = (rows + 15) / 16, few = tiles <= FEW_TILES;
         k_steps = (p.D + 31) / 32, d_blocks = (p.D + 15) / 16, wide = 32 * k_steps;
-        const size_t halves = (tiles * k_steps + 8 * GROUP * k_steps + 4) * TILE, state = State::floats(rows, p.D);
+        key_bytes = p.key.row_bytes(p.D, 2), value_bytes = p.value.row_bytes(p.D, 2);
+        const size_t halves = (tiles * k_steps + 8 * GROUP * k_steps + 4 + 4 * k_steps) * TILE, state = State::floats(rows, p.D);
         const size_t words = 32 * BLOCK + BLOCK * 16 + 16 * tiles + 2 * state;
         queries = (bf16*)scratch(halves * 2 + words * 4, 1);
         keys = queries + tiles * k_steps * TILE, values = keys + GROUP * 4 * k_steps * TILE, weights = values + GROUP * 4 * k_steps * TILE;
-        scores = (float*)(weights + 4 * TILE), columns = scores + 32 * BLOCK;
+        plain = weights + 4 * TILE;
+        scores = (float*)(plain + 4 * k_steps * TILE), columns = scores + 32 * BLOCK;
         states[0] = columns + BLOCK * 16, states[1] = states[0] + state;
         place = (int32_t*)(states[1] + state);
         prepare();
@@ -60,7 +64,7 @@ struct AmxKernel {
             if (++head == G) token++, head = 0;
         }
         bf16* row = few ? keys : queries;  // `keys` is free until the first block
-        std::memset(weights, 0, 4 * TILE * sizeof(bf16));
+        std::memset(weights, 0, (4 + 4 * k_steps) * TILE * sizeof(bf16));  // and `plain`: dims from D to `wide` stay zero
         if (!few) std::memset(queries + (tiles - 1) * 16 * wide, 0, 16 * wide * sizeof(bf16));
         for (long i = 0; i < tiles; i++) {
             if (few) std::memset(keys, 0, 16 * wide * sizeof(bf16));
@@ -71,6 +75,7 @@ struct AmxKernel {
             }
             for (long k = 0; few && k < k_steps; k++) pack_columns(keys + 32 * k, wide, 16, 32, queries + (i * k_steps + k) * TILE);
         }
+        if (few && p.key.quantised() && p.D % 32) std::memset(keys, 0, BLOCK * wide * sizeof(bf16));  // dims from D on: 0 * NaN would show
     }
 
     __mmask32 dims(long d) const { return p.D - d >= 32 ? 0xffffffffu : (1u << (p.D - d)) - 1u; }
@@ -131,6 +136,11 @@ struct AmxKernel {
 
     // Where 16 keys x 32 dims can be loaded from: the cache itself unless rows have odd sizes or a tile would cross its blocks.
     void place_keys(const bf16* const* row, long count, const bf16* at[4], long& stride, long& step) const {
+        if (p.key.quantised()) {  // rows were written to `keys`, tiles are where they are
+            stride = wide * 2, step = 32;
+            for (long i = 0; i < 4; i++) at[i] = keys + 16 * i * wide;
+            return;
+        }
         const bool direct = p.D % 32 == 0 && p.S % 16 == 0;
         stride = direct ? p.D * 2 : 64, step = direct ? 32 : TILE;
         for (long i = 0; i < 4; i++) {
@@ -255,15 +265,28 @@ struct AmxKernel {
             meet<N>(s, tile, base, values + at, ahead, [&](long halves) { score_packed<N>(tile, halves, keys + at); });
     }
 
+    // Rows of bf16: the cache's own, or a quantised store's written to `plain`.
+    void read(const Store& from, long bytes, long base, long count, const bf16** row) const {
+        Rows rows;
+        find_rows(p, from, bytes, t, base, count, rows);
+        write_out(from, rows, count, plain, row);
+    }
+
+    void write_out(const Store& from, const Rows& rows, long count, bf16* to, const bf16** row) const {
+        for (long j = 0; j < count; j++) row[j] = from.quantised() ? to + j * wide : (const bf16*)rows.at[j];
+        if (from.width == 8) for (long j = 0; j < count; j++) unpack8(rows.at[j], rows.pair[j], p.D, to + j * wide);
+        if (from.width == 4) for (long j = 0; j < count; j++) unpack4(rows.at[j], rows.pair[j], p.D, to + j * wide);
+    }
+
     void run_many(const State& s, long begin, long end) const {
-        Ahead nothing = {nullptr, nullptr, 0, 0};
+        Ahead nothing = {nullptr, nullptr, 0, 0, 0};
         for (long first = begin; first < end; first += GROUP * BLOCK) {
             const long last = std::min(end, first + GROUP * BLOCK);
             for (long base = first, at = 0; base < last; base += BLOCK, at += 4 * k_steps * TILE) {
                 const bf16* row[BLOCK];
                 const long count = std::min(BLOCK, last - base);
-                find_rows(p, p.key_cache, t, base, count, row), pack_keys(row, count, keys + at);
-                find_rows(p, p.value_cache, t, base, count, row), pack_values(row, count, values + at, nothing);
+                read(p.key, key_bytes, base, count, row), pack_keys(row, count, keys + at);
+                read(p.value, value_bytes, base, count, row), pack_values(row, count, values + at, nothing);
             }
             long tile = 0;
             for (; tile + 2 <= tiles; tile += 2) meet_group<2>(s, tile, first, last, nothing);
@@ -272,18 +295,21 @@ struct AmxKernel {
     }
 
     void run_few(const State& s, long begin, long end) const {
-        const bf16 *k[2][BLOCK], *v[2][BLOCK], *at[4];
+        Rows k[2], v[2];
+        const bf16 *row[BLOCK], *at[4];
         const auto find = [&](long base, long count, long slot) {
-            find_rows(p, p.key_cache, t, base, count, k[slot]), find_rows(p, p.value_cache, t, base, count, v[slot]);
+            find_rows(p, p.key, key_bytes, t, base, count, k[slot]), find_rows(p, p.value, value_bytes, t, base, count, v[slot]);
         };
         long count = std::min(BLOCK, end - begin), stride, step;
         find(begin, count, 0);
         for (long base = begin, now = 0; base < end; base += BLOCK, now ^= 1) {
             const long next = std::min(BLOCK, end - base - count);
             if (next > 0) find(base + BLOCK, next, now ^ 1);
-            Ahead ahead = {k[now ^ 1], v[now ^ 1], next, p.D * 2};
-            place_keys(k[now], count, at, stride, step);
-            pack_values(v[now], count, values, ahead);
+            Ahead ahead = {k[now ^ 1].at, v[now ^ 1].at, next, key_bytes, value_bytes};
+            write_out(p.key, k[now], count, keys, row);
+            place_keys(row, count, at, stride, step);
+            write_out(p.value, v[now], count, plain, row);
+            pack_values(row, count, values, ahead);
             for (long tile = 0; tile < tiles; tile++)
                 meet<1>(s, tile, base, values, ahead, [&](long) { score_placed(tile, at, stride, step, ahead); });
             ahead.fetch(BLOCK);

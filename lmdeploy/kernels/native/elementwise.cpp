@@ -1,4 +1,4 @@
-// The operators around the matrix products: norms, rotary embedding with the cache write, SiLU. float32 inside, one
+// The operators around the matrix products: norms and SiLU (rotary embedding: rope.cpp). float32 inside, one
 // rounding at each result. Threads start only when the work outweighs waking them (about 5 us).
 #include <cmath>
 
@@ -89,55 +89,6 @@ static void silu_mul(const E* gate_up, E* out, long T, long F, int threads) {
     });
 }
 
-// (x1, x2) of the two halves of the first R dims -> (x1 cos - x2 sin, x2 cos + x1 sin), all D dims times `scale`.
-template <typename E>
-static void rotate(E* x, const float* cos, const float* sin, long D, long R, float scale) {
-    const long half = R / 2;
-    long i = 0;
-    for (; i + LANES <= half; i += LANES) {
-        vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-        store(x + i, (a * c - b * s) * scale);
-        store(x + half + i, (b * c + a * s) * scale);
-    }
-    for (; i < half; i++) {
-        const float a = to_float(x[i]), b = to_float(x[half + i]);
-        put(x + i, (a * cos[i] - b * sin[i]) * scale);
-        put(x + half + i, (b * cos[i] + a * sin[i]) * scale);
-    }
-    if (scale != 1.0f)
-        for (long j = R; j < D; j++) put(x + j, to_float(x[j]) * scale);
-}
-
-struct RopeArgs {  // one call's numbers in one block: a call with 20 arguments costs more than the work at T = 1
-    void *q, *k, *v;
-    const float *cos, *sin, *q_scale;
-    void *key_cache, *value_cache;
-    const int64_t* slots;
-    int64_t q_row, q_head, k_row, k_head, v_row, v_head;
-    int64_t T, H, K, D, R, S, block_stride, head_stride;  // of the caches, in elements
-};
-
-template <typename E>
-static void rope_row(const RopeArgs& p, long t) {
-    const float *cos = p.cos + t * (p.R / 2), *sin = p.sin + t * (p.R / 2);
-    for (long h = 0; h < p.H; h++)
-        rotate((E*)p.q + t * p.q_row + h * p.q_head, cos, sin, p.D, p.R, p.q_scale ? p.q_scale[t] : 1.0f);
-    const int64_t at = p.slots[t] / p.S * p.block_stride + p.slots[t] % p.S * p.D;
-    for (long h = 0; h < p.K; h++) {
-        E* k = (E*)p.k + t * p.k_row + h * p.k_head;
-        rotate(k, cos, sin, p.D, p.R, 1.0f);
-        std::memcpy((E*)p.key_cache + at + h * p.head_stride, k, p.D * sizeof(E));
-        std::memcpy((E*)p.value_cache + at + h * p.head_stride, (E*)p.v + t * p.v_row + h * p.v_head, p.D * sizeof(E));
-    }
-}
-
-template <typename E>
-static void rope_write_kv(const RopeArgs& p, int threads) {
-    share(p.T, team(p.T * (p.H + 2 * p.K) * p.D, threads), [&](long first, long last) {
-        for (long t = first; t < last; t++) rope_row<E>(p, t);
-    });
-}
-
 }  // namespace lmd
 
 using namespace lmd;
@@ -149,8 +100,7 @@ using namespace lmd;
     LMD_API void lmd_head_norm_##NAME(E* x, long row, long head, const E* w, float eps, long T, long H, long D, int threads) {           \
         head_norm(x, row, head, w, eps, T, H, D, threads);                                                                               \
     }                                                                                                                                    \
-    LMD_API void lmd_silu_mul_##NAME(const E* gate_up, E* out, long T, long F, int threads) { silu_mul(gate_up, out, T, F, threads); }   \
-    LMD_API void lmd_rope_write_kv_##NAME(const RopeArgs* p, int threads) { rope_write_kv<E>(*p, threads); }
+    LMD_API void lmd_silu_mul_##NAME(const E* gate_up, E* out, long T, long F, int threads) { silu_mul(gate_up, out, T, F, threads); }
 
 FOR_EACH_TYPE(float, f32)
 FOR_EACH_TYPE(bf16, bf16)
