@@ -1,175 +1,171 @@
-"""`quantise_awq`: from a model folder to a 4-bit folder. Checks first, then layer by layer, then the proof; the source is only read.
+"""The skeleton of all `lite` commands that write something: checks, then layer by layer, then the proof; the source is only read.
 
 Memory at any time: embedding or one layer (in the type of calibration, and in float32 what is being rounded), the hidden states of the windows, and one
-shard of at most 2 GB that is being filled. `--work-dir` appears when everything is done; an interrupted run leaves nothing.
+shard of at most 2 GB. `--work-dir` appears when everything is done; an interrupted run leaves nothing, or with `--resume` its finished layers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.checkpoint.source import WeightSource, open_source
-from lmdeploy.checkpoint.writer import SHARD_BYTES, ShardWriter
-from lmdeploy.config import EngineConfig
+from lmdeploy.checkpoint.writer import ShardWriter
 from lmdeploy.engine.kv_cache import gib
 from lmdeploy.engine.memory import free_bytes
-from lmdeploy.engine.start import choose_device, resolve_config
-from lmdeploy.errors import CheckpointError
-from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.errors import CheckpointError, LmdeployError
 from lmdeploy.kernels.select import select
-from lmdeploy.layers.build import BuildContext
-from lmdeploy.lite.awq import LayerResult, LayerWeights, LinearWeight, Rounding, quantise_layer
+from lmdeploy.lite.awq import LayerResult, LayerWeights, LinearWeight
 from lmdeploy.lite.calibrate import LayerStream, Recorder
-from lmdeploy.lite.datasets import CalibrationText, Windows, cut_windows, load_text
 from lmdeploy.lite.evaluate import measure
-from lmdeploy.lite.folder import check_work_dir, copy_other_files
-from lmdeploy.lite.options import AwqConfig
-from lmdeploy.lite.plan import LayerPlan, plan_layers
+from lmdeploy.lite.folder import STATISTICS, copy_other_files
+from lmdeploy.lite.gptq import GptqMethod
+from lmdeploy.lite.job import Job, open_writer, prepare
+from lmdeploy.lite.method import AwqMethod, Method
+from lmdeploy.lite.options import AwqConfig, CalibrateConfig, GptqConfig, LiteConfig, SmoothQuantConfig
+from lmdeploy.lite.plan import LayerPlan
 from lmdeploy.lite.report import Report, folder_bytes
+from lmdeploy.lite.smoothquant import SmoothQuantMethod
+from lmdeploy.lite.statistics import StatisticsMethod, summary
 from lmdeploy.log import get_logger
-from lmdeploy.models.decoder import SmoothingGroup
-from lmdeploy.models.registry import model_class
-from lmdeploy.parallel import Parallel
-from lmdeploy.spec import ModelSpec, load_spec
-from lmdeploy.text.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
 Show = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run: everything that is decided before the first weight is read."""
-
-    folder: Path
-    spec: ModelSpec
-    config: AwqConfig
-    device: torch.device
-    dtype: torch.dtype
-    text: CalibrationText
-    windows: Windows
-    groups: tuple[SmoothingGroup, ...]
-    layers: tuple[LayerPlan, ...]
-
-    @property
-    def calibrates(self) -> bool:
-        """False when weights are only rounded."""
-        return self.windows.samples.shape[0] > 0
-
-    def memory_need(self) -> int:
-        """Bytes of the hidden states, one layer, its float32 working copies and a shard; the largest of what is alive together."""
-        spec, numbers = self.spec, max(layer.num_weights for layer in self.layers)
-        largest = max(layer.largest for layer in self.layers)
-        hidden = self.windows.samples.numel() * spec.hidden_size * self.dtype.itemsize if self.calibrates else 0
-        tokens = self.config.batch_size * self.windows.samples.shape[1]
-        width = 3 * max(spec.intermediate_size, spec.hidden_size) + 4 * spec.hidden_size
-        embedding = spec.vocab_size * spec.hidden_size * self.dtype.itemsize
-        copies = (9 if self.config.search_scale else 7) * largest * 4
-        return hidden + max(embedding, numbers * (self.dtype.itemsize + 4 + 1) + copies + tokens * width * self.dtype.itemsize) + min(SHARD_BYTES, embedding)
-
-
 def quantise_awq(model: str | None, config: AwqConfig, show: Show = logger.info) -> Report:
     """Write a 4-bit copy of a model to `config.work_dir`; `show` is given the lines that tell what happens."""
+    return quantise(model, config, AwqMethod(config.w_group_size, config.search_scale and config.calib_samples > 0), show)
+
+
+def quantise_gptq(model: str | None, config: GptqConfig, show: Show = logger.info) -> Report:
+    """The same with GPTQ."""
+    return quantise(model, config, GptqMethod(config.w_group_size, config.w_sym, config.desc_act, config.damp), show)
+
+
+def quantise_smooth(model: str | None, config: SmoothQuantConfig, show: Show = logger.info) -> Report:
+    """A copy with 8-bit weights, whose activations are quantised while it runs."""
+    return quantise(model, config, SmoothQuantMethod(getattr(torch, config.stored_dtype), config.search_scale), show)
+
+
+def quantise(model: str | None, config: LiteConfig, method: Method, show: Show = logger.info) -> Report:
+    """Write a copy of a model by any method. Raises ConfigError and CheckpointError; the folder appears only when everything went well."""
     start = time.perf_counter()
-    job = prepare(model, config)
-    for notice in filter(None, (job.text.notice, job.windows.notice)):
-        logger.warning("%s", notice)
-    need, free = job.memory_need(), free_bytes(torch.device("cpu"))
-    show(f"calibrating with {job.windows.samples.shape[0]} windows of {job.windows.samples.shape[1]} tokens of {job.text.origin} on {job.device}")
-    show(f"memory needed: about {gib(need)}, beside the program itself; free: {gib(free)}")
-    if need > free:
-        logger.warning("about %s of memory are needed and %s are free; fewer --calib-samples or a shorter --calib-seqlen need less", gib(need), gib(free))
+    job = prepare(model, config, method)
+    _announce(job, show)
     report = Report(
         model=str(job.folder),
         work_dir=config.work_dir,
-        method=f"AWQ, {config.w_bits} bits, groups of {config.w_group_size}, {_mode(job)}",
+        method=method.title(calibrated=job.calibrates),
         calibration=job.text.origin,
         samples=job.windows.samples.shape[0],
         seqlen=job.windows.samples.shape[1],
-        group_size=config.w_group_size,
-        search_scale=config.search_scale,
+        group_size=method.group,
+        search_scale=getattr(config, "search_scale", False),
     )
-    writer = ShardWriter(Path(config.work_dir).expanduser().resolve())
-    try:
-        _write(job, writer, report)
+    with _folder_in_the_making(job, job.output_bytes()) as writer:
+        for note in write_layers(job, writer):
+            report.layers.append({key: note[key] for key in ("layer", "plain_error", "error")})
+            report.linear_bytes_before += note["bytes_before"]
+            report.linear_bytes_after += note["bytes_after"]
+            report.warnings += [f"layer {note['layer']}: {text}" for text in note["warnings"]]
+        _write_rest(job, writer)
         measure(report, job.folder, writer.partial, job.windows.held_out, config)
         report.bytes_before, report.bytes_after = folder_bytes(job.folder), folder_bytes(writer.partial)
         report.seconds, report.peak_bytes = time.perf_counter() - start, _peak_bytes()
         report.save(writer.partial)
-        writer.commit()
-    except BaseException:  # Ctrl-C too: no half-written folder
-        writer.discard()
-        raise
     return report
 
 
-def _mode(job: Job) -> str:
+def calibrate_model(model: str | None, config: CalibrateConfig, show: Show = logger.info) -> dict[str, Any]:
+    """Write what goes into every linear layer: activations-*.safetensors, and a summary in activations.json, which is returned too."""
+    job = prepare(model, config, StatisticsMethod())
     if not job.calibrates:
-        return "plain rounding"
-    return "scales and clipping searched" if job.config.search_scale else "fixed scales"
+        raise CheckpointError("calib_samples=0 leaves nothing to measure; give at least 1")
+    _announce(job, show)
+    with _folder_in_the_making(job) as writer:
+        for _ in write_layers(job, writer):
+            pass
+        writer.finish("activations")
+        found = summary(writer.partial, str(job.folder), job.text.origin, list(job.windows.samples.shape))
+        (writer.partial / STATISTICS).write_text(json.dumps(found, indent=2), encoding="utf-8")
+    return found
 
 
-def _peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _announce(job: Job, show: Show) -> None:
+    """Notices, and the memory that will be needed."""
+    for notice in filter(None, (job.text.notice, job.windows.notice)):
+        logger.warning("%s", notice)
+    show(f"calibrating with {job.windows.samples.shape[0]} windows of {job.windows.samples.shape[1]} tokens of {job.text.origin} on {job.device}")
+    if job.language.inside:
+        show(f"only the language model is quantised; {', '.join(job.language.others)} stay as they are")
+    for kind, need in job.memory_need(job.home()).items():
+        free = free_bytes(torch.device(kind))
+        place = "beside the program itself" if kind == "cpu" else f"on {kind}"
+        show(f"memory needed: about {gib(need)}, {place}; free: {gib(free)}")
+        if need > free:
+            logger.warning("about %s are needed %s and %s are free; fewer --calib-samples or a shorter --calib-seqlen need less", gib(need), place, gib(free))
 
 
-def prepare(model: str | None, config: AwqConfig) -> Job:
-    """All checks that need no weights; every mistake of the user's is found here."""
-    folder = resolve_model(model, config.download_dir, config.revision)
-    spec = load_spec(folder)
-    if spec.quantization is not None:
-        method = spec.quantization.get("quant_method", "unknown")
-        raise CheckpointError(f"{folder}: is already quantised (quant_method={method}); give the 16-bit model")
-    check_work_dir(folder, Path(config.work_dir).expanduser(), overwrite=config.overwrite)
-    engine = EngineConfig(dtype=config.dtype, device_type=config.device)
-    device = choose_device(engine)
-    dtype: torch.dtype = getattr(torch, resolve_config(engine, spec, device).dtype)
-    skeleton = model_class(spec)(BuildContext(spec, Parallel(), REFERENCE, dtype, torch.device("meta")))
-    layers = plan_layers(skeleton, open_source(folder), config.w_group_size)
-    text = load_text(config.calib_dataset, config.download_dir)
-    seqlen = min(config.calib_seqlen, spec.max_position)
-    windows = cut_windows(Tokenizer(folder).encode(text.text), config.calib_samples, seqlen, config.eval_tokens)
-    return Job(folder, spec, config, device, dtype, text, windows, skeleton.smoothing_groups(), layers)
+@contextlib.contextmanager
+def _folder_in_the_making(job: Job, needed: int = 0) -> Iterator[ShardWriter]:
+    """The writer; its folder gets its name at the end of the block. Ctrl-C and errors remove it, unless it is to be continued."""
+    writer = open_writer(job, needed)
+    try:
+        yield writer
+        writer.commit()
+    except BaseException as error:
+        if job.config.resume and (not isinstance(error, LmdeployError) or "cannot be written" in str(error)):
+            logger.warning("%d parts are kept in %s; the same command continues there", writer.leave(), writer.partial)
+        else:
+            writer.discard()
+        raise
 
 
-def _write(job: Job, writer: ShardWriter, report: Report) -> None:
-    """All tensors, layer by layer, then the rest of the folder."""
-    source = open_source(job.folder)
-    how = Rounding(job.config.w_group_size, job.config.search_scale and job.calibrates)
-    recorder = Recorder(select("turbomind", job.device.type, job.dtype, head_dim=job.spec.head_dim), how.group, with_gram=how.search)
-    stream = LayerStream(job.spec, open_source(job.folder), recorder, job.device, job.dtype)
-    if job.calibrates:
+def write_layers(job: Job, writer: ShardWriter) -> Iterator[dict[str, Any]]:
+    """Quantise and write layer after layer, each a part; yields what is to be noted of each. Layers of an interrupted run are only run through."""
+    source, method, home = job.language.open(job.folder), job.method, job.home()
+    kernels = select("turbomind", job.device.type, job.dtype, head_dim=job.language.spec.head_dim)
+    recorder = Recorder(kernels, method.gram_group or 0, with_gram=method.gram_group is not None)
+    stream = LayerStream(job.language.spec, job.language.open(job.folder), recorder, job.device, job.dtype)
+    stream.home = home
+    labels = [f"layer-{plan.index:05d}" for plan in job.layers]
+    left = next((i for i, label in enumerate(labels) if label not in writer.notes), len(labels))
+    calibrates = job.calibrates and left < len(labels)
+    if calibrates:
         stream.embed(job.windows.samples, job.config.batch_size)
-    steps = stream.num_batches + 1 if job.calibrates else 1
-    with tqdm(total=steps * len(job.layers), desc="quantising", unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
-        for plan in job.layers:
-            bar.set_postfix_str(f"layer {plan.index + 1}/{len(job.layers)}", refresh=False)
-            if job.calibrates:
+    steps = stream.num_batches + 1 if calibrates else 1
+    with tqdm(total=steps * len(labels), desc="quantising", unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
+        for plan, label in zip(job.layers, labels, strict=True):
+            bar.set_postfix_str(f"layer {plan.index + 1}/{len(labels)}", refresh=False)
+            recorder.paused = done = label in writer.notes
+            start = time.perf_counter()
+            if calibrates:
                 for _ in stream.run(plan.index):
                     bar.update()
-            result = _quantise(job, plan, source, recorder, how)
-            _note(report, plan, result)
-            for name, tensor in result.tensors.items():
-                writer.add(plan.prefix + name, tensor)
+            yield writer.keep_part(label) if done else _write_layer(job, plan, source, recorder, writer, start)
             bar.update()
-    done = {name for plan in job.layers for name in plan.tensors}
-    for name in sorted(source.names() - done):
-        writer.add(name, _take(source, name))
-    writer.finish()
-    copy_other_files(job.folder, writer.partial, job.config, [plan.prefix + name for plan in job.layers for name in plan.kept])
+
+
+def _write_layer(job: Job, plan: LayerPlan, source: WeightSource, recorder: Recorder, writer: ShardWriter, start: float) -> dict[str, Any]:
+    """One layer, durable; returns its note."""
+    result = _quantise(job, plan, source, recorder)
+    for name, tensor in result.tensors.items():
+        writer.add(job.language.stored(plan.prefix + name), tensor)
+    note = {**_note(plan, result), "seconds": time.perf_counter() - start}
+    writer.close_part(f"layer-{plan.index:05d}", note)
+    return note
 
 
 @torch.inference_mode()
-def _quantise(job: Job, plan: LayerPlan, source: WeightSource, recorder: Recorder, how: Rounding) -> LayerResult:
+def _quantise(job: Job, plan: LayerPlan, source: WeightSource, recorder: Recorder) -> LayerResult:
     """One layer: read, smooth, round."""
     linears: dict[str, LinearWeight] = {}
     for name in plan.linears:
@@ -177,10 +173,20 @@ def _quantise(job: Job, plan: LayerPlan, source: WeightSource, recorder: Recorde
         weight = _take(source, f"{full}.weight", job.device)
         bias = _take(source, f"{full}.bias", job.device) if source.has(f"{full}.bias") else None
         if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"tensor '{full}.weight' holds NaN or infinity; the checkpoint is broken")
+            raise CheckpointError(f"tensor '{job.language.stored(full)}.weight' holds NaN or infinity; the checkpoint is broken")
         linears[name] = LinearWeight(weight.float(), weight.dtype, bias, quantised=name not in plan.kept)
     others = {name: _take(source, plan.prefix + name, job.device) for name in plan.others}
-    return quantise_layer(LayerWeights(linears, others), recorder.stats, job.groups, how)
+    return job.method.quantise(LayerWeights(linears, others), recorder.stats, job.groups)
+
+
+def _write_rest(job: Job, writer: ShardWriter) -> None:
+    """Every other tensor as it is, then the rest of the folder."""
+    source, language = open_source(job.folder), job.language
+    done = {language.stored(name) for plan in job.layers for name in plan.tensors}
+    for name in sorted(source.names() - done):
+        writer.add(name, _take(source, name))
+    writer.finish()
+    copy_other_files(job.folder, writer.partial, job.method.entry(job.kept))
 
 
 def _take(source: WeightSource, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -189,15 +195,25 @@ def _take(source: WeightSource, name: str, device: torch.device | str = "cpu") -
     return out
 
 
-def _note(report: Report, plan: LayerPlan, result: LayerResult) -> None:
-    """Errors, bytes and warnings of one layer into the report."""
+def _note(plan: LayerPlan, result: LayerResult) -> dict[str, Any]:
+    """Errors relative to the outputs' square (means over modules), bytes and warnings of one layer."""
     errors = list(result.errors.values())
     plain, error, square = (sum(e[i] / max(e[2], 1e-30) for e in errors) / max(1, len(errors)) for i in range(3))
-    report.layers.append({"layer": plan.index, "plain_error": plain, "error": error})
     assert square <= 1.001
-    report.linear_bytes_before += plan.linear_bytes
-    packed = ("qweight", "qzeros", "scales")
-    report.linear_bytes_after += sum(t.nbytes for name, t in result.tensors.items() if name.rsplit(".", 1)[-1] in packed)
     for warning in result.warnings:
-        report.warnings.append(f"layer {plan.index}: {warning}")
         logger.warning("layer %d: %s", plan.index, warning)
+    quantised = {name for name in plan.linears if name not in plan.kept}
+    after = sum(t.nbytes for name, t in result.tensors.items() if name.rpartition(".")[0] in quantised and not name.endswith(".bias"))
+    return {
+        "layer": plan.index,
+        "plain_error": plain,
+        "error": error,
+        "bytes_before": plan.linear_bytes,
+        "bytes_after": after,
+        "warnings": result.warnings,
+    }
+
+
+def _peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

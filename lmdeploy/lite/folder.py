@@ -1,18 +1,21 @@
-"""The folder around the weights: may it be written, and what is in it besides them."""
+"""The folder around the weights: may it be written, is there room, and what is in it besides them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lmdeploy.errors import ConfigError
-from lmdeploy.lite.options import AwqConfig
+from lmdeploy.checkpoint.writer import write_error
+from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.lite.report import FILE
 
 #: Weights and what describes them; everything else of a model folder is copied.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+#: What `calibrate` writes; like FILE it marks a folder as made here.
+STATISTICS = "activations.json"
 
 
 def check_work_dir(model: Path, work_dir: Path, *, overwrite: bool) -> None:
@@ -25,18 +28,27 @@ def check_work_dir(model: Path, work_dir: Path, *, overwrite: bool) -> None:
     if not work_dir.is_dir():
         raise ConfigError(f"work_dir={str(work_dir)!r} is a file; give a folder that is new or empty")
     names = sorted(p.name for p in work_dir.iterdir())
-    if not names or FILE in names or (overwrite and "config.json" in names):
+    if not names or FILE in names or STATISTICS in names or (overwrite and "config.json" in names):
         return
     hint = "--overwrite replaces it" if "config.json" in names else "give a new folder"
     raise ConfigError(f"work_dir={str(work_dir)!r} already holds {', '.join(names[:4])}{' and more' if len(names) > 4 else ''}; {hint}")
 
 
-def copy_other_files(model: Path, target: Path, config: AwqConfig, kept: Sequence[str]) -> None:
-    """Tokenizer, templates and licences as they are; config.json with what the weights became. `kept`: whole names of modules that stay 16 bit."""
-    for path in sorted(model.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != "config.json":
-            shutil.copyfile(path, target / path.name)
-    raw = json.loads((model / "config.json").read_text(encoding="utf-8-sig"))
-    awq = {"quant_method": "awq", "version": "gemm", "bits": config.w_bits, "group_size": config.w_group_size, "zero_point": True}
-    raw["quantization_config"] = {**awq, "modules_to_not_convert": list(kept)} if kept else awq
-    (target / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False), encoding="utf-8")
+def check_room(work_dir: Path, needed: int) -> None:
+    """Raise CheckpointError when the disk of a folder that is to be made has less than `needed` bytes."""
+    place = next(p for p in (work_dir, *work_dir.resolve().parents) if p.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise CheckpointError(f"{place}: about {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free; free some space or give another --work-dir")
+
+
+def copy_other_files(model: Path, target: Path, quantization: Mapping[str, Any]) -> None:
+    """Tokenizer, templates and licences as they are; config.json with what the weights became."""
+    try:
+        for path in sorted(model.iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != "config.json":
+                shutil.copyfile(path, target / path.name)
+        raw = json.loads((model / "config.json").read_text(encoding="utf-8-sig"))
+        raw["quantization_config"] = dict(quantization)
+        (target / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise write_error(target.parent, error) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -10,7 +11,7 @@ from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.models.decoder import Decoder
 
 #: Endings of tensors that only quantised checkpoints have.
-QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,21 @@ class LayerPlan:
     others: tuple[str, ...]  # tensors that belong to no linear layer
     tensors: tuple[str, ...]
     linear_bytes: int  # of the matrices that are quantised
-    num_weights: int
-    largest: int  # numbers of the largest matrix
+    shapes: Mapping[str, tuple[int, int]]  # of all matrices [N, K]
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in all matrices."""
+        return sum(map(prod, self.shapes.values()))
 
 
-def plan_layers(model: Decoder, source: WeightSource, group: int) -> tuple[LayerPlan, ...]:
-    """The plan of every layer; ConfigError when the group size does not fit, CheckpointError when the folder is no 16-bit model."""
+def plan_layers(model: Decoder, source: WeightSource, group: int, *, packs: bool = True) -> tuple[LayerPlan, ...]:
+    """The plan of every layer; ConfigError when the group size does not fit, CheckpointError when the folder is no 16-bit model.
+
+    `group`: inputs that share a scale, 0 = all of a row. `packs`: eight numbers share a word.
+    """
     names = sorted(source.names())
-    if packed := next((n for n in names if n.endswith(QUANTISED)), None):
+    if packed := next((n for n in names if n.endswith(QUANTISED) or source.dtype(n).itemsize == 1), None):
         raise CheckpointError(f"the model is already quantised: it has the tensor {packed!r}; give the 16-bit model")
     stem = f"{model.prefix}{model.names.layers}."
     by_layer: dict[int, list[str]] = {}
@@ -42,27 +50,33 @@ def plan_layers(model: Decoder, source: WeightSource, group: int) -> tuple[Layer
     count = model.spec.num_layers
     if missing := [i for i in range(count) if i not in by_layer]:
         raise CheckpointError(f"the weights have no tensors of layer {missing[0]} ('{stem}{missing[0]}.*'), but config.json says that there are {count} layers")
-    return tuple(_plan(index, f"{stem}{index}.", by_layer[index], model.unquantised(), source, group) for index in range(count))
+    plans = tuple(_plan(index, f"{stem}{index}.", by_layer[index], model.unquantised(), source) for index in range(count))
+    if packs:
+        for plan in plans:
+            for name in plan.linears:
+                if name not in plan.kept:
+                    _check(plan.prefix + name, plan.shapes[name], group)
+    return plans
 
 
-def _plan(index: int, prefix: str, names: list[str], kept: tuple[str, ...], source: WeightSource, group: int) -> LayerPlan:
+def _plan(index: int, prefix: str, names: list[str], kept: tuple[str, ...], source: WeightSource) -> LayerPlan:
     linears = tuple(n.removeprefix(prefix).removesuffix(".weight") for n in names if n.endswith(".weight") and len(source.shape(n)) == 2)
     quantised = [name for name in linears if name not in kept]
-    for name in quantised:
-        _check(f"{prefix}{name}", source.shape(f"{prefix}{name}.weight"), group)
     taken = {f"{prefix}{name}.{suffix}" for name in linears for suffix in ("weight", "bias")}
     others = tuple(n.removeprefix(prefix) for n in names if n not in taken)
-    sizes = {name: prod(source.shape(f"{prefix}{name}.weight")) for name in linears}
-    stored = sum(sizes[name] * source.dtype(f"{prefix}{name}.weight").itemsize for name in quantised)
-    routers = tuple(name for name in linears if name in kept)
-    return LayerPlan(index, prefix, linears, routers, others, tuple(names), stored, sum(sizes.values()), max(sizes.values()))
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in linears:
+        rows, cols = source.shape(f"{prefix}{name}.weight")
+        shapes[name] = (rows, cols)
+    stored = sum(prod(shapes[name]) * source.dtype(f"{prefix}{name}.weight").itemsize for name in quantised)
+    return LayerPlan(index, prefix, linears, tuple(name for name in linears if name in kept), others, tuple(names), stored, shapes)
 
 
-def _check(name: str, shape: tuple[int, ...], group: int) -> None:
+def _check(name: str, shape: tuple[int, int], group: int) -> None:
     outputs, inputs = shape
     if inputs % group:
         fits = [g for g in (16, 32, 64, 128, 256) if inputs % g == 0]
         hint = f"use --w-group-size {' or '.join(map(str, fits))}" if fits else "no usual group size does"
         raise ConfigError(f"w_group_size={group} does not divide the {inputs} inputs of {name!r}; {hint}")
-    if outputs % 8:
-        raise ConfigError(f"{name!r} has {outputs} outputs; the AWQ layout needs a multiple of 8")
+    if outputs % 8 or inputs % 8:
+        raise ConfigError(f"{name!r} has {inputs} inputs and {outputs} outputs; 4-bit files hold multiples of 8 of both")

@@ -25,7 +25,7 @@ def test_what_is_written_is_read_again_from_shards_of_bounded_size(tmp_path: Pat
         source.take(name, out := torch.empty(10, 10))
         assert torch.equal(out, tensor)
     source.finish()
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_a_view_is_written_without_the_tensor_that_it_is_part_of(tmp_path: Path) -> None:
@@ -46,8 +46,10 @@ def test_discarding_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> N
 
 
 def test_the_rest_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
-    ShardWriter(tmp_path / "out").add("t", torch.zeros(3))
-    (tmp_path / "out.partial" / "shard-1").write_bytes(b"rest")
+    killed = ShardWriter(tmp_path / "out")
+    killed.add("t", torch.zeros(3))
+    killed.leave()
+    (tmp_path / ".out.partial" / "model-00001-of-00002.safetensors").write_bytes(b"rest")
     writer = ShardWriter(tmp_path / "out")
     writer.add("t", torch.zeros(3))
     writer.finish()

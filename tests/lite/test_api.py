@@ -120,7 +120,7 @@ class _Interrupted(KeyboardInterrupt):
 @pytest.mark.parametrize("moment", ["_note", "measure"])
 def test_ctrl_c_leaves_nothing_behind(moment: str, tmp_path: Path, model_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
-        assert (tmp_path / "out.partial").is_dir()
+        assert (tmp_path / ".out.partial").is_dir()
         raise _Interrupted
 
     monkeypatch.setattr(api, moment, interrupt)
@@ -147,4 +147,4 @@ def test_nan_weights_are_named(tmp_path: Path, model_folder: Path, text: str) ->
         (folder / name).write_bytes((model_folder / name).read_bytes())
     with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
         auto_awq(str(folder), calib_dataset=text, calib_samples=0, w_group_size=32, work_dir=str(tmp_path / "out"))
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()

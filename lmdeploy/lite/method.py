@@ -1,0 +1,86 @@
+"""What a quantising method must offer to the skeleton in `api.py`, and AWQ's answer; each other method's is in its own file.
+
+A method sees one decoder layer at a time: weights, what went into them, and where scales may move. Files, models and devices are not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lmdeploy.lite.awq import LayerResult, LayerWeights, Rounding, quantise_layer
+from lmdeploy.lite.calibrate import InputStats
+from lmdeploy.models.decoder import SmoothingGroup
+
+
+class Method(Protocol):
+    """One way to make weights small."""
+
+    def title(self, *, calibrated: bool) -> str:
+        """For the report."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Inputs of a row that share a scale; 0 = all of them."""
+        ...
+
+    @property
+    def gram_group(self) -> int | None:
+        """Block size of the X^T X that is collected; 0 = one block of all inputs, None = no X^T X."""
+        ...
+
+    @property
+    def packs(self) -> bool:
+        """Whether eight numbers share a word, so that inputs and outputs must be multiples of 8."""
+        ...
+
+    def work_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Bytes that rounding a layer with these matrices [N, K] takes beside the layer itself."""
+        ...
+
+    def quantise(self, layer: LayerWeights, stats: dict[str, InputStats], groups: Sequence[SmoothingGroup]) -> LayerResult:
+        """The tensors of one layer as they go into the file."""
+        ...
+
+    def entry(self, kept: Sequence[str]) -> Mapping[str, Any]:
+        """config.json's `quantization_config`; `kept`: names of modules that are not quantised."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AwqMethod:
+    """4 bits with a zero point, scales by formula or by search (`awq.py`)."""
+
+    group: int
+    search: bool
+
+    def title(self, *, calibrated: bool) -> str:
+        """For the report."""
+        how = "plain rounding" if not calibrated else "scales and clipping searched" if self.search else "fixed scales"
+        return f"AWQ, 4 bits, groups of {self.group}, {how}"
+
+    @property
+    def gram_group(self) -> int | None:
+        """Clipping is chosen by each group's own X^T X."""
+        return self.group if self.search else None
+
+    @property
+    def packs(self) -> bool:
+        """Eight numbers to a word."""
+        return True
+
+    def work_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """The layer in float32, and of its largest matrix: scaled, candidate, numbers, differences."""
+        sizes = [n * k for n, k in shapes.values()]
+        return 4 * (sum(sizes) + (9 if self.search else 7) * max(sizes))
+
+    def quantise(self, layer: LayerWeights, stats: dict[str, InputStats], groups: Sequence[SmoothingGroup]) -> LayerResult:
+        """Smooth, clip, round."""
+        return quantise_layer(layer, stats, groups, Rounding(self.group, self.search))
+
+    def entry(self, kept: Sequence[str]) -> Mapping[str, Any]:
+        """AutoAWQ's keys."""
+        entry = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": self.group, "zero_point": True}
+        return {**entry, "modules_to_not_convert": list(kept)} if kept else entry
