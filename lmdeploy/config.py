@@ -216,9 +216,9 @@ class _Checked:
 
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-MODEL_FORMATS = ("hf", "llama", "awq", "gptq", "fp8", "compressed-tensors", "mxfp4")
+MODEL_FORMATS = ("hf", "llama", "awq", "gptq", "smooth-quant", "fp8", "compressed-tensors", "mxfp4")
 #: those of them that this version loads
-LOADED_FORMATS = ("hf", "awq", "gptq")
+LOADED_FORMATS = ("hf", "awq", "gptq", "smooth-quant", "fp8")
 BACKENDS = ("turbomind", "pytorch")
 #: far above any machine; thread counts that the system refuses would end the process without a word
 MAX_CPU_THREADS = 1024
@@ -242,7 +242,9 @@ class EngineConfig(_Checked):
         "type of weights and activations; auto: on CPU bfloat16 where it is fast, else float32; on CUDA the checkpoint's own 16-bit type",
         choices=DTYPES,
     )
-    model_format: str | None = option(None, "weight layout: hf, awq or gptq; found from config.json when not given", choices=MODEL_FORMATS)
+    model_format: str | None = option(
+        None, f"weight layout: {', '.join(LOADED_FORMATS)}; default: what the files are. fp8 also quantises a 16-bit model at load", choices=MODEL_FORMATS
+    )
     tp: int = option(1, "tensor-parallel ranks", check=at_least(1))
     session_len: int | None = option(None, "longest prompt + answer in tokens; default: the model's own limit", check=between(1, 1 << 31))
     max_batch_size: int | None = option(None, "most sequences computed together; default: 32 on CPU, 256 on GPU", check=between(1, 65536))
@@ -273,6 +275,10 @@ class EngineConfig(_Checked):
     max_waiting: int = option(4096, "requests that may wait; one more is refused", check=at_least(1))
     random_weights: bool = option(False, "fill the model of a config folder with random weights (benchmarks)", flag=False)
     cpu_threads: int | None = option(None, "threads of the CPU kernels; default: all cores of the process", check=between(1, MAX_CPU_THREADS))
+    head_bits: int = option(
+        16, "output head: 8 or 4 quantise it at load; decoding then reads less. With tied embeddings that is a copy, which takes memory", choices=(16, 8, 4)
+    )
+    quantise_activations: bool = option(True, "activations in 8 bits too where the checkpoint was made for it; False: only its weights")
     # Accepted for compatibility; only the values in UNUSED_VALUES, others raise.
     dp: int = option(1, "data-parallel groups", flag=False)
     cp: int = option(1, "context-parallel ranks", flag=False)

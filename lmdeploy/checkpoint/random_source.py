@@ -18,6 +18,9 @@ BLOCK = 4_194_301
 #: Eight nibbles of 8 in an int32 word, and the standard deviation of 0..15.
 MIDDLE = -(0x77777778)
 SPREAD = 4.61
+#: Standard deviation and largest of 8-bit numbers; names that their scales end with.
+SPREAD8, LARGEST8 = 40.0, 127.0
+SCALES8 = (".scale", ".weight_scale", ".weight_scale_inv")
 
 
 class RandomSource:
@@ -36,7 +39,9 @@ class RandomSource:
         return not name.endswith((".bias", ".g_idx"))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Unknown here; callers that must know say so in `shape=`."""
+        """Unknown here; callers that must know say so in `shape=`. But scales of 8-bit weights may be a single one."""
+        if name.endswith(SCALES8):
+            return ()
         raise CheckpointError(f"random weights: the shape of '{name}' is not stored anywhere")
 
     def dtype(self, name: str) -> torch.dtype:
@@ -45,7 +50,7 @@ class RandomSource:
 
     def take(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Fill `out`; the slice only varies the numbers. Packed integers and their scales mean numbers of the usual size around zero."""
-        if not out.is_floating_point():
+        if not out.is_floating_point() and out.dtype.itemsize > 1:
             self._fill_packed(f"{name}:{rows.start if rows else 0}", out)
             return
         offset = zlib.crc32(f"{name}:{rows.start if rows else 0}:{cols.start if cols else 0}".encode()) % BLOCK
@@ -54,6 +59,8 @@ class RandomSource:
             out.add_(1.0)
         elif name.endswith(".scales"):
             out.mul_(0.01).add_(self.scale / SPREAD)
+        elif name.endswith(SCALES8):
+            out.fill_(self.scale / SPREAD8)
 
     def take_ranges(self, name: str, out: torch.Tensor, ranges: Sequence[slice], cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Fill `out`."""
@@ -93,5 +100,8 @@ class RandomSource:
         key = (out.dtype, out.device)
         if key not in self._blocks:
             generator = torch.Generator().manual_seed(self.seed)
-            self._blocks[key] = torch.randn(BLOCK, generator=generator).mul_(self.scale).to(out.device, out.dtype)
+            numbers = torch.randn(BLOCK, generator=generator)
+            small = out.dtype.itemsize == 1
+            numbers = numbers.mul_(SPREAD8).clamp_(-LARGEST8, LARGEST8).round_() if small else numbers.mul_(self.scale)
+            self._blocks[key] = numbers.to(out.device, out.dtype)
         return self._blocks[key]

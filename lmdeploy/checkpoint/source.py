@@ -160,8 +160,8 @@ class FolderSource:
         """Copy in chunks of the first axis, giving the mapped pages back after each, so that they do not pile up."""
         if view.shape != out.shape:
             raise self._mismatch(name, file, view.shape, out)
-        # 8-bit floats mean nothing without their scales, so they are not cast either.
-        if view.is_floating_point() != out.is_floating_point() or (view.dtype.itemsize == 1) != (out.dtype.itemsize == 1):
+        # 8-bit numbers mean nothing without their scales, so they are not cast either.
+        if view.is_floating_point() != out.is_floating_point() or (1 in (view.dtype.itemsize, out.dtype.itemsize) and view.dtype != out.dtype):
             raise CheckpointError(f"{file.path}: tensor {name!r} is {str(view.dtype)[6:]} where {str(out.dtype)[6:]} is expected")
         rows = view.shape[0] if view.dim() else 1
         step = max(1, CHUNK_BYTES * rows // max(1, view.nbytes))

@@ -111,7 +111,9 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     start = time.perf_counter()
     device = choose_device(config)
     spec = adapt_spec(load_spec(model_path, config.hf_overrides), config)
-    formats = choose_formats(spec.quantization, config.model_format, str(model_path))
+    formats = choose_formats(
+        spec.quantization, config.model_format, str(model_path), head_bits=config.head_bits, quantise_activations=config.quantise_activations
+    )
     kv_format = choose_format(config.quant_policy, config.kv_rotation, spec.head_dim, _capability(device))
     resolved = resolve_config(config, spec, device)
     if config.cpu_threads is not None:

@@ -12,7 +12,7 @@ from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import ConfigError
 from lmdeploy.formats import packed4
 from lmdeploy.formats.packed4 import PackedFormat
-from lmdeploy.formats.weight_format import Part
+from lmdeploy.formats.weight_format import Part, all_cols, all_rows
 
 Tensor = torch.Tensor
 
@@ -51,7 +51,7 @@ class AwqFormat(PackedFormat):
 
     def load_numbers(self, source: WeightSource, part: Part, out: Tensor) -> None:
         """Outputs lie along the words, inputs along the rows: blocks of input rows are unpacked, paired and turned."""
-        rows, cols = packed4.all_rows(part), packed4.all_cols(part)
+        rows, cols = all_rows(part), all_cols(part)
         hull = packed4.words_around(rows)
         width = hull.stop - hull.start
         for block in packed4.blocks_of(cols.start, cols.stop, width * 4, step=2):
@@ -64,7 +64,7 @@ class AwqFormat(PackedFormat):
     def load_zeros(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
         """Packed like the numbers."""
         words, place, hull = packed4.load_zero_words(source, part, group, out.shape[1], out.device)
-        out.copy_(packed4.pick(_numbers(words), packed4.all_rows(part), hull.start * 8)[:, place])
+        out.copy_(packed4.pick(_numbers(words), all_rows(part), hull.start * 8)[:, place])
 
 
 def _words(numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which file format each linear layer of a checkpoint has. config.json names the method; whether a module is quantised is seen in the files.
+"""Which format each linear layer has: in the files, by config.json and by what they hold; and in memory, where options quantise while loading.
 
 A method, width or layout that is not supported is an error that names it, and so is an option that contradicts the folder: nothing is guessed, because
 packed numbers read in the wrong layout give fluent nonsense.
@@ -6,74 +6,112 @@ packed numbers read in the wrong layout give fluent nonsense.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.formats import at_load
+from lmdeploy.formats.at_load import AtLoadFormat
 from lmdeploy.formats.awq import AwqFormat
 from lmdeploy.formats.dense import DenseFormat
 from lmdeploy.formats.gptq import GptqFormat
-from lmdeploy.formats.packed4 import PackedFormat
-from lmdeploy.formats.weight_format import FileFormat, Part
+from lmdeploy.formats.smooth_quant import DTYPES, smooth_quant_format
+from lmdeploy.formats.weight_format import FileFormat, Part, QuantisedFormat
+from lmdeploy.log import get_logger
 
-METHODS = ("awq", "gptq")
+logger = get_logger(__name__)
+
+#: quant_method of config.json -> what errors call such weights; the option's spelling has `-` for `_`
+METHODS = {"awq": "AWQ 4-bit weights", "gptq": "GPTQ 4-bit weights", "smooth_quant": "SmoothQuant 8-bit weights"}
 #: AWQ's kinds of packing whose files are the GEMM layout
 AWQ_VERSIONS = ("gemm", "exllama")
 #: GPTQ's kinds of packing -> what their stored zero points lack
 GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+#: lists of modules that are not quantised, by the names that methods have for them
+SKIP_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
 
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """The formats of one checkpoint. `skip`: parts of module names that config.json says are not quantised."""
+    """The formats of one checkpoint. `skip`: modules that config.json says are not quantised, as parts of names or "re:" and a pattern.
 
-    packed: PackedFormat | None = None
+    `at_load` rounds the 16-bit linear layers of the decoder while they are read, `head` the output head.
+    """
+
+    packed: QuantisedFormat | None = None
     skip: tuple[str, ...] = ()
+    at_load: AtLoadFormat | None = None
+    head: AtLoadFormat | None = None
 
     def of(self, source: WeightSource, parts: Sequence[Part]) -> FileFormat:
         """The format of a layer; the modules that it is made of must have the same."""
         if self.packed is None:
-            return DenseFormat()
-        found = {part.name: self._is_packed(source, part.name) for part in parts}
+            inside = self.at_load is not None and all(self._expected(part.name) for part in parts)
+            return self.at_load if inside and self.at_load else DenseFormat()
+        found = {part.name: self._is_packed(self.packed, source, part.name) for part in parts}
         if len(set(found.values())) > 1:
             packed, plain = (", ".join(name for name, value in found.items() if value is wanted) for wanted in (True, False))
             raise CheckpointError(f"{packed} is quantised, but {plain} is not; modules that are computed together must be stored alike")
         return self.packed if all(found.values()) else DenseFormat()
 
-    def _is_packed(self, source: WeightSource, name: str) -> bool:
-        """What the file holds; where it holds both or neither, what config.json makes us expect."""
-        packed = source.has(f"{name}.qweight")
-        if packed != source.has(f"{name}.weight"):
-            return packed
-        return ".layers." in name and not name.endswith(".gate") and not any(part in name for part in self.skip)
+    def of_head(self, source: WeightSource, parts: Sequence[Part]) -> FileFormat:
+        """The format of the output head: what the files hold, rounded while it is read where they hold 16 bits and `head` asks for it."""
+        found = self.of(source, parts)
+        if self.head is None or isinstance(found, DenseFormat):
+            return self.head or found
+        logger.warning("%s is quantised in the files; head_bits has no effect on it", parts[0].name)
+        return found
+
+    def _is_packed(self, packed: QuantisedFormat, source: WeightSource, name: str) -> bool:
+        """What the file holds; where that does not say, what config.json makes us expect."""
+        found = packed.holds(source, name)
+        return self._expected(name) if found is None else found
+
+    def _expected(self, name: str) -> bool:
+        """Linear layers of the decoder but routers."""
+        if ".layers." not in name or name.endswith(".gate"):
+            return False
+        return not any(re.match(part[3:], name) if part.startswith("re:") else part in name for part in self.skip)
 
 
 DENSE = Formats()
 
 
-def choose_formats(quantization: Mapping[str, Any] | None, model_format: str | None = None, where: str = "the model") -> Formats:
-    """From config.json's `quantization_config` and the option, which may be None. `where` is what errors call the folder."""
-    method = _method(quantization, where) if quantization else "hf"
-    if model_format is not None and model_format != method:
-        holds = "unquantised weights (config.json has no quantization_config)" if method == "hf" else f"{method.upper()} 4-bit weights"
-        raise ConfigError(f"model_format={model_format!r}, but {where} holds {holds}; use model_format={method!r} or leave it out")
-    if not quantization:
-        return DENSE
-    group_size = _whole_number(quantization, ("group_size", "q_group_size"), where)
-    bits = _whole_number(quantization, ("bits", "w_bit"), where)
-    if bits != 4:
-        raise _unsupported(where, "bits", bits, "4")
-    packed = _awq(quantization, group_size, where) if method == "awq" else _gptq(quantization, group_size, where)
-    return Formats(packed, _skipped(quantization, where))
+def choose_formats(
+    quantization: Mapping[str, Any] | None,
+    model_format: str | None = None,
+    where: str = "the model",
+    *,
+    head_bits: int = 16,
+    quantise_activations: bool = True,
+) -> Formats:
+    """From config.json's `quantization_config` and the options of EngineConfig. `where` is what errors call the folder."""
+    formats = _of_files(quantization, where, quantise_activations) if quantization else DENSE
+    method = str(quantization.get("quant_method")).lower() if quantization else "hf"
+    spelled = method.replace("_", "-")
+    if model_format == "fp8" and not quantization:
+        formats = Formats(at_load=at_load.FP8)
+    elif model_format not in (None, spelled):
+        holds = METHODS.get(method, "unquantised weights (config.json has no quantization_config)")
+        raise ConfigError(f"model_format={model_format!r}, but {where} holds {holds}; use model_format={spelled!r} or leave it out")
+    return formats if head_bits == 16 else replace(formats, head=at_load.HEADS[head_bits])
 
 
-def _method(quantization: Mapping[str, Any], where: str) -> str:
+def _of_files(quantization: Mapping[str, Any], where: str, quantise_activations: bool) -> Formats:
+    """How quantised files are read."""
     method = str(quantization.get("quant_method", "")).lower()
-    if method not in METHODS:
-        raise _unsupported(where, "quant_method", quantization.get("quant_method"), ", ".join(METHODS))
-    return method
+    skip = _skipped(quantization, where)
+    if method in ("awq", "gptq"):
+        return Formats(_four_bit(quantization, method, where), skip)
+    if method == "smooth_quant":
+        smooth = smooth_quant_format(quantization, quantise_activations)
+        if smooth is None:
+            raise _unsupported(where, "quant_dtype", quantization.get("quant_dtype"), ", ".join(DTYPES))
+        return Formats(smooth, skip)
+    raise _unsupported(where, "quant_method", quantization.get("quant_method"), ", ".join(METHODS))
 
 
 def _unsupported(where: str, key: str, value: object, known: str) -> CheckpointError:
@@ -90,14 +128,22 @@ def _whole_number(quantization: Mapping[str, Any], keys: Sequence[str], where: s
     return value
 
 
-def _awq(quantization: Mapping[str, Any], group_size: int, where: str) -> PackedFormat:
+def _four_bit(quantization: Mapping[str, Any], method: str, where: str) -> QuantisedFormat:
+    group_size = _whole_number(quantization, ("group_size", "q_group_size"), where)
+    bits = _whole_number(quantization, ("bits", "w_bit"), where)
+    if bits != 4:
+        raise _unsupported(where, "bits", bits, "4")
+    return _awq(quantization, group_size, where) if method == "awq" else _gptq(quantization, group_size, where)
+
+
+def _awq(quantization: Mapping[str, Any], group_size: int, where: str) -> QuantisedFormat:
     version = quantization.get("version") or "gemm"
     if str(version).lower() not in AWQ_VERSIONS:
         raise _unsupported(where, "version", version, ", ".join(AWQ_VERSIONS))
     return AwqFormat(group_size)
 
 
-def _gptq(quantization: Mapping[str, Any], group_size: int, where: str) -> PackedFormat:
+def _gptq(quantization: Mapping[str, Any], group_size: int, where: str) -> QuantisedFormat:
     packing = quantization.get("checkpoint_format") or "gptq"
     if packing not in GPTQ_OFFSETS:
         raise _unsupported(where, "checkpoint_format", packing, ", ".join(GPTQ_OFFSETS))
@@ -105,7 +151,8 @@ def _gptq(quantization: Mapping[str, Any], group_size: int, where: str) -> Packe
 
 
 def _skipped(quantization: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    names = quantization.get("modules_to_not_convert") or ()
+    key = next((key for key in SKIP_KEYS if quantization.get(key)), SKIP_KEYS[0])
+    names = quantization.get(key) or ()
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise _unsupported(where, "modules_to_not_convert", names, "lists of names")
+        raise _unsupported(where, key, names, "lists of names")
     return tuple(names)

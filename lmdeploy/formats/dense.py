@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
-from lmdeploy.formats.weight_format import Part, TensorSpec
+from lmdeploy.formats.weight_format import BIAS, Part, TensorSpec
 from lmdeploy.kernels.api import Kernels
 
 WEIGHT = TensorSpec("weight", out_axis=0, in_axis=1)
-BIAS = TensorSpec("bias", out_axis=0, in_axis=None)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats import packed4
 from lmdeploy.formats.packed4 import Packed4, PackedFormat
-from lmdeploy.formats.weight_format import Part
+from lmdeploy.formats.weight_format import Part, all_cols, all_rows
 
 Tensor = torch.Tensor
 
@@ -29,7 +29,7 @@ class GptqFormat(PackedFormat):
 
     def load_numbers(self, source: WeightSource, part: Part, out: Tensor) -> None:
         """A word is four bytes of our layout already: blocks of words are turned and cut to this rank's inputs."""
-        rows, cols = packed4.all_rows(part), packed4.all_cols(part)
+        rows, cols = all_rows(part), all_cols(part)
         hull = slice(min(r.start for r in rows), max(r.stop for r in rows))
         width = hull.stop - hull.start
         for block in packed4.blocks_of(cols.start // 8, -(-cols.stop // 8), width * 4, step=1):
@@ -43,7 +43,7 @@ class GptqFormat(PackedFormat):
     def load_zeros(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
         """Sixteen numbers fit, so a zero point of 0 is stored as 15."""
         words, place, hull = packed4.load_zero_words(source, part, group, out.shape[1], out.device)
-        numbers = packed4.pick(packed4.nibbles(words), packed4.all_rows(part), hull.start * 8)[:, place]
+        numbers = packed4.pick(packed4.nibbles(words), all_rows(part), hull.start * 8)[:, place]
         out.copy_((numbers + self.offset) & 15)
 
     def finish(self, source: WeightSource, parts: Sequence[Part], weight: Packed4) -> None:

@@ -14,13 +14,12 @@ import torch
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError
-from lmdeploy.formats.weight_format import Part, TensorSpec
+from lmdeploy.formats.weight_format import Part, all_cols, all_rows, load_bias
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.reference import dequantise_w4
 
 Tensor = torch.Tensor
 
-BIAS = TensorSpec("bias", out_axis=0, in_axis=None)
 #: Packed words that are read at once; what they become while they are sorted is a few times as much.
 BLOCK_BYTES = 4 << 20
 
@@ -72,6 +71,11 @@ class PackedFormat:
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
 
+    def holds(self, source: WeightSource, name: str) -> bool | None:
+        """Whether the module is stored so; None where the files hold both or neither."""
+        packed = source.has(f"{name}.qweight")
+        return packed if packed != source.has(f"{name}.weight") else None
+
     def load(self, source: WeightSource, parts: Sequence[Part], bias: bool, dtype: torch.dtype, device: torch.device) -> Packed4:
         """The weights of a layer, part after part, straight from the checkpoint."""
         groups = {part.name: self._group(part) for part in parts}
@@ -86,8 +90,7 @@ class PackedFormat:
             self.load_numbers(source, part, weight.qweight[rows])
             self.load_zeros(source, part, groups[part.name], weight.zeros[rows])
             load_scales(source, part, groups[part.name], weight.scales[rows])
-            if weight.bias is not None:
-                source.take_ranges(f"{part.name}.bias", weight.bias[rows], all_rows(part), shape=BIAS.shape(part.out_features, part.in_features))
+            load_bias(source, part, weight.bias, rows)
             start = rows.stop
         self.finish(source, parts, weight)
         return weight
@@ -118,16 +121,6 @@ def group_of(name: str, in_features: int, group_size: int) -> int:
             f"{name}: {in_features} inputs are no multiple of group_size={group_size} (an even number, or -1); fitting: {fits or in_features}"
         )
     return group
-
-
-def all_rows(part: Part) -> Sequence[slice]:
-    """The output rows that a part wants."""
-    return part.rows if part.rows is not None else [slice(0, part.out_features)]
-
-
-def all_cols(part: Part) -> slice:
-    """The input columns that a part wants."""
-    return part.cols if part.cols is not None else slice(0, part.in_features)
 
 
 def words_around(rows: Sequence[slice]) -> slice:

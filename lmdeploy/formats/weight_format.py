@@ -77,3 +77,30 @@ class FileFormat(Protocol):
     def load(self, source: WeightSource, parts: Sequence[Part], bias: bool, dtype: torch.dtype, device: torch.device) -> WeightFormat:
         """The layer's weights, allocated once and filled part after part, straight from the checkpoint."""
         ...
+
+
+class QuantisedFormat(FileFormat, Protocol):
+    """A file format in which some modules of a checkpoint are stored."""
+
+    def holds(self, source: WeightSource, name: str) -> bool | None:
+        """Whether the files hold this module so; None where they hold it both ways or neither, and config.json has to say."""
+        ...
+
+
+BIAS = TensorSpec("bias", out_axis=0, in_axis=None)
+
+
+def all_rows(part: Part) -> Sequence[slice]:
+    """The output rows that a part wants."""
+    return part.rows if part.rows is not None else [slice(0, part.out_features)]
+
+
+def all_cols(part: Part) -> slice:
+    """The input columns that a part wants."""
+    return part.cols if part.cols is not None else slice(0, part.in_features)
+
+
+def load_bias(source: WeightSource, part: Part, bias: torch.Tensor | None, rows: slice) -> None:
+    """The bias of a part, to rows of the layer's [N], where it has one."""
+    if bias is not None:
+        source.take_ranges(f"{part.name}.bias", bias[rows], all_rows(part), shape=BIAS.shape(part.out_features, part.in_features))

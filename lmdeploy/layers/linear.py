@@ -13,7 +13,7 @@ import torch
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.formats.dense import DenseWeight
-from lmdeploy.formats.weight_format import Part, WeightFormat
+from lmdeploy.formats.weight_format import FileFormat, Part, WeightFormat
 from lmdeploy.layers.build import BuildContext
 
 Tensor = torch.Tensor
@@ -33,7 +33,11 @@ class Linear:
     def load(self, source: WeightSource) -> None:
         """Allocate and pull the weights."""
         bias = self.expect_bias or any(source.has(f"{part.name}.bias") for part in self.parts)
-        self.weight = self.formats.of(source, self.parts).load(source, self.parts, bias, self.dtype, self.device)
+        self.weight = self.file_format(source).load(source, self.parts, bias, self.dtype, self.device)
+
+    def file_format(self, source: WeightSource) -> FileFormat:
+        """How the files hold the layer, or how it is quantised while it is read."""
+        return self.formats.of(source, self.parts)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that the weights are made of."""
@@ -45,15 +49,26 @@ class Linear:
         self.weight.matmul(x, out, self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
 
 
-class TiedLinear(Linear):
-    """The output head that is the embedding table itself."""
+class Head(Linear):
+    """The output head, which an option may quantise."""
 
-    def __init__(self, ctx: BuildContext, table: Tensor) -> None:
+    def file_format(self, source: WeightSource) -> FileFormat:
+        """As all layers, but for the option."""
+        return self.formats.of_head(source, self.parts)
+
+
+class TiedHead(Linear):
+    """The output head that is the embedding table itself; where an option quantises it, a copy of the table, because rows are looked up in 16 bits."""
+
+    def __init__(self, ctx: BuildContext, table: Tensor, name: str) -> None:
         super().__init__(ctx, ())
+        self.table, self.name = table, name
         self.weight = DenseWeight(table)
 
     def load(self, source: WeightSource) -> None:
-        """Nothing: the embedding has loaded it."""
+        """The embedding has loaded the table; at most a quantised copy is made of it."""
+        if self.formats.head is not None:
+            self.weight = self.formats.head.of_table(self.table, self.name, self.dtype)
 
 
 class QKVLinear(Linear):

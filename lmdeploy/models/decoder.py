@@ -19,7 +19,7 @@ from lmdeploy.inputs import ForwardInputs
 from lmdeploy.layers.attention import Attention, AttentionNames
 from lmdeploy.layers.build import BuildContext, Module, StepBuffers, StepShape
 from lmdeploy.layers.embedding import Embedding
-from lmdeploy.layers.linear import Linear, TiedLinear
+from lmdeploy.layers.linear import Head, Linear, TiedHead
 from lmdeploy.layers.mlp import MLP, MLPNames
 from lmdeploy.layers.norm import RMSNorm
 from lmdeploy.layers.rope import build_rope, logn_scale
@@ -109,8 +109,8 @@ class Decoder:
     def _build_head(self) -> Linear:
         spec = self.spec
         if spec.tie_embeddings:
-            return TiedLinear(self.ctx, self.embedding.weight)
-        return Linear(self.ctx, [Part(self.prefix + self.names.head, spec.vocab_size, spec.hidden_size)])
+            return TiedHead(self.ctx, self.embedding.weight, self.embedding.name)
+        return Head(self.ctx, [Part(self.prefix + self.names.head, spec.vocab_size, spec.hidden_size)])
 
     def load(self, source: WeightSource) -> None:
         """Pull all weights; a missing tensor raises with its name, and so does one that is left over."""
@@ -141,7 +141,7 @@ class Decoder:
         yield from (self.norm, self.head)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All weights; a tied head's table comes twice."""
+        """All weights; the table of a tied head in 16 bits comes twice."""
         for part in self._parts():
             yield from part.tensors()
 

@@ -1,12 +1,14 @@
-"""4-bit checkpoints for tests, packed and read number by number from the published description, with none of the package's code.
+"""Quantised checkpoints for tests, packed and read number by number from the published description, with none of the package's code.
 
-`Module` is one quantised linear; `quantised_folder` turns a dense model folder into one that another tool could have written, and into the dense folder
-that means the same numbers.
+`Module` is one 4-bit linear of AWQ or GPTQ, functions that return `Stored` write one of the other methods; `quantised_folder` and `stored_folder` turn a
+dense model folder into one that another tool could have written, and into the dense folder that means the same numbers.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +90,7 @@ def quantised_folder(
 ) -> tuple[Path, Path]:
     """(4-bit folder, dense folder of the same numbers) of a dense folder: every linear in the decoder layers is rounded, but routers and `skip`; and `also`."""
     config = json.loads((dense / "config.json").read_text())
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(dense.glob("*.safetensors")):
-        tensors |= load_file(file)
+    tensors = dense_tensors(dense)
     packed, plain = dict(tensors), dict(tensors)
     orders: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
@@ -108,3 +108,57 @@ def quantised_folder(
     write_folder(out / "packed", {**config, "quantization_config": configuration(method, group_size, **extra)}, packed)
     write_folder(out / "plain", {**config, "torch_dtype": "float32"}, plain)
     return out / "packed", out / "plain"
+
+
+#: What a tool writes for one linear layer, and the float32 weight that it means.
+Stored = tuple[dict[str, Tensor], Tensor]
+
+
+def dense_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a dense folder."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def stored_folder(dense: Path, out: Path, entry: dict[str, Any], store: Callable[[Tensor], Stored], also: tuple[str, ...] = ()) -> tuple[Path, Path]:
+    """(quantised folder, dense folder of the same numbers): every linear in the decoder layers but routers, and `also`, is written by `store`."""
+    config, tensors = json.loads((dense / "config.json").read_text()), dense_tensors(dense)
+    packed, plain = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if (".layers." in name or module in also) and tensor.dim() == 2 and not module.endswith(".gate"):
+            stored, plain[name] = store(tensor)
+            del packed[name]
+            packed |= {f"{module}.{suffix}": t for suffix, t in stored.items()}
+    write_folder(out / "packed", {**config, "quantization_config": entry}, packed)
+    write_folder(out / "plain", {**config, "torch_dtype": "float32"}, plain)
+    return out / "packed", out / "plain"
+
+
+def by_rows(weight: Tensor, dtype: torch.dtype, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(8-bit numbers [N, K], one float32 scale for each block of (rows, inputs), the last ones smaller), block by block."""
+    rows, inner = blocks
+    numbers = torch.empty(weight.shape, dtype=dtype)
+    scales = torch.empty(math.ceil(weight.shape[0] / rows), math.ceil(weight.shape[1] / inner))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            part = (slice(i * rows, (i + 1) * rows), slice(j * inner, (j + 1) * inner))
+            scales[i, j] = weight[part].abs().max().float() / (127 if dtype is torch.int8 else 448)
+            scaled = weight[part].float() / scales[i, j]
+            numbers[part] = (scaled.round() if dtype is torch.int8 else scaled).to(dtype)
+    return numbers, scales
+
+
+def meaning(numbers: Tensor, scales: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """float32 [N, K]."""
+    wide = scales.repeat_interleave(blocks[0], 0)[: numbers.shape[0]].repeat_interleave(blocks[1], 1)[:, : numbers.shape[1]]
+    return numbers.float() * wide
+
+
+def smooth_quant(weight: Tensor, dtype: torch.dtype) -> Stored:
+    """`weight` [N, K] and `scale` [N, 1]."""
+    blocks = (1, weight.shape[1])
+    numbers, scales = by_rows(weight, dtype, blocks)
+    return {"weight": numbers, "scale": scales}, meaning(numbers, scales, blocks)
