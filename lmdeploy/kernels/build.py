@@ -48,9 +48,10 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _NEEDS_AVX2 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2"))
 _NEEDS_AVX512 = _NEEDS_AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_NEEDS_AMX = frozenset(("avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"))
 #: Best first. Flags are named one by one: -march=native on a virtual machine may promise what the host does not do.
 VARIANTS = (
-    Variant("amx", _NEEDS_AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
+    Variant("amx", _NEEDS_AVX512 | _NEEDS_AMX, (*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16", "-mamx-int8")),
     Variant("avx512", _NEEDS_AVX512, _AVX512),
     Variant("avx2", _NEEDS_AVX2, _AVX2),
     Variant("generic", frozenset(), ()),

@@ -20,7 +20,7 @@ import torch
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
-from lmdeploy.kernels.reference import REFERENCE, LinearW4, dequantising, dequantising_w8
+from lmdeploy.kernels.reference import REFERENCE, LinearW4, LinearW8, dequantising, dequantising_w8
 from lmdeploy.kv_layer import KVLayer, Width
 from lmdeploy.log import get_logger
 
@@ -28,11 +28,16 @@ Tensor = torch.Tensor
 logger = get_logger(__name__)
 
 MAX_HEAD_DIM = 256
+#: Inputs whose products of int8 numbers, 128 * 127 at most, surely sum up in int32.
+MAX_INT8_INPUTS = 1 << 17
+_W8 = (torch.int8, torch.float8_e4m3fn)
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _I],
     "linear_w4": [_P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I],
+    "linear_w8": [_P, _L, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _I],
+    "linear_w8a8": [_P, _L, _P, _P, _P, _P, _L, _L, _L, _L, _I, _I],
     "rms_norm": [_P, _L, _P, _P, _F, _P, _L, _L, _I],
     "head_norm": [_P, _L, _L, _P, _F, _L, _L, _L, _I],
     "silu_mul": [_P, _P, _L, _L, _I],
@@ -49,7 +54,7 @@ def _functions(library: ctypes.CDLL, name: str) -> dict[torch.dtype, Callable[..
     found: dict[torch.dtype, Callable[..., int]] = {}
     for dtype, suffix in _SUFFIX.items():
         function = library[f"lmd_{name}_{suffix}"]
-        function.argtypes, function.restype = _ARGUMENTS[name], _I if name == "linear_w4" or (name == "linear" and suffix == "bf16") else None
+        function.argtypes, function.restype = _ARGUMENTS[name], _I if name.startswith("linear_") or name == "linear" and suffix == "bf16" else None
         found[dtype] = function
     return found
 
@@ -97,6 +102,48 @@ def _linear_w4(library: ctypes.CDLL, threads: int, fallback: LinearW4) -> Linear
             fallback(x, qweight, scales, zeros, bias, out)
 
     return linear_w4
+
+
+def _linear_w8(library: ctypes.CDLL, threads: int, fallback: LinearW8) -> LinearW8:
+    functions = _functions(library, "linear_w8")
+
+    def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        function = functions.get(x.dtype)
+        if function is None or not _fits_w8(x, qweight, scales, bias, out):
+            fallback(x, qweight, scales, bias, out)
+            return
+        rows, inner = x.shape
+        outer, groups = scales.shape
+        weight = (qweight.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr())
+        sizes = (rows, inner, outer, inner // groups, qweight.dtype is not torch.int8, threads)
+        if function(x.data_ptr(), x.stride(0), *weight, out.data_ptr(), out.stride(0), *sizes) == 0:  # out of memory for the packed rows
+            fallback(x, qweight, scales, bias, out)
+
+    return linear_w8
+
+
+def _linear_w8a8(library: ctypes.CDLL, threads: int) -> LinearW8:
+    functions, fallback = _functions(library, "linear_w8a8"), REFERENCE.linear_w8a8
+
+    def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        function = functions.get(x.dtype)
+        rows, inner = x.shape
+        if function is None or inner > MAX_INT8_INPUTS or not _fits_w8(x, qweight, scales, bias, out):
+            fallback(x, qweight, scales, bias, out)
+            return
+        weight = (qweight.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr())
+        sizes = (rows, inner, scales.shape[0], qweight.dtype is not torch.int8, threads)
+        if function(x.data_ptr(), x.stride(0), *weight, out.data_ptr(), out.stride(0), *sizes) == 0:  # out of memory for the packed rows
+            fallback(x, qweight, scales, bias, out)
+
+    return linear_w8a8
+
+
+def _fits_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    """Whether types and layouts are those that the C code relies on."""
+    same = out.dtype is x.dtype and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
+    packed = scales.dtype is torch.float32 and qweight.dtype in _W8 and qweight.is_contiguous() and scales.is_contiguous()
+    return same and packed and x.stride(1) == 1 and out.stride(1) == 1
 
 
 def _rms_norm(library: ctypes.CDLL, threads: int) -> Callable[[Tensor, Tensor, float, Tensor], None]:
@@ -259,8 +306,8 @@ def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
     return Kernels(
         linear=linear,
         linear_w4=_linear_w4(library, workers, dequantising(linear)),
-        linear_w8=dequantising_w8(linear),
-        linear_w8a8=REFERENCE.linear_w8a8,
+        linear_w8=_linear_w8(library, workers, dequantising_w8(linear)),
+        linear_w8a8=_linear_w8a8(library, workers),
         rms_norm=_rms_norm(library, workers),
         add_rms_norm=_add_rms_norm(library, workers),
         head_norm=_head_norm(library, workers),

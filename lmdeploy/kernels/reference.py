@@ -92,9 +92,10 @@ linear_w8 = dequantising_w8(linear)
 def quantise_activations(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(the numbers xq [T, K] as float32, sx [T, 1]) with x ~ xq * sx, one scale a row. `dtype` is int8 or float8_e4m3fn; a row of zeros has scale 1."""
     x = x.float()
-    most = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(most == 0, 1.0, most / (127 if dtype is torch.int8 else FP8_MAX))
-    numbers = x / scale
+    largest = 127 if dtype is torch.int8 else FP8_MAX
+    scale = x.abs().amax(-1, keepdim=True) / largest
+    scale = torch.where(scale == 0, 1.0, scale)
+    numbers = (x / scale).clamp_(-largest, largest)  # beyond them only where the scale is so small that it lost bits
     return (numbers.round() if dtype is torch.int8 else numbers.to(dtype).float()), scale
 
 

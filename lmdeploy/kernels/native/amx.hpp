@@ -4,9 +4,11 @@
 #ifdef LMD_AMX
 #include <immintrin.h>
 
+#include <type_traits>
+
 namespace lmd {
 
-constexpr long TILE = 512;  // bf16 elements of a full tile: 16 rows of 32
+constexpr long TILE = 512;  // bf16 elements of a full tile: 16 rows of 32; or 1024 of int8
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -39,9 +41,12 @@ template <int R>
 inline void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(R));
 }
-template <int C, int A, int B>
+// Sums of bf16 pairs in float, or of int8 fours in int32, which are exact.
+template <int C, int A, int B, typename Sum = float>
 inline void tile_dot() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    static_assert(sizeof(Sum) == 4);
+    if constexpr (std::is_same_v<Sum, float>) asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    else asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 // Transpose 16 x 16 dwords in registers.
@@ -69,22 +74,29 @@ inline void transpose16(__m512i r[16]) {
     }
 }
 
-// bf16 rows [rows][cols] -> one tile whose row p holds (x[r][2p], x[r][2p + 1]) for r = 0..15: the right-hand operand of
-// tdpbf16ps with the rows of x as columns. Missing rows and columns are zero.
-inline void pack_columns(const bf16* x, long stride, long rows, long cols, bf16* tile) {
+inline __mmask64 first_bytes(long count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
+
+// Rows of bytes -> one tile whose row p holds the 4 bytes at 4p of each row r = 0..15: the right-hand operand with the rows of x
+// as columns. Missing rows and bytes are zero. `columns` 4 or 8: a narrower tile, for that many rows of x at most.
+inline void pack_columns(const char* x, long stride, long rows, long bytes, bf16* tile, long columns = 16) {
     __m512i r[16];
-    const __mmask32 mask = cols >= 32 ? 0xffffffffu : ((1u << cols) - 1u);
-    for (int i = 0; i < 16; i++)
-        r[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, x + i * stride) : _mm512_setzero_si512();
+    const __mmask64 mask = first_bytes(bytes);
+    for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_maskz_loadu_epi8(mask, x + i * stride) : _mm512_setzero_si512();
     transpose16(r);
-    for (int i = 0; i < 16; i++) _mm512_store_si512(tile + 32 * i, r[i]);
+    if (columns == 16)
+        for (int i = 0; i < 16; i++) _mm512_store_si512(tile + 32 * i, r[i]);
+    else
+        for (int i = 0; i < 16; i++) _mm256_mask_storeu_epi32(tile + 2 * columns * i, columns == 8 ? 0xff : 0xf, _mm512_castsi512_si256(r[i]));
+}
+inline void pack_columns(const bf16* x, long stride, long rows, long count, bf16* tile, long columns = 16) {
+    pack_columns((const char*)x, 2 * stride, rows, 2 * count, tile, columns);
 }
 
-// bf16 rows -> a left-hand tile: copied as they are, missing rows and columns zero.
-inline void pack_rows(const bf16* x, long stride, long rows, long cols, bf16* tile) {
-    const __mmask32 mask = cols >= 32 ? 0xffffffffu : ((1u << cols) - 1u);
+// Rows of bytes -> a left-hand tile: copied as they are, missing rows and bytes zero.
+inline void pack_rows(const char* x, long stride, long rows, long bytes, bf16* tile) {
+    const __mmask64 mask = first_bytes(bytes);
     for (int i = 0; i < 16; i++)
-        _mm512_store_si512(tile + 32 * i, i < rows ? _mm512_maskz_loadu_epi16(mask, x + i * stride) : _mm512_setzero_si512());
+        _mm512_store_si512(tile + 32 * i, i < rows ? _mm512_maskz_loadu_epi8(mask, x + i * stride) : _mm512_setzero_si512());
 }
 
 }  // namespace lmd

@@ -5,39 +5,52 @@
 #include <algorithm>
 
 #include "amx.hpp"
-#ifdef LMD_AMX
 
 namespace lmd {
 
+// What is multiplied besides the weights. E: type of x and out; Sum: float for tiles of bf16, int32_t for tiles of int8.
+template <typename E, typename Sum = float>
 struct Product {
-    const bf16* x;
+    const E* x;
     long x_stride;
-    const bf16* bias;
-    bf16* out;
+    const E* bias;
+    E* out;
     long out_stride;
     long T, K, N;
-    long k_blocks = 0;        // of 32
-    bf16* packed = nullptr;   // right-hand tiles [t block of 16][k block]
+    const float* scales = nullptr;    // [N]: a scale of each weight row, or none
+    const float* x_scales = nullptr;  // [T]: a scale of each row of x, or none
+    long k_blocks = 0;                // of 64 bytes
+    bf16* packed = nullptr;           // right-hand tiles [t block of 16][k block]
 
     long t_blocks() const { return T <= 16 ? 1 : (T + 31) / 32 * 2; }
+    // Columns of the right-hand tiles: few rows of x need less of L2 and L1 each time that they meet a block. 4 % at T = 1.
+    long columns() const { return T <= 4 ? 4 : T <= 8 ? 8 : 16; }
 };
 
-// One fp32 tile [16 n][16 t] -> rows of out, with bias.
-inline void write_tile(const Product& p, const float* tile, long n, long t) {
+#ifdef LMD_AMX
+inline void store_some(bf16* to, __mmask16 mask, __m512 v) { _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(v)); }
+inline void store_some(float* to, __mmask16 mask, __m512 v) { _mm512_mask_storeu_ps(to, mask, v); }
+inline __m512 load_some(const bf16* from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+inline __m512 load_some(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+
+// One tile of sums [16 n][16 t] -> rows of out, with scales and bias.
+template <typename E, typename Sum>
+inline void write_tile(const Product<E, Sum>& p, const float* tile, long n, long t) {
     const long cols = std::min(16L, p.N - n), rows = std::min(16L, p.T - t);
     const __mmask16 mask = cols >= 16 ? 0xffff : __mmask16((1u << cols) - 1u);
     __m512i r[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(tile + 16 * i);
     transpose16(r);
-    __m512 bias = _mm512_setzero_ps();
-    if (p.bias) {
-        const __m256i b = _mm256_maskz_loadu_epi16(mask, p.bias + n);
-        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-    }
+    const __m512 scale = p.scales ? load_some(p.scales + n, mask) : _mm512_set1_ps(1);
+    const __m512 bias = p.bias ? load_some(p.bias + n, mask) : _mm512_setzero_ps();
     for (long i = 0; i < rows; i++) {
-        __m512 v = _mm512_castsi512_ps(r[i]);
+        __m512 v = std::is_same_v<Sum, float> ? _mm512_castsi512_ps(r[i]) : _mm512_cvtepi32_ps(r[i]);
+        if (p.x_scales) v = _mm512_mul_ps(v, _mm512_set1_ps(p.x_scales[t + i]));
+        if (p.scales) v = _mm512_mul_ps(v, scale);
         if (p.bias) v = _mm512_add_ps(v, bias);
-        _mm256_mask_storeu_epi16(p.out + (t + i) * p.out_stride + n, mask, (__m256i)_mm512_cvtneps_pbh(v));
+        store_some(p.out + (t + i) * p.out_stride + n, mask, v);
     }
 }
 
@@ -61,6 +74,7 @@ struct Fetch {
     }
 };
 
+template <typename Sum>
 inline void multiply_2x2(const bf16* a, const bf16* x0, const bf16* x1, float* c, bool fresh, long depth, Fetch& next, long lines) {
     if (fresh) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
@@ -70,12 +84,12 @@ inline void multiply_2x2(const bf16* a, const bf16* x0, const bf16* x1, float* c
     for (long j = 0; j < depth; j++) {
         tile_load<4>(a + j * 2 * TILE, 64);
         tile_load<6>(x0 + j * TILE, 64);
-        tile_dot<0, 4, 6>();
+        tile_dot<0, 4, 6, Sum>();
         tile_load<7>(x1 + j * TILE, 64);
-        tile_dot<1, 4, 7>();
+        tile_dot<1, 4, 7, Sum>();
         tile_load<5>(a + (j * 2 + 1) * TILE, 64);
-        tile_dot<2, 5, 6>();
-        tile_dot<3, 5, 7>();
+        tile_dot<2, 5, 6, Sum>();
+        tile_dot<3, 5, 7, Sum>();
         next.fetch(lines);
     }
     tile_store<0>(c, 64), tile_store<1>(c + 256, 64), tile_store<2>(c + 512, 64), tile_store<3>(c + 768, 64);
@@ -83,8 +97,8 @@ inline void multiply_2x2(const bf16* a, const bf16* x0, const bf16* x1, float* c
 
 // `weight.pack(n, k, depth, a, step)` writes 16 rows as left-hand tiles a, a + step, ..., zero past N and K;
 // `weight.slice(n, rows, k, depth)` is the memory that it will read for that.
-template <class Weight>
-inline void many_rows(const Product& p, const Weight& weight, long first, long last) {
+template <typename E, typename Sum, class Weight>
+inline void many_rows(const Product<E, Sum>& p, const Weight& weight, long first, long last) {
     const long t_pairs = (p.T + 31) / 32;
     bf16* a = (bf16*)scratch(PANEL * DEPTH * 32 * 2, 1);                // [n pair][k block of DEPTH][2]
     float* c = (float*)scratch(size_t(PANEL) * t_pairs * 32 * 4, 2);    // [t pair][n pair][4 tiles]
@@ -102,7 +116,7 @@ inline void many_rows(const Product& p, const Weight& weight, long first, long l
             for (long t = 0; t < t_pairs; t++) {
                 const bf16* x0 = p.packed + (2 * t * p.k_blocks + k) * TILE;
                 for (long i = 0; i < n_pairs; i++)
-                    multiply_2x2(a + i * DEPTH * 2 * TILE, x0, x0 + p.k_blocks * TILE, c + (t * (PANEL / 32) + i) * 1024, k == 0, depth, next, lines);
+                    multiply_2x2<Sum>(a + i * DEPTH * 2 * TILE, x0, x0 + p.k_blocks * TILE, c + (t * (PANEL / 32) + i) * 1024, k == 0, depth, next, lines);
             }
         }
         for (long t = 0; t < t_pairs; t++)
@@ -114,5 +128,6 @@ inline void many_rows(const Product& p, const Weight& weight, long first, long l
     }
 }
 
-}  // namespace lmd
 #endif
+
+}  // namespace lmd
