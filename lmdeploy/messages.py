@@ -122,6 +122,27 @@ class MemoryBill(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""  # e.g. why the pool is smaller than the ratio asked for
 
 
+class KVScore(msgspec.Struct, frozen=True, kw_only=True):
+    """What a KV policy does to the model's predictions of the start-up text, against a 16-bit cache."""
+
+    policy: str
+    perplexity: float
+    mean_kl: float  # nats a token, KL(16 bit || policy)
+    top1: float  # share of places where both have the same likeliest token
+
+
+class KVQuality(msgspec.Struct, frozen=True, kw_only=True):
+    """The start-up measurement of a 4-bit KV cache; `note` says why there is none. See engine/quality.py."""
+
+    tokens: int = 0  # that were predicted
+    perplexity: float = 0.0  # with the 16-bit cache
+    scores: list[KVScore] = []  # of the policy in use, then of better ones that were tried because it failed
+    passed: bool = False
+    better: str = ""  # the first of those that passes, as options; '' with passed=False: none does
+    seconds: float = 0.0
+    note: str = ""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the text side must know of a started engine."""
 
@@ -132,6 +153,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: dict[str, str]  # op -> chosen kernel, for the start-up lines
     dtype: str
     start_seconds: float
+    kv_quality: KVQuality | None = None  # None: no part of the KV cache has 4 bits
 
 
 @dataclass

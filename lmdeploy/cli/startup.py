@@ -15,6 +15,7 @@ EMBEDDED = "no model given: using the embedded tiny-internlm2-chat, a 20M-parame
 def describe(frontend: Frontend, config: EngineConfig) -> str:
     """Settings and memory bill of a started engine."""
     from lmdeploy.engine.memory import format_bill
+    from lmdeploy.engine.quality import describe as describe_quality
 
     info = frontend.info
     rows = {
@@ -24,6 +25,8 @@ def describe(frontend: Frontend, config: EngineConfig) -> str:
         "limits": f"session_len {info.session_len}, max_batch_size {info.max_batch_size}, prefix caching {'on' if config.enable_prefix_caching else 'off'}",
         "kernels": by_kernel(info.kernels),
     }
+    if info.kv_quality is not None:
+        rows["quality"] = describe_quality(info.kv_quality)
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items()) + "\n" + format_bill(info.memory)
 
 

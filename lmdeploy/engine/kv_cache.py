@@ -25,6 +25,17 @@ PLAIN = KVFormat()
 
 
 @dataclass(frozen=True, slots=True)
+class KVLayout:
+    """A format, and for each layer the centre of its keys (`KVLayer.key_center`); () = no layer has one."""
+
+    format: KVFormat = PLAIN
+    key_centers: tuple[Tensor | None, ...] = ()
+
+
+PLAIN_LAYOUT = KVLayout()
+
+
+@dataclass(frozen=True, slots=True)
 class PoolRequest:
     """What the user asked for. `cap_blocks` bounds a default share; `keep_session` forbids to shorten session_len."""
 
@@ -130,9 +141,10 @@ def gib(count: int) -> str:
 class KVCache:
     """One pool for all layers: `layers[i]` is the cache of layer i, its tensors views of one piece of memory."""
 
-    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, format: KVFormat = PLAIN) -> None:
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, layout: KVLayout = PLAIN_LAYOUT) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        format = layout.format
         layer_bytes = format.layer_bytes(*shape, dtype)
         count = spec.num_layers * layer_bytes
         try:
@@ -141,6 +153,8 @@ class KVCache:
             raise ConfigError(f"the KV cache of {gib(count)} could not be allocated ({error}); lower cache_max_entry_count") from error
         self.nbytes = count
         self.layers: list[KVLayer] = [format.layer(memory[i * layer_bytes : (i + 1) * layer_bytes], *shape, dtype) for i in range(spec.num_layers)]
+        for i, center in enumerate(layout.key_centers):
+            self.layers[i] = dataclasses.replace(self.layers[i], key_center=center)
 
     def free(self) -> None:
         """Drop the pool; its memory goes back when no view is left."""

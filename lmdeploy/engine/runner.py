@@ -14,14 +14,13 @@ import torch
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
-from lmdeploy.engine.kv_cache import PLAIN, KVCache, PoolRequest, bytes_per_token, size_pool
+from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout, PoolRequest, bytes_per_token, size_pool
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.inputs import ForwardInputs, Scratch
 from lmdeploy.kernels.row_buckets import buckets
-from lmdeploy.kv_layer import KVFormat
 from lmdeploy.log import get_logger
 from lmdeploy.messages import SamplingParams, TokenLogprobs
 from lmdeploy.spec import ModelSpec
@@ -58,7 +57,7 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        kv_format: KVFormat = PLAIN,
+        kv_layout: KVLayout = PLAIN_LAYOUT,
         pads_rows: bool = False,
     ) -> None:
         assert config.max_batch_size is not None
@@ -67,22 +66,22 @@ class ModelRunner:
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         with torch.inference_mode():
-            self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_format)
+            self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
             self._run_largest_step()
             if pads_rows:
                 self._run_buckets()
             self.kv.free()
             trim()
-            token_bytes = bytes_per_token(model.spec, dtype, kv_format)
+            token_bytes = bytes_per_token(model.spec, dtype, kv_layout.format)
             size = size_pool(pool, token_bytes, free_bytes(device))
             self.session_len, self.note = size.session_len, size.note
-            self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device, kv_format)
+            self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(size.session_len, size.num_blocks * pool.block_size))  # no sequence outgrows the pool
             self.sampler.reserve(self.max_batch_size)
         trim()
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
-        shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_format.name)
+        shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_layout.format.name)
         self.memory = make_bill(device, (model.weight_bytes, self.kv.nbytes, workspace), shape, size.session_len, size.note)
 
     def _make_tables(self, session_len: int) -> None:

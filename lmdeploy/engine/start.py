@@ -20,6 +20,7 @@ from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.kv_cache import PoolRequest, choose_format, gib
 from lmdeploy.engine.memory import hold_steady
+from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.errors import ConfigError
 from lmdeploy.formats.choose import choose_formats
@@ -125,7 +126,10 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     model = build_model(spec, dtype, device, kernels, Parallel(), formats)
     model.load(_weights(model_path, config))
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
-    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, kv_format=kv_format, pads_rows=pads_rows(kernels))
+    examined = examine(model, model_path, resolved, kv_format, device, dtype)
+    if examined.quality is not None:
+        judge(examined.quality, resolved.strict_quality)
+    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels))
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
@@ -137,6 +141,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         kernels=dict(kernels.names),
         dtype=resolved.dtype,
         start_seconds=time.perf_counter() - start,
+        kv_quality=examined.quality,
     )
     return Engine(
         LocalExecutor(runner, info),
