@@ -178,10 +178,10 @@ class Comparer:
             row.dtype, row.device = engine.info.dtype, engine.info.memory.device
             if not row.problem:
                 row.scores = self._score(row, engine, candidate.folder, config, lambda: _ignore(tick()))
-            if self.config.speed:
+            if row.scores is not None and not math.isfinite(row.scores.perplexity):
+                row.problem = "broken: its probabilities are no numbers, or 0 for a token of the text"
+            elif self.config.speed:
                 row.speed = speed(engine, [token for window in self.windows for token in window if token < spec.vocab_size])
-        if row.scores is not None and not math.isfinite(row.scores.perplexity):
-            row.problem = "broken: its probabilities are no numbers, or 0 for a token of the text"
 
     def _score(self, row: Row, engine: Engine, folder: Path, config: EngineConfig, tick: Callable[[], None]) -> Scores:
         if row.reference:

@@ -23,6 +23,8 @@ from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.memory import trim
 from lmdeploy.engine.start import build_engine
 from lmdeploy.errors import CheckpointError, EngineError, LmdeployError
+from lmdeploy.formats.choose import choose_formats
+from lmdeploy.formats.packed8 import ScaledFormat
 from lmdeploy.lite.report import Report
 from lmdeploy.lite.scores import Head, Reference, Scores, TokenScores, score_rows
 from lmdeploy.log import get_logger
@@ -214,12 +216,25 @@ def _measure_before(report: Report, folder: Path, windows: Windows, config: Eval
 
 
 def _measure_after(report: Report, folder: Path, windows: Windows, config: EvaluationOptions, reference: Reference) -> None:
-    with opened(folder, _plain_config(folder, windows, config.dtype, config.device)) as engine:
+    """Scores first: a broken model cannot be timed, and must be known as broken."""
+    options = _plain_config(folder, windows, config.dtype, config.device)
+    with opened(folder, options) as engine:
         scores = score(engine, windows, reference)
+        assert scores.kl is not None
+        report.perplexity_before, report.perplexity_after = scores.reference_perplexity, scores.perplexity
+        if not math.isfinite(scores.perplexity):
+            return
         timed = speed(engine, [token for window in windows for token in window], seconds=SHORT_SECONDS, most=3)
         report.evaluated_on = f"{engine.info.dtype} on {engine.info.memory.device}"
-    assert scores.ratio is not None
-    report.perplexity_before, report.perplexity_after = scores.perplexity / scores.ratio, scores.perplexity
     report.perplexity_ratio_se, report.evaluated_tokens = scores.ratio_se, scores.tokens
     report.kl, report.kl_se, report.kl_p99, report.top1, report.top1_se = scores.kl, scores.kl_se, scores.kl_p99, scores.top1, scores.top1_se
     report.prefill_after, report.decode_after = timed.prefill, timed.decode
+    if quantises_activations(folder):
+        with opened(folder, options.replace(quantise_activations=False)) as engine:
+            report.kl_activations = scores.kl - (score(engine, windows, reference).kl or 0.0)
+
+
+def quantises_activations(folder: Path) -> bool:
+    """Whether the engine would bring activations to 8 bits by itself, because the weights were made for that."""
+    packed = choose_formats(load_spec(folder).quantization, None, str(folder)).packed
+    return isinstance(packed, ScaledFormat) and packed.quantise_inputs

@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of one model on the scored tokens; `..._se` is a standard error over tokens. The last seven compare with the reference: None without one.
+    """Of one model on the scored tokens; `..._se` is a standard error over tokens. Those below it are None without a reference.
 
     kl: mean over tokens of KL(p_ref || p) = sum_v p_ref[v] (log p_ref[v] - log p[v]), in nats. top1: share of tokens where both find the same token likeliest.
     ratio: perplexity / perplexity of the reference; its error is that of the paired differences, far smaller than those of the two perplexities.
@@ -38,6 +38,7 @@ class Scores:
     tokens: int
     perplexity: float
     perplexity_se: float
+    reference_perplexity: float | None = None
     ratio: float | None = None
     ratio_se: float | None = None
     kl: float | None = None
@@ -64,16 +65,30 @@ class TokenScores:
     def summary(self) -> Scores:
         """Means and their errors."""
         loss, loss_se = mean_and_error(self.loss)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        perplexity = _exp(loss)
         scores = Scores(self.loss.numel(), perplexity, perplexity * loss_se)
         if self.reference_loss is None or self.kl is None or self.agrees is None:
             return scores
         change, change_se = mean_and_error(self.loss - self.reference_loss)
-        ratio = math.exp(change) if change < 700 else math.inf
+        ratio = _exp(change)
         kl, kl_se = mean_and_error(self.kl)
         top1, top1_se = mean_and_error(self.agrees)
-        p99 = float(self.kl.quantile(0.99)) if not bool(self.kl.isnan().any()) else math.nan
-        return dataclasses.replace(scores, ratio=ratio, ratio_se=ratio * change_se, kl=kl, kl_se=kl_se, kl_p99=p99, top1=top1, top1_se=top1_se)
+        return dataclasses.replace(
+            scores,
+            reference_perplexity=_exp(float(self.reference_loss.mean())),
+            ratio=ratio,
+            ratio_se=ratio * change_se,
+            kl=kl,
+            kl_se=kl_se,
+            kl_p99=float(self.kl.quantile(0.99)),
+            top1=top1,
+            top1_se=top1_se,
+        )
+
+
+def _exp(loss: float) -> float:
+    """Infinite for what is no number, too: such a model is not better than any."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _joined(column: list[Tensor | None]) -> Tensor | None:
@@ -143,7 +158,8 @@ def score_rows(logits: Tensor, targets: Tensor, head: Head | None = None, hidden
 def _compare(own: Tensor, other: Tensor, chosen: Tensor) -> TokenScores:
     agrees = own.argmax(-1) == other.argmax(-1)
     own, other = torch.log_softmax(own, -1), torch.log_softmax(other, -1)
-    kl = (other.exp() * (other - own)).nan_to_num_(nan=math.nan, posinf=math.inf).sum(-1).clamp_min_(0)  # below 0 only by rounding
+    p = other.exp()
+    kl = (p * (other - own)).masked_fill_(p == 0, 0).sum(-1).clamp_min_(0)  # 0 log 0 = 0; the sum is below 0 only by rounding
     return TokenScores(_loss(own, chosen), _loss(other, chosen), kl.double().cpu(), agrees.double().cpu())
 
 
