@@ -26,6 +26,8 @@ Tensor = torch.Tensor
 BLOCK = 128
 #: Shares of a group's range that are tried; the one with the least weighted error of the group stays.
 SHRINKS = tuple(1 - i / 20 for i in range(7))
+#: An input's energy counts at least as this share of its group's mean: no weight is given up for free.
+FLOOR = 0.05
 MIDDLE = 8
 #: Damping is raised tenfold this often before a matrix counts as unusable.
 ATTEMPTS = 3
@@ -212,7 +214,7 @@ class GptqMethod:
     def _fitted(self, columns: Tensor, importance: Tensor) -> Grid:
         """The grid [N] of a group of columns [g, N] with the least squared error, each column weighted by its input's energy [g]."""
         values, best = columns.t(), None
-        weights = importance.clamp(min=1e-12)
+        weights = importance.clamp(min=float(importance.mean()) * FLOOR + 1e-12)
         for shrink in SHRINKS:
             grid = self._grid(values, shrink)
             error = (grid.values(grid.numbers(values)) - values).square_() @ weights

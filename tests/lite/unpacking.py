@@ -1,4 +1,4 @@
-"""An independent reader of the AWQ GEMM layout: nibble by nibble, from the layout's description, sharing no code with the package."""
+"""An independent reader of the AWQ GEMM and the GPTQ layout: nibble by nibble, from their descriptions, sharing no code with the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 Tensor = torch.Tensor
 
@@ -35,6 +36,38 @@ def nibbles(words: Tensor) -> np.ndarray:
     out = np.empty((raw.shape[0], raw.shape[1] * 8), dtype=np.int64)
     for output in range(8):
         out[:, output::8] = (raw >> np.uint32(4 * NIBBLE_OF_OUTPUT[output])) & np.uint32(15)
+    return out
+
+
+def gptq_dequantised(tensors: dict[str, Tensor], module: str) -> Tensor:
+    """float32 [out, in]: (q - z) * s with the group that g_idx names; nibbles in their natural order, zero points stored minus 1."""
+    words, zero_words = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
+    scales, index = tensors[f"{module}.scales"], tensors[f"{module}.g_idx"]
+    assert (words.dtype, zero_words.dtype, scales.dtype, index.dtype) == (torch.int32, torch.int32, torch.float16, torch.int32)
+    raw, raw_zeros = words.numpy().view(np.uint32), zero_words.numpy().view(np.uint32)
+    q = np.empty((raw.shape[0] * 8, raw.shape[1]), dtype=np.int64)  # [in, out]
+    z = np.empty((raw_zeros.shape[0], raw_zeros.shape[1] * 8), dtype=np.int64)  # [groups, out]
+    for i in range(8):
+        q[i::8] = (raw >> np.uint32(4 * i)) & np.uint32(15)
+        z[:, i::8] = (((raw_zeros >> np.uint32(4 * i)) & np.uint32(15)) + 1) & np.uint32(15)
+    assert scales.shape == z.shape
+    groups = index.numpy()
+    assert groups.shape == (q.shape[0],)
+    return torch.from_numpy(((q - z[groups]) * scales.float().numpy()[groups]).T.copy()).float()
+
+
+def dense_copy(folder: Path, out: Path) -> Path:
+    """The folder with its 4-bit weights written out in float32, as an unquantised model."""
+    tensors, config = read_folder(folder), json.loads((folder / "config.json").read_text())
+    method = config.pop("quantization_config")
+    for module in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        awq = method["quant_method"] == "awq"
+        tensors[f"{module}.weight"] = dequantised(tensors, module, method["group_size"]) if awq else gptq_dequantised(tensors, module)
+        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors.pop(f"{module}.{suffix}", None)
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
     return out
 
 
