@@ -5,7 +5,8 @@ reported is what runs. Layers never choose.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ PADDED_W4 = dequantising(PADDED)
 PADDED_W8 = dequantising_w8(PADDED)
 
 OPERATORS = tuple(REFERENCE.names)
+NO_KERNEL = "no Triton kernel of this operator"
 #: (operator, the chosen candidate, every other candidate with the reasons against it)
 Report = list[tuple[str, str, list[tuple[str, list[str]]]]]
 
@@ -58,17 +60,59 @@ def _against_native(operator: str, need: Need, build: NativeBuild | None) -> lis
     return reasons
 
 
+@dataclass(frozen=True, slots=True)
+class TritonSet:
+    """What `triton_kernels.triton_set` offers; `missing` says why there is nothing."""
+
+    name: str = "triton"
+    operators: dict[str, Callable[..., None]] = field(default_factory=dict)
+    reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
+    missing: str = ""
+
+
+def _against_triton(operator: str, need: Need, triton: TritonSet) -> list[str]:
+    """Reasons why the Triton kernel of `operator` cannot serve; empty when it can."""
+    reasons = []
+    if need.backend != "turbomind":
+        reasons.append(f"backend={need.backend!r} means plain torch")
+    if need.device_type != "cuda":
+        reasons.append(f"runs on cuda, not on {need.device_type}")
+    if reasons:
+        return reasons
+    if triton.reasons_against is None:
+        return [triton.missing]
+    if operator not in triton.operators:
+        return [NO_KERNEL]
+    return triton.reasons_against(operator, need.dtype, need.head_dim)
+
+
 def _build_for(need: Need, cache_dir: Path | None) -> NativeBuild | None:
     """Compile or load the native library only where it could be chosen."""
     return load_native(cache_dir) if need.backend == "turbomind" and need.device_type == "cpu" else None
 
 
-def _report(need: Need, build: NativeBuild | None) -> Report:
+def _triton_for(need: Need) -> TritonSet:
+    """Import Triton, which takes a second, only where it could be chosen."""
+    if need.backend != "turbomind" or need.device_type != "cuda":
+        return TritonSet()
+    try:
+        from lmdeploy.kernels.triton_kernels import triton_set
+    except ImportError as error:
+        return TritonSet(missing=f"Triton cannot be imported ({error})")
+    return TritonSet(triton_set.NAME, triton_set.OPERATORS, triton_set.reasons_against)
+
+
+def _report(need: Need, build: NativeBuild | None, triton: TritonSet) -> Report:
     native = f"native {build.variant}" if build is not None and build.library is not None else "native"
     rows: Report = []
     for operator in OPERATORS:
-        reasons = _against_native(operator, need, build)
-        rows.append((operator, "torch", [(native, reasons)]) if reasons else (operator, native, [("torch", ["slower"])]))
+        candidates: list[tuple[str, list[str]]] = [
+            (native, _against_native(operator, need, build)),
+            (triton.name, _against_triton(operator, need, triton)),
+            ("torch", []),
+        ]
+        chosen = next(name for name, reasons in candidates if not reasons)
+        rows.append((operator, chosen, [(name, reasons or ["slower"]) for name, reasons in candidates if name != chosen]))
     return rows
 
 
@@ -83,31 +127,39 @@ def _torch_set(need: Need) -> Kernels:
     return replace(REFERENCE, linear=PADDED, linear_w4=PADDED_W4, linear_w8=PADDED_W8) if padding else REFERENCE
 
 
+def _log_fallbacks(rows: Report, fast: str) -> None:
+    """One line a reason for the operators that torch serves where the `fast` candidate was expected to."""
+    fallbacks: dict[str, list[str]] = {}
+    for operator, chosen, others in rows:
+        reasons = next((reasons for name, reasons in others if name.startswith(fast)), [])
+        if chosen == "torch" and reasons != [NO_KERNEL]:
+            fallbacks.setdefault("; ".join(reasons), []).append(operator)
+    for reason, operators in fallbacks.items():
+        logger.warning("%s: torch instead of the %s kernel: %s", ", ".join(operators), fast, reason)
+
+
 def select(
     backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, threads: int | None = None, cache_dir: Path | None = None
 ) -> Kernels:
     """The kernel set for an engine. A fallback from the fast set is logged with its reasons, one line a reason."""
     need = Need(backend, device_type, dtype, head_dim)
-    build = _build_for(need, cache_dir)
-    rows = _report(need, build)
+    build, triton = _build_for(need, cache_dir), _triton_for(need)
+    rows = _report(need, build, triton)
     names = {operator: chosen for operator, chosen, _ in rows}
-    if build is None or build.library is None:
-        if build is not None:
-            logger.warning("CPU kernels fall back to torch: %s", build.reason)
-        return replace(_torch_set(need), names=names)
-    fast = native_kernels(build, threads)
-    fallbacks: dict[str, list[str]] = {}
-    for operator, chosen, others in rows:
-        if chosen == "torch":
-            fallbacks.setdefault("; ".join(others[0][1]), []).append(operator)
-    for reason, operators in fallbacks.items():
-        logger.warning("%s: torch instead of the native kernel: %s", ", ".join(operators), reason)
-    torch_set = _torch_set(need)
-    chosen_functions = {name: getattr(fast if names[name] != "torch" else torch_set, name) for name in OPERATORS}
-    return Kernels(**chosen_functions, names=names)
+    functions = {operator: getattr(_torch_set(need), operator) for operator in OPERATORS}
+    if build is not None and build.library is None:
+        logger.warning("CPU kernels fall back to torch: %s", build.reason)
+    elif build is not None:
+        fast = native_kernels(build, threads)
+        functions |= {operator: getattr(fast, operator) for operator, chosen in names.items() if chosen != "torch"}
+        _log_fallbacks(rows, "native")
+    elif backend == "turbomind" and device_type == "cuda":
+        functions |= {operator: triton.operators[operator] for operator, chosen in names.items() if chosen != "torch"}
+        _log_fallbacks(rows, "triton")
+    return Kernels(**functions, names=names)
 
 
 def report(backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, cache_dir: Path | None = None) -> Report:
     """For each operator the chosen candidate and the reasons against the others, as `select` would decide now."""
     need = Need(backend, device_type, dtype, head_dim)
-    return _report(need, _build_for(need, cache_dir))
+    return _report(need, _build_for(need, cache_dir), _triton_for(need))
