@@ -108,7 +108,7 @@ class Job:
             "dtype": str(self.dtype),
         }
         model = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-        return {**facts, "model": model, "calibration text": digest, **options}
+        return {**facts, "model": model, "calibration text": [digest], **options}
 
 
 def prepare(model: str | None, config: LiteConfig, method: Method) -> Job:
@@ -139,7 +139,7 @@ def open_writer(job: Job, needed: int = 0) -> ShardWriter:
     if left is not None:
         _check_left(job, left, state["run"])
     elif job.config.resume:
-        logger.warning("there is no interrupted run at %s; starting afresh", partial_folder(job.work_dir))
+        logger.info("there is no interrupted run at %s; starting afresh", partial_folder(job.work_dir))
     check_room(job.work_dir, needed)
     return ShardWriter(job.work_dir, state=state, resume=job.config.resume and left is not None)
 
