@@ -218,7 +218,7 @@ class _Checked:
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MODEL_FORMATS = ("hf", "llama", "awq", "gptq", "smooth-quant", "fp8", "compressed-tensors", "mxfp4")
 #: those of them that this version loads
-LOADED_FORMATS = ("hf", "awq", "gptq", "smooth-quant", "fp8")
+LOADED_FORMATS = ("hf", "awq", "gptq", "smooth-quant", "fp8", "compressed-tensors")
 BACKENDS = ("turbomind", "pytorch")
 #: far above any machine; thread counts that the system refuses would end the process without a word
 MAX_CPU_THREADS = 1024

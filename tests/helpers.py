@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmdeploy.checkpoint.source import open_source
+from lmdeploy.formats.choose import choose_formats
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.reference import REFERENCE
@@ -129,9 +130,11 @@ def load_model(
     device: str = "cpu",
     kernels: Kernels = REFERENCE,
     overrides: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Decoder:
-    """The model of a folder, loaded."""
-    model = build_model(load_spec(folder, overrides), dtype, torch.device(device), kernels, Parallel())
+    """The model of a folder, loaded; `options` are those of `choose_formats`."""
+    spec = load_spec(folder, overrides)
+    model = build_model(spec, dtype, torch.device(device), kernels, Parallel(), choose_formats(spec.quantization, **options))
     model.load(open_source(folder))
     return model
 

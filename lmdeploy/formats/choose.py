@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.formats import at_load
 from lmdeploy.formats.at_load import AtLoadFormat
 from lmdeploy.formats.awq import AwqFormat
+from lmdeploy.formats.compressed_tensors import compressed_format
 from lmdeploy.formats.dense import DenseFormat
 from lmdeploy.formats.gptq import GptqFormat
+from lmdeploy.formats.packed8 import ScaledFormat
 from lmdeploy.formats.smooth_quant import DTYPES, smooth_quant_format
 from lmdeploy.formats.weight_format import FileFormat, Part, QuantisedFormat
 from lmdeploy.log import get_logger
@@ -25,26 +30,47 @@ from lmdeploy.log import get_logger
 logger = get_logger(__name__)
 
 #: quant_method of config.json -> what errors call such weights; the option's spelling has `-` for `_`
-METHODS = {"awq": "AWQ 4-bit weights", "gptq": "GPTQ 4-bit weights", "smooth_quant": "SmoothQuant 8-bit weights"}
+METHODS = {
+    "awq": "AWQ 4-bit weights",
+    "gptq": "GPTQ 4-bit weights",
+    "smooth_quant": "SmoothQuant 8-bit weights",
+    "fp8": "fp8 weights",
+    "compressed-tensors": "weights of compressed-tensors",
+}
 #: AWQ's kinds of packing whose files are the GEMM layout
 AWQ_VERSIONS = ("gemm", "exllama")
 #: GPTQ's kinds of packing -> what their stored zero points lack
 GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+#: scales of fp8 files; both multiply
+FP8_SCALES = ("weight_scale_inv", "weight_scale")
 #: lists of modules that are not quantised, by the names that methods have for them
 SKIP_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
+#: Tensors of quantised files that nothing here needs: scales of activations and of the KV cache, which are measured while the model runs, and sizes.
+UNUSED = (
+    "*.input_scale",
+    "*.input_zero_point",
+    "*.input_scale_ub",
+    "*.output_scale",
+    "*.q_scale",
+    "*.k_scale",
+    "*.v_scale",
+    "*.weight_shape",
+    "*.weight_g_idx",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Formats:
     """The formats of one checkpoint. `skip`: modules that config.json says are not quantised, as parts of names or "re:" and a pattern.
 
-    `at_load` rounds the 16-bit linear layers of the decoder while they are read, `head` the output head.
+    `at_load` rounds the 16-bit linear layers of the decoder while they are read, `head` the output head. `unused`: names of tensors that may be left over.
     """
 
     packed: QuantisedFormat | None = None
     skip: tuple[str, ...] = ()
     at_load: AtLoadFormat | None = None
     head: AtLoadFormat | None = None
+    unused: tuple[str, ...] = ()
 
     def of(self, source: WeightSource, parts: Sequence[Part]) -> FileFormat:
         """The format of a layer; the modules that it is made of must have the same."""
@@ -111,6 +137,10 @@ def _of_files(quantization: Mapping[str, Any], where: str, quantise_activations:
         if smooth is None:
             raise _unsupported(where, "quant_dtype", quantization.get("quant_dtype"), ", ".join(DTYPES))
         return Formats(smooth, skip)
+    if method == "fp8":
+        return Formats(_fp8(quantization, quantise_activations, where), skip, unused=UNUSED)
+    if method == "compressed-tensors":
+        return Formats(compressed_format(quantization, quantise_activations, partial(_unsupported, where)), skip, unused=UNUSED)
     raise _unsupported(where, "quant_method", quantization.get("quant_method"), ", ".join(METHODS))
 
 
@@ -148,6 +178,18 @@ def _gptq(quantization: Mapping[str, Any], group_size: int, where: str) -> Quant
     if packing not in GPTQ_OFFSETS:
         raise _unsupported(where, "checkpoint_format", packing, ", ".join(GPTQ_OFFSETS))
     return GptqFormat(group_size, GPTQ_OFFSETS[packing])
+
+
+def _fp8(quantization: Mapping[str, Any], quantise_activations: bool, where: str) -> QuantisedFormat:
+    """Scales for blocks, rows or whole tensors; activations are scaled row by row whatever `activation_scheme` says."""
+    kind, block = quantization.get("fmt") or "e4m3", quantization.get("weight_block_size")
+    if kind not in ("e4m3", "float8_e4m3fn"):
+        raise _unsupported(where, "fmt", kind, "e4m3")
+    if block is None:
+        return ScaledFormat(FP8_SCALES, torch.float8_e4m3fn, quantise_activations)
+    if not (isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise _unsupported(where, "weight_block_size", block, "two whole numbers such as [128, 128]")
+    return ScaledFormat(FP8_SCALES, torch.float8_e4m3fn, block=(block[0], block[1]))
 
 
 def _skipped(quantization: Mapping[str, Any], where: str) -> tuple[str, ...]:

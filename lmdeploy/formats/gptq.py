@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
-from lmdeploy.errors import CheckpointError
 from lmdeploy.formats import packed4
 from lmdeploy.formats.packed4 import Packed4, PackedFormat
 from lmdeploy.formats.weight_format import Part, all_cols, all_rows
@@ -48,38 +47,4 @@ class GptqFormat(PackedFormat):
 
     def finish(self, source: WeightSource, parts: Sequence[Part], weight: Packed4) -> None:
         """Sort the columns where groups are not neighbours."""
-        orders = [self._order(source, part) for part in parts]
-        if all(order is None for order in orders):
-            return
-        first, part = orders[0], parts[0]
-        for order, other in zip(orders[1:], parts[1:], strict=True):
-            if first is None or order is None or not torch.equal(first, order):
-                raise CheckpointError(f"tensors '{part.name}.g_idx' and '{other.name}.g_idx' differ; modules with the same input need the same act-order")
-        if part.cols is not None and part.cols != slice(0, part.in_features):
-            raise CheckpointError(f"{part.name}: act-order (desc_act) cannot be split along the inputs; use tp=1")
-        assert first is not None
-        weight.order = first.to(weight.qweight.device)
-        _sort_columns(weight.qweight, weight.order)
-
-    def _order(self, source: WeightSource, part: Part) -> Tensor | None:
-        """The inputs in the order of their groups; None when they are so already."""
-        name = f"{part.name}.g_idx"
-        if not source.has(name):
-            return None
-        index = torch.empty(part.in_features, dtype=torch.int32)
-        source.take(name, index, shape=(part.in_features,))
-        group = packed4.group_of(part.name, part.in_features, self.group_size)
-        sorted_index, order = torch.sort(index, stable=True)
-        plain = torch.arange(part.in_features, dtype=torch.int32) // group
-        if not torch.equal(sorted_index, plain):
-            raise CheckpointError(
-                f"tensor '{name}' does not hold each of the groups 0..{part.in_features // group - 1} {group} times; the checkpoint is broken"
-            )
-        return None if torch.equal(index, plain) else order
-
-
-def _sort_columns(qweight: Tensor, order: Tensor) -> None:
-    """Put the numbers of every row [N, K/2] in the given order, in place."""
-    for block in packed4.blocks_of(0, qweight.shape[0], qweight.shape[1], step=1):
-        numbers = packed4.nibbles(qweight[block])[:, order]
-        qweight[block] = numbers[:, 0::2] | numbers[:, 1::2] << 4
+        packed4.sort_columns(source, parts, weight, "g_idx", self.group_size)

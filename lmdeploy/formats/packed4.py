@@ -78,7 +78,7 @@ class PackedFormat:
 
     def load(self, source: WeightSource, parts: Sequence[Part], bias: bool, dtype: torch.dtype, device: torch.device) -> Packed4:
         """The weights of a layer, part after part, straight from the checkpoint."""
-        groups = {part.name: self._group(part) for part in parts}
+        groups = {part.name: self.group(part) for part in parts}
         cols = all_cols(parts[0])
         local = math.gcd(*groups.values(), cols.start, cols.stop - cols.start)
         if local % 2:
@@ -89,13 +89,14 @@ class PackedFormat:
             rows = slice(start, start + part.num_rows)
             self.load_numbers(source, part, weight.qweight[rows])
             self.load_zeros(source, part, groups[part.name], weight.zeros[rows])
-            load_scales(source, part, groups[part.name], weight.scales[rows])
+            self.load_scales(source, part, groups[part.name], weight.scales[rows])
             load_bias(source, part, weight.bias, rows)
             start = rows.stop
         self.finish(source, parts, weight)
         return weight
 
-    def _group(self, part: Part) -> int:
+    def group(self, part: Part) -> int:
+        """Inputs per group of a module; what cannot be stored so is an error."""
         if part.out_features % 8 or part.in_features % 8:
             raise CheckpointError(f"{part.name}: {part.in_features} inputs and {part.out_features} outputs; 4-bit files hold multiples of 8 of both")
         return group_of(part.name, part.in_features, self.group_size)
@@ -107,6 +108,10 @@ class PackedFormat:
     def load_zeros(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
         """`qzeros` of the file to out float32 [n, K/g] of this rank."""
         raise NotImplementedError
+
+    def load_scales(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
+        """`scales` of the file to out float32 [n, K/g] of this rank."""
+        load_scales(source, part, group, out)
 
     def finish(self, source: WeightSource, parts: Sequence[Part], weight: Packed4) -> None:
         """What is left to do when all parts are there."""
@@ -178,3 +183,38 @@ def load_zero_words(source: WeightSource, part: Part, group: int, count: int, de
     words = torch.empty(wanted.stop - wanted.start, hull.stop - hull.start, dtype=torch.int32, device=device)
     source.take(f"{part.name}.qzeros", words, wanted, hull, shape=(part.in_features // group, part.out_features // 8))
     return words, (groups - groups[0]).to(device), hull
+
+
+def sort_columns(source: WeightSource, parts: Sequence[Part], weight: Packed4, suffix: str, group_size: int) -> None:
+    """Where groups are not neighbours (act-order): put the columns in the order of their groups, and note it. `<module>.<suffix>` [in] has the group of each input."""
+    orders = [_order(source, part, suffix, group_size) for part in parts]
+    if all(order is None for order in orders):
+        return
+    first, part = orders[0], parts[0]
+    for order, other in zip(orders[1:], parts[1:], strict=True):
+        if first is None or order is None or not torch.equal(first, order):
+            raise CheckpointError(f"tensors '{part.name}.{suffix}' and '{other.name}.{suffix}' differ; modules with the same input need the same act-order")
+    if part.cols is not None and part.cols != slice(0, part.in_features):
+        raise CheckpointError(f"{part.name}: act-order (desc_act) cannot be split along the inputs; use tp=1")
+    assert first is not None
+    weight.order = first.to(weight.qweight.device)
+    for block in blocks_of(0, weight.qweight.shape[0], weight.qweight.shape[1], step=1):
+        numbers = nibbles(weight.qweight[block])[:, weight.order]
+        weight.qweight[block] = numbers[:, 0::2] | numbers[:, 1::2] << 4
+
+
+def _order(source: WeightSource, part: Part, suffix: str, group_size: int) -> Tensor | None:
+    """The inputs in the order of their groups; None when they are so already, or when -1 says that there is no order."""
+    name = f"{part.name}.{suffix}"
+    if not source.has(name):
+        return None
+    index = torch.empty(part.in_features, dtype=torch.int32)
+    source.take(name, index, shape=(part.in_features,))
+    if bool((index == -1).all()):
+        return None
+    group = group_of(part.name, part.in_features, group_size)
+    sorted_index, order = torch.sort(index, stable=True)
+    plain = torch.arange(part.in_features, dtype=torch.int32) // group
+    if not torch.equal(sorted_index, plain):
+        raise CheckpointError(f"tensor '{name}' does not hold each of the groups 0..{part.in_features // group - 1} {group} times; the checkpoint is broken")
+    return None if torch.equal(index, plain) else order

@@ -80,36 +80,43 @@ def quantise(weight: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, slots=True)
 class ScaledFormat:
-    """`<module>.weight` in 8 bits and `<module>.<suffix>`, the scales; without `block` the shape of the scales says what they belong to.
+    """`<module>.weight` in 8 bits and `<module>.<suffix>`, the scales; `suffixes` are the names that they may have.
 
-    `block`: (rows, inputs) of one scale. `quantise_inputs` is obeyed where every row has one scale.
+    `block`: (rows, inputs) of one scale; without it the shape of the scales says what they belong to. `quantise_inputs` is obeyed where every row has one scale.
     """
 
-    suffix: str
+    suffixes: tuple[str, ...]
     dtype: torch.dtype
     quantise_inputs: bool = False
     block: tuple[int, int] | None = None
 
     def holds(self, source: WeightSource, name: str) -> bool | None:
         """Whether the module is stored so; None where the source has anything that is asked for."""
-        found = source.has(f"{name}.{self.suffix}")
+        found = any(source.has(f"{name}.{suffix}") for suffix in self.suffixes)
         return None if found and source.has(f"{name}.qweight") else found
 
     def load(self, source: WeightSource, parts: Sequence[Part], bias: bool, dtype: torch.dtype, device: torch.device) -> Packed8:
         """The weights of a layer, part after part, straight from the checkpoint."""
         cols = all_cols(parts[0])
-        tables = [load_table(source, part, self.suffix, self.block, device) for part in parts]
+        tables = [load_table(source, part, self._suffix(source, part), self.block, device) for part in parts]
         group = local_group(parts[0].name, cols, [table.block[1] for table in tables])
         weight = Packed8.empty(sum(part.num_rows for part in parts), cols.stop - cols.start, group, bias, (self.dtype, dtype), device)
         weight.quantise_inputs = self.quantise_inputs and weight.scales.shape[1] == 1
         start = 0
         for part, table in zip(parts, tables, strict=True):
             rows = slice(start, start + part.num_rows)
-            source.take_ranges(f"{part.name}.weight", weight.qweight[rows], all_rows(part), part.cols, shape=WEIGHT.shape(part.out_features, part.in_features))
+            self.load_numbers(source, part, weight.qweight[rows])
             table.spread(part, weight.scales[rows])
             load_bias(source, part, weight.bias, rows)
             start = rows.stop
         return weight
+
+    def load_numbers(self, source: WeightSource, part: Part, out: Tensor) -> None:
+        """The numbers of this rank, out [n, K]."""
+        source.take_ranges(f"{part.name}.weight", out, all_rows(part), part.cols, shape=WEIGHT.shape(part.out_features, part.in_features))
+
+    def _suffix(self, source: WeightSource, part: Part) -> str:
+        return next((suffix for suffix in self.suffixes if source.has(f"{part.name}.{suffix}")), self.suffixes[0])
 
 
 @dataclass(frozen=True, slots=True)

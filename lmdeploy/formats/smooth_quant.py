@@ -20,4 +20,4 @@ DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 def smooth_quant_format(quantization: Mapping[str, Any], quantise_activations: bool) -> ScaledFormat | None:
     """The reader that a quantization_config asks for; None for a `quant_dtype` that is not known. Int8 where none is named."""
     dtype = DTYPES.get(str(quantization.get("quant_dtype") or "int8"))
-    return None if dtype is None else ScaledFormat("scale", dtype, quantise_activations)
+    return None if dtype is None else ScaledFormat(("scale",), dtype, quantise_activations)

@@ -117,7 +117,8 @@ class Decoder:
         for part in self._parts():
             part.load(source)
         self._check_tied(source)
-        source.finish(ignore=(f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ())
+        repeated = (f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ()
+        source.finish(ignore=(*repeated, *self.ctx.formats.unused))
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
     def _check_tied(self, source: WeightSource) -> None:

@@ -162,3 +162,56 @@ def smooth_quant(weight: Tensor, dtype: torch.dtype) -> Stored:
     blocks = (1, weight.shape[1])
     numbers, scales = by_rows(weight, dtype, blocks)
     return {"weight": numbers, "scale": scales}, meaning(numbers, scales, blocks)
+
+
+def fp8(weight: Tensor, blocks: tuple[int, int] | None, *, suffix: str = "weight_scale_inv") -> Stored:
+    """`weight` float8_e4m3fn and a scale for each block; for the whole tensor without blocks."""
+    size = blocks or (weight.shape[0], weight.shape[1])
+    numbers, scales = by_rows(weight, torch.float8_e4m3fn, size)
+    return {"weight": numbers, suffix: scales if blocks else scales.view(())}, meaning(numbers, scales, size)
+
+
+def packed_words(numbers: Tensor, bits: int) -> Tensor:
+    """int32 [R, C * bits / 32] of signed numbers [R, C]: 32 / bits of them in a word from its lowest bits on, each plus 2^(bits - 1)."""
+    count = 32 // bits
+    shifted = (numbers.long() + (1 << (bits - 1))).reshape(numbers.shape[0], -1, count)
+    total = sum(shifted[:, :, i] << (bits * i) for i in range(count))
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
+
+
+def compressed4(weight: Tensor, group_size: int, *, symmetric: bool = True, group: Tensor | None = None) -> Stored:
+    """pack-quantized with 4 bits. `group` [K]: the group of each input, where they are not neighbours."""
+    made = Module.of(weight, group_size, group)
+    zero = torch.full_like(made.zero, 8) if symmetric else made.zero
+    found = Module(made.q, made.scale, zero, made.group)
+    stored = {
+        "weight_packed": packed_words(made.q - 8, 4),
+        "weight_scale": made.scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    if not symmetric:
+        stored["weight_zero_point"] = packed_words((zero - 8).t(), 4).t()
+    if group is not None:
+        stored["weight_g_idx"] = group.to(torch.int32)
+    return stored, found.weight
+
+
+def compressed8(weight: Tensor, dtype: torch.dtype, blocks: tuple[int, int], *, packed: bool = False) -> Stored:
+    """int-quantized or float-quantized, or 8 bits in words; one scale for each block."""
+    numbers, scales = by_rows(weight, dtype, blocks)
+    named = {"weight_packed": packed_words(numbers, 8), "weight_shape": torch.tensor(weight.shape)} if packed else {"weight": numbers}
+    return {**named, "weight_scale": scales}, meaning(numbers, scales, blocks)
+
+
+def compressed_entry(stored: str, weights: dict[str, Any], *, activations: bool = False, **changes: Any) -> dict[str, Any]:
+    """A quantization_config as llm-compressor writes it, of one group for all linear layers."""
+    inputs = {"num_bits": 8, "type": weights["type"], "symmetric": True, "strategy": "token", "dynamic": True} if activations else None
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        **changes,
+    }

@@ -11,15 +11,9 @@ from lmdeploy.checkpoint.source import open_source
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats import at_load
 from lmdeploy.formats.at_load import FP8, HEADS, AtLoadFormat, fitting_group
-from lmdeploy.formats.choose import choose_formats
 from lmdeploy.formats.packed4 import Packed4
 from lmdeploy.formats.packed8 import Packed8
 from lmdeploy.formats.weight_format import Part
-from lmdeploy.kernels.reference import REFERENCE
-from lmdeploy.models.decoder import Decoder
-from lmdeploy.models.registry import build_model
-from lmdeploy.parallel import Parallel
-from lmdeploy.spec import load_spec
 from tests.formats.packing import Module, by_rows, meaning
 from tests.helpers import Harness, load_model, write_folder, write_llama
 
@@ -96,18 +90,11 @@ def test_a_row_of_zeros_stays_zeros(tmp_path: Path) -> None:
         assert not found.dequantised(torch.float32).any()
 
 
-def quantised(folder: Path, **options: object) -> Decoder:
-    spec = load_spec(folder)
-    model = build_model(spec, torch.float32, CPU, REFERENCE, Parallel(), choose_formats(spec.quantization, **options))  # type: ignore[arg-type]
-    model.load(open_source(folder))
-    return model
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_head_computes_what_its_numbers_mean(tmp_path: Path, bits: int, tied: bool) -> None:
     folder = write_llama(tmp_path, tie_word_embeddings=tied)
-    plain, found = load_model(folder), quantised(folder, head_bits=bits)
+    plain, found = load_model(folder), load_model(folder, head_bits=bits)
     table = next(plain.head.tensors())
     wanted = expected(f"head{bits}", table)
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -121,7 +108,7 @@ def test_a_quantised_head_computes_what_its_numbers_mean(tmp_path: Path, bits: i
 
 def test_a_16_bit_model_runs_as_fp8(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
-    plain, found = load_model(folder), quantised(folder, model_format="fp8")
+    plain, found = load_model(folder), load_model(folder, model_format="fp8")
     for layer, dense in zip(found.layers, plain.layers, strict=True):
         for name in ("qkv", "out"):
             weight, before = getattr(layer.attention, name).weight, getattr(dense.attention, name).weight

@@ -13,9 +13,6 @@ from lmdeploy.formats.choose import choose_formats
 from lmdeploy.formats.packed8 import Packed8, ScaledFormat
 from lmdeploy.formats.weight_format import Part
 from lmdeploy.kernels.reference import REFERENCE
-from lmdeploy.models.registry import build_model
-from lmdeploy.parallel import Parallel
-from lmdeploy.spec import load_spec
 from tests.formats.packing import smooth_quant, stored_folder
 from tests.helpers import Harness, load_model, write_folder, write_internlm2, write_llama
 
@@ -34,7 +31,7 @@ def test_numbers_scales_and_bias_arrive_bit_for_bit(tmp_path: Path, name: str) -
     stored["bias"] = torch.arange(24.0)
     source = open_source(write_folder(tmp_path, {}, {f"a.{suffix}": t for suffix, t in stored.items()}))
     rows = [slice(8, 24), slice(0, 4)]
-    weight = ScaledFormat("scale", DTYPES[name]).load(source, [Part("a", 24, 40, rows)], True, torch.bfloat16, CPU)
+    weight = ScaledFormat(("scale",), DTYPES[name]).load(source, [Part("a", 24, 40, rows)], True, torch.bfloat16, CPU)
     source.finish()
     assert weight.qweight.dtype is DTYPES[name] and weight.bias is not None
     picked = [torch.cat([t[r] for r in rows]) for t in (stored["weight"].float(), stored["scale"], stored["bias"].bfloat16(), wanted)]
@@ -63,9 +60,7 @@ def test_the_option_decides_whether_activations_are_rounded(tmp_path: Path, quan
 def test_a_model_computes_what_its_numbers_mean(tmp_path: Path, write: type[write_llama], name: str) -> None:
     entry = {"quant_method": "smooth_quant", "quant_dtype": name}
     packed, plain = stored_folder(write(tmp_path / "dense"), tmp_path, entry, lambda w: smooth_quant(w, DTYPES[name]))
-    spec = load_spec(packed)
-    model = build_model(spec, torch.float32, CPU, REFERENCE, Parallel(), choose_formats(spec.quantization, quantise_activations=False))
-    model.load(open_source(packed))
+    model = load_model(packed, quantise_activations=False)
     assert isinstance(model.layers[0].attention.qkv.weight, Packed8)
     wanted = Harness(load_model(plain)).step([(0, PROMPT)])[0]
     torch.testing.assert_close(Harness(model).step([(0, PROMPT)])[0], wanted, rtol=1e-4, atol=1e-4)
@@ -85,4 +80,4 @@ def test_numbers_of_another_type_than_config_says_are_not_cast(tmp_path: Path) -
     source = open_source(write_folder(tmp_path, {}, {f"a.{suffix}": t for suffix, t in stored.items()}))
     for dtype in DTYPES.values():
         with pytest.raises(CheckpointError, match=r"'a\.weight' is float8_e5m2 where"):
-            ScaledFormat("scale", dtype).load(source, [Part("a", 8, 16)], False, torch.float32, CPU)
+            ScaledFormat(("scale",), dtype).load(source, [Part("a", 8, 16)], False, torch.float32, CPU)
