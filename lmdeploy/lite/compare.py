@@ -33,6 +33,7 @@ from lmdeploy.errors import CheckpointError, ConfigError, LmdeployError
 from lmdeploy.lite.compare_options import CompareConfig, Policy
 from lmdeploy.lite.datasets import MIN_TOKENS, CalibrationText, embedded_text, load_text
 from lmdeploy.lite.evaluate import Speed, engine_config, hidden_states, opened, score, speed
+from lmdeploy.lite.options import DATASETS
 from lmdeploy.lite.report import folder_bytes
 from lmdeploy.lite.scores import Head, Reference, Scores
 from lmdeploy.log import get_logger
@@ -122,7 +123,7 @@ class Comparer:
         first = self.candidates[0]
         if first.spec is None:
             raise CheckpointError(f"the first model is what the others are compared with, and it cannot be used: {first.problem}")
-        self.text = CalibrationText(embedded_text(), "the text of the package") if config.text is None else load_text(config.text, config.download_dir)
+        self.text = _text(config)
         self.excerpt = self.text.text[-CHARS_PER_TOKEN * config.tokens :]
         self.token_ids = Tokenizer(first.folder).encode(self.excerpt)
         self.windows = cut(self.token_ids, config.tokens, min(config.window, first.spec.max_position))
@@ -207,6 +208,18 @@ class Comparer:
         if candidate.folder != first.folder and Tokenizer(candidate.folder).encode(self.excerpt) != self.token_ids:
             return f"not comparable: its tokenizer cuts the text into other tokens than that of {first.name}; only speed and memory are measured"
         return ""
+
+
+def _text(config: CompareConfig) -> CalibrationText:
+    """What `--text` names: a file or folder, a data set of the hub, or by default the text of the package."""
+    if config.text is None:
+        return CalibrationText(embedded_text(), "the text of the package")
+    if config.text not in (*DATASETS, "embedded") and not Path(config.text).expanduser().exists():
+        raise ConfigError(f"text={config.text!r} is neither a file or folder nor one of {', '.join(DATASETS)}; leave it out for the text of the package")
+    found = load_text(config.text, config.download_dir)
+    if found.notice:
+        logger.warning("%s", found.notice)
+    return found
 
 
 def _ignore(_: object) -> None:

@@ -24,7 +24,7 @@ def megabytes(count: float) -> str:
     if count <= 0:
         return ""
     value, unit = (count / 1e9, "GB") if count >= 1e9 else (count / 1e6, "MB")
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
 
 def short(count: float) -> str:
@@ -34,8 +34,8 @@ def short(count: float) -> str:
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if count >= limit:
             value = count / (1e3 if suffix == "k" else limit)
-            return f"{value:.3g}{suffix}" if value < 1000 else f"{value:.0f}{suffix}"
-    return f"{count:.3g}" if count < 1000 else f"{count:.0f}"
+            return f"{value:.3g}{suffix}" if value < 999.5 else f"{value:.0f}{suffix}"
+    return f"{count:.3g}" if count < 999.5 else f"{count:.0f}"
 
 
 def perplexity(row: Row) -> str:
