@@ -1,19 +1,21 @@
-"""AWQ for the weights of one decoder layer: smooth, clip, round. Pure functions of tensors; nothing here knows files or models.
+"""AWQ (Lin et al., 2023) for the weights of one decoder layer: smooth, clip, round. Pure functions of tensors; nothing here knows files or models.
 
 Scales s move magnitude from activations into weights: the inputs of a linear layer are divided by s (in the norm or linear layer before it) and its columns
-multiplied. Without search s follows a fixed formula (alpha 0.5); with search alpha and each group's clipping are chosen by the error of the outputs.
-Every choice contains "as plain rounding" and is measured with the numbers that will be stored, so no layer gets worse by searching.
+multiplied. Without search s follows a fixed formula (alpha 0.5) and numbers are rounded to the nearest. With search alpha, each group's clipping and at last
+the numbers themselves (`descent.py`) are chosen by one measure, the error of the outputs over all calibration tokens, d^T X^T X d. Every choice
+contains "as plain rounding" and is measured with the numbers that will be stored, so no layer gets worse by searching.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from lmdeploy.formats.awq import pack, quantise
 from lmdeploy.lite.calibrate import InputStats
+from lmdeploy.lite.descent import damped, descend, row_errors
 from lmdeploy.models.decoder import SmoothingGroup
 
 Tensor = torch.Tensor
@@ -22,6 +24,8 @@ ALPHAS = tuple(i / 20 for i in range(20))
 #: what of a group's largest magnitude is kept; the first is no clipping
 SHRINKS = tuple(1 - i / 20 for i in range(10))
 MIN_SCALE = 1e-4
+#: weights that are rounded side by side (1 GB in float32; about six copies live at a time)
+ROUND_AT_ONCE = 1 << 28
 
 
 @dataclass(slots=True)
@@ -95,10 +99,10 @@ def quantise_layer(layer: LayerWeights, stats: dict[str, InputStats], groups: Se
     """Smooth the groups, then clip and round every linear layer."""
     before = {name: linear.weight for name, linear in layer.linears.items() if linear.quantised}
     result = LayerResult({}, warnings=smooth_layer(layer, stats, groups, how))
+    for names in _together(layer, stats):
+        _finish(names, layer, before, _usable(stats, names[0]), how, result)
     for name, linear in layer.linears.items():
-        if linear.quantised:
-            _finish(name, linear, before.pop(name), _usable(stats, name), how, result)
-        else:
+        if not linear.quantised:
             result.tensors[f"{name}.weight"] = linear.weight.to(linear.dtype)
         if linear.bias is not None:
             result.tensors[f"{name}.bias"] = linear.bias
@@ -196,14 +200,25 @@ def fixed_scales(absmax: Tensor, weights: Sequence[Tensor], group: int) -> Tenso
 
 def _searched(seen: InputStats, weights: Sequence[Tensor], source: ScaleSource, how: Rounding) -> Tensor:
     """mean|x|^alpha with the alpha whose rounded weights come nearest to the outputs."""
-    rows = seen.rows
     best, least = torch.ones_like(seen.absmax), float("inf")
+    gram = seen_gram(seen)
+    if gram is None:
+        return best
     for alpha in ALPHAS:
         scales = source.realised(_normalised(seen.absmean.clamp(min=MIN_SCALE).pow(alpha))) if alpha else torch.ones_like(best)
-        error = sum(_error(rows, how.rounded(weight * scales) / scales - weight) for weight in weights)
+        error = 0.0
+        for weight in weights:
+            error += float(row_errors(how.rounded(weight * scales) / scales - weight, gram).sum())
         if error < least:
             best, least = scales, error
     return best
+
+
+def seen_gram(seen: InputStats | None) -> Tensor | None:
+    """What errors are measured with, H [K, K]; None when nothing usable was seen."""
+    if seen is None or seen.gram is None or not seen.count or not seen.finite or not bool(torch.isfinite(seen.gram).all()):
+        return None
+    return damped(seen.gram[0])
 
 
 def _error(rows: Tensor, difference: Tensor) -> float:
@@ -212,42 +227,65 @@ def _error(rows: Tensor, difference: Tensor) -> float:
 
 
 def clipped(weight: Tensor, gram: Tensor, group: int) -> Tensor:
-    """The weight with each group of each row cut off at the share of its magnitude that gives the least output error. gram [K/g, g, g] of its inputs."""
+    """The weight with each group of each row cut off at the share of its magnitude that gives the least output error of the group alone. gram [K, K]."""
     grouped = weight.view(weight.shape[0], -1, group)
+    blocks = torch.stack([gram[i : i + group, i : i + group] for i in range(0, gram.shape[0], group)])  # [G, g, g]
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     best, least = weight, torch.full(grouped.shape[:2], float("inf"), device=weight.device)
     for shrink in SHRINKS:
         candidate = grouped.clamp(low * shrink, high * shrink).view(weight.shape)
         difference = (dequantised(*quantise(candidate, group)) - weight).view(grouped.shape).transpose(0, 1)  # [G, N, g]
-        error = (torch.bmm(difference, gram) * difference).sum(-1).t().contiguous()  # [N, G]
+        error = (torch.bmm(difference, blocks) * difference).sum(-1).t().contiguous()  # [N, G]
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better.unsqueeze(-1), candidate.view(grouped.shape), best.view(grouped.shape)).view(weight.shape)
     return best
 
 
-def _finish(name: str, linear: LinearWeight, before: Tensor, seen: InputStats | None, how: Rounding, result: LayerResult) -> None:
-    """Clip (when searching), round, pack and measure one linear layer; `before` is its weight in the file."""
-    weight = linear.weight
-    if how.search and seen is not None and seen.gram is not None:
-        weight = _clip_where_better(linear, seen, how)
-    numbers = quantise(weight, how.group)
-    for suffix, tensor in pack(*numbers).items():
-        result.tensors[f"{name}.{suffix}"] = tensor
-    if seen is not None:
-        rows = seen.rows
-        difference = linear.original(dequantised(*numbers)) - before
-        result.errors[name] = (_error(rows, how.rounded(before) - before), _error(rows, difference), _error(rows, before))
+def refined(weight: Tensor, gram: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, scales, zeros) of a weight [N, K] by H [K, K]: a row is clipped where that helps the whole row, then its numbers descend."""
+    cut = clipped(weight, gram, group)
+    errors = [row_errors(dequantised(*quantise(w, group)) - weight, gram) for w in (weight, cut)]
+    q, scales, zeros = quantise(torch.where((errors[1] < errors[0]).unsqueeze(1), cut, weight), group)
+    return descend(weight, gram, q, scales, zeros), scales, zeros
 
 
-def _clip_where_better(linear: LinearWeight, seen: InputStats, how: Rounding) -> Tensor:
-    """Clipping is chosen group by group; a row keeps it only if the whole row's outputs get better on the kept rows."""
-    assert seen.gram is not None
-    weight, columns = linear.weight, linear.columns
-    rows, gram = seen.rows, seen.gram
-    if columns is not None:
-        rows, parts = rows / columns, columns.view(gram.shape[0], -1)
-        gram = gram / (parts.unsqueeze(2) * parts.unsqueeze(1))
-    cut = clipped(weight, gram, how.group)
-    errors = [(rows @ (how.rounded(w) - weight).t()).square().sum(0) for w in (weight, cut)]
-    return torch.where((errors[1] < errors[0]).unsqueeze(1), cut, weight)
+def _round(names: Sequence[str], layer: LayerWeights, seen: InputStats | None, how: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, scales, zeros) of the rows of all these modules, which share inputs and column scales, one module below the other."""
+    linears = [layer.linears[name] for name in names]
+    weight = torch.cat([linear.weight for linear in linears])
+    gram = seen_gram(seen) if how.search else None
+    if gram is None:
+        return quantise(weight, how.group)
+    if (columns := linears[0].columns) is not None:
+        gram = gram / columns.unsqueeze(1) / columns
+    return refined(weight, gram, how.group)
+
+
+def _together(layer: LayerWeights, stats: dict[str, InputStats]) -> Iterator[list[str]]:
+    """Quantised modules that share inputs and column scales, so that one pass over the columns serves all; at most ROUND_AT_ONCE numbers, or one module."""
+    sets: dict[tuple[int, int], list[str]] = {}
+    for name, linear in layer.linears.items():
+        if linear.quantised:
+            sets.setdefault((id(stats.get(name, linear)), id(linear.columns)), []).append(name)
+    for names in sets.values():
+        batch: list[str] = []
+        for name in names:
+            if batch and sum(layer.linears[n].weight.numel() for n in (*batch, name)) > ROUND_AT_ONCE:
+                yield batch
+                batch = []
+            batch.append(name)
+        yield batch
+
+
+def _finish(names: Sequence[str], layer: LayerWeights, before: dict[str, Tensor], seen: InputStats | None, how: Rounding, result: LayerResult) -> None:
+    """Round, pack and measure modules that go together; `before` has their weights in the file."""
+    numbers, start = _round(names, layer, seen, how), 0
+    for name in names:
+        linear, old = layer.linears[name], before.pop(name)
+        own = tuple(part[start : start + old.shape[0]] for part in numbers)
+        start += old.shape[0]
+        result.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in pack(*own).items()})
+        if seen is not None:
+            difference = linear.original(dequantised(*own)) - old
+            result.errors[name] = (_error(seen.rows, how.rounded(old) - old), _error(seen.rows, difference), _error(seen.rows, old))

@@ -5,11 +5,12 @@ A method sees one decoder layer at a time: weights, what went into them, and whe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lmdeploy.lite.awq import LayerResult, LayerWeights, Rounding, quantise_layer
+from lmdeploy.lite.awq import ROUND_AT_ONCE, LayerResult, LayerWeights, Rounding, quantise_layer
 from lmdeploy.lite.calibrate import InputStats
 from lmdeploy.models.decoder import SmoothingGroup
 
@@ -58,13 +59,13 @@ class AwqMethod:
 
     def title(self, *, calibrated: bool) -> str:
         """For the report."""
-        how = "plain rounding" if not calibrated else "scales and clipping searched" if self.search else "fixed scales"
+        how = "plain rounding" if not calibrated else "scales, clipping and rounding searched" if self.search else "fixed scales"
         return f"AWQ, 4 bits, groups of {self.group}, {how}"
 
     @property
     def gram_group(self) -> int | None:
-        """Clipping is chosen by each group's own X^T X."""
-        return self.group if self.search else None
+        """The whole X^T X."""
+        return 0 if self.search else None
 
     @property
     def packs(self) -> bool:
@@ -72,9 +73,14 @@ class AwqMethod:
         return True
 
     def work_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """The layer in float32, and of its largest matrix: scaled, candidate, numbers, differences."""
+        """The layer in float32, and of what is rounded together: scaled, candidate, numbers, differences; with search X^T X of every input."""
         sizes = [n * k for n, k in shapes.values()]
-        return 4 * (sum(sizes) + (9 if self.search else 7) * max(sizes))
+        if not self.search:
+            return 4 * (sum(sizes) + 7 * max(sizes))
+        widths = Counter(k for _, k in shapes.values())
+        usual, _ = widths.most_common(1)[0]  # inputs of q, k and v together, of o, of gate and up together (of all experts); others have an input each
+        grams = 3 * usual**2 + sum(count * k**2 for k, count in widths.items() if k != usual)
+        return 4 * (sum(sizes) + grams + 9 * max(max(sizes), min(sum(sizes), ROUND_AT_ONCE)))
 
     def quantise(self, layer: LayerWeights, stats: dict[str, InputStats], groups: Sequence[SmoothingGroup]) -> LayerResult:
         """Smooth, clip, round."""

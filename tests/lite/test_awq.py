@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmdeploy.lite.awq import LayerWeights, LinearWeight, Rounding, clipped, fixed_scales, quantise_layer
+from lmdeploy.formats.awq import pack, quantise
+from lmdeploy.lite.awq import LayerWeights, LinearWeight, Rounding, clipped, dequantised, fixed_scales, quantise_layer, refined, seen_gram
 from lmdeploy.lite.calibrate import InputStats
 from lmdeploy.models.decoder import SmoothingGroup
 
@@ -17,8 +18,8 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stats_of(x: Tensor, group: int = 16) -> InputStats:
-    stats = InputStats.empty(x.shape[1], group, x.device, with_gram=True)
+def stats_of(x: Tensor) -> InputStats:
+    stats = InputStats.empty(x.shape[1], 0, x.device, with_gram=True)
     stats.add(x, 256)
     return stats
 
@@ -61,12 +62,59 @@ def test_search_is_better_than_the_fixed_formula() -> None:
 def test_clipping_lowers_the_error_of_a_group_with_one_large_unimportant_weight() -> None:
     weight, x = seeded(8, 16) * 0.1, seeded(200, 16, seed=3)
     weight[:, 5], x[:, 5] = 1.0, x[:, 5] * 1e-3
-    gram = (x.t() @ x).unsqueeze(0)
+    gram = x.t() @ x
     cut = clipped(weight, gram, 16)
     how = Rounding(16, True)
     plain, better = ((x @ (how.rounded(w) - weight).t()).square().sum() for w in (weight, cut))
     assert better < 0.75 * plain
     assert bool((cut != weight).any())
+
+
+def test_search_is_much_better_than_its_scales_and_clipping_alone() -> None:
+    """Numbers are rounded in view of one another: half of the inputs are nearly copies of the other half."""
+    x = seeded(400, 16, seed=5).repeat(1, 2) + 0.1 * seeded(400, 32, seed=6)
+    layer = LayerWeights({"a": LinearWeight(seeded(64, 32), torch.float32)}, {})
+    weight, stats = layer.linears["a"].weight, stats_of(x)
+    gram = seen_gram(stats)
+    assert gram is not None
+    nearest = Rounding(16, True).rounded(clipped(weight, gram, 16))
+    result = quantise_layer(layer, {"a": stats}, (), Rounding(16, True))
+    error = (x @ (dequantised(*refined(weight, gram, 16)) - weight).t()).square().sum()
+    assert error < 0.5 * (x @ (nearest - weight).t()).square().sum()
+    assert result.errors["a"][1] < 0.5 * result.errors["a"][0]
+
+
+def test_modules_that_share_inputs_are_rounded_as_they_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, stats = a_layer()
+    together = quantise_layer(layer, stats, GROUPS, Rounding(16, True)).tensors
+    monkeypatch.setattr("lmdeploy.lite.awq.ROUND_AT_ONCE", 1)
+    layer, stats = a_layer()
+    alone = quantise_layer(layer, stats, GROUPS, Rounding(16, True)).tensors
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[name], alone[name]) for name in together)
+
+
+def test_two_experts_with_inputs_of_their_own_and_one_that_saw_nothing() -> None:
+    """Gate and up get what the router got; a down projection without a token is rounded plainly."""
+    shapes = {"router": (4, 32), "0.up": (64, 32), "1.up": (64, 32), "0.down": (32, 64), "1.down": (32, 64)}
+    linears = {name: LinearWeight(seeded(*shape, seed=i), torch.float32, quantised=name != "router") for i, (name, shape) in enumerate(shapes.items())}
+    groups = (SmoothingGroup("norm", ("router", "0.up", "1.up"), True), SmoothingGroup("0.up", ("0.down",), False), SmoothingGroup("1.up", ("1.down",), False))
+    stats = {"router": stats_of(seeded(300, 32, seed=7)), "0.down": stats_of(seeded(300, 64, seed=8))}
+    result = quantise_layer(LayerWeights(linears, {"norm.weight": torch.ones(32)}), stats, groups, Rounding(16, True))
+    assert set(result.errors) == {"0.up", "1.up", "0.down"}
+    assert all(error < plain for plain, error, _ in result.errors.values())
+    assert result.warnings == []
+    assert {name.rpartition(".")[0] for name in result.tensors if name.endswith(".qweight")} == shapes.keys() - {"router"}
+
+
+def test_a_gram_that_overflowed_means_plain_rounding() -> None:
+    layer, stats = a_layer()
+    assert stats["c"].gram is not None
+    stats["c"].gram.fill_(float("inf"))
+    weight = layer.linears["c"].weight
+    result = quantise_layer(layer, stats, GROUPS[:1], Rounding(16, True))
+    expected = pack(*quantise(weight, 16))
+    assert all(torch.equal(result.tensors[f"c.{name}"], tensor) for name, tensor in expected.items())
 
 
 def test_a_group_with_nan_inputs_is_named_and_left_alone() -> None:
