@@ -36,7 +36,7 @@ class RandomSource:
 
     def has(self, name: str) -> bool:
         """Any tensor can be made; but a bias that config.json does not ask for is not offered, nor an order of groups."""
-        return not name.endswith((".bias", ".g_idx"))
+        return not name.endswith((".bias", "g_idx"))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Unknown here; callers that must know say so in `shape=`. But scales of 8-bit weights may be a single one."""
@@ -72,7 +72,7 @@ class RandomSource:
 
     def _fill_packed(self, name: str, out: torch.Tensor) -> None:
         """Random nibbles, or zero points of 8."""
-        if "zeros:" in name:
+        if "zeros:" in name or "zero_point:" in name:
             out.fill_(MIDDLE)
             return
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from lmdeploy.checkpoint.random_source import BLOCK, RandomSource
+from lmdeploy.formats.packed4 import Packed4
+from lmdeploy.formats.packed8 import Packed8
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.models.registry import build_model
+from lmdeploy.parallel import Parallel
+from lmdeploy.spec import ModelSpec
+from tests.formats.packing import compressed_entry, configuration
+from tests.helpers import LLAMA_CONFIG, Harness
 
 
 def taken(name: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,3 +79,27 @@ def test_packed_weights_are_random_numbers_around_zero() -> None:
     assert set((zeros >> 28 & 15).flatten().tolist()) == {8}
     assert scales.min() > 0 and abs(scales.mean() * 4.61 - source.scale) < 1e-3
     assert not source.has("a.g_idx")
+
+
+ENTRIES: dict[str, tuple[dict[str, Any], type]] = {
+    "awq": (configuration("awq", 16), Packed4),
+    "smooth_quant": ({"quant_method": "smooth_quant", "quant_dtype": "int8"}, Packed8),
+    "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, Packed8),
+    "fp8": ({"quant_method": "fp8"}, Packed8),
+    "compressed": (compressed_entry("pack-quantized", {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16}), Packed4),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_models_of_any_format_can_be_invented(name: str) -> None:
+    entry, kind = ENTRIES[name]
+    spec = ModelSpec.from_config({**LLAMA_CONFIG, "intermediate_size": 96, "head_dim": 16, "quantization_config": entry})
+    model = build_model(spec, torch.float32, "cpu", REFERENCE, Parallel())
+    model.load(RandomSource())
+    for layer in model.layers:
+        for linear in (layer.attention.qkv, layer.attention.out):
+            assert isinstance(linear.weight, kind)
+            weight = linear.weight.dequantised(torch.float32)
+            assert abs(weight.mean()) < 0.004 and 0.0005 < weight.std() < 0.04 and not torch.equal(weight[0], weight[1])
+    logits = Harness(model).step([(0, [1, 2, 3])])[0]
+    assert logits.isfinite().all() and logits.std() > 1e-3

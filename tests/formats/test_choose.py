@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lmdeploy.checkpoint.source import open_source
 from lmdeploy.errors import CheckpointError, ConfigError
+from lmdeploy.formats.at_load import AtLoadFormat
 from lmdeploy.formats.awq import AwqFormat
 from lmdeploy.formats.choose import choose_formats
+from lmdeploy.formats.compressed_tensors import CompressedFormat
+from lmdeploy.formats.dense import DenseFormat
 from lmdeploy.formats.gptq import GptqFormat
-from tests.formats.packing import configuration
+from lmdeploy.formats.packed8 import ScaledFormat
+from lmdeploy.formats.weight_format import Part
+from tests.formats.packing import compressed_entry, configuration
+from tests.helpers import write_folder
 
 
 @pytest.mark.parametrize("option", [None, "awq"])
@@ -31,6 +40,36 @@ def test_old_spellings_of_awq_are_read() -> None:
     assert isinstance(packed, AwqFormat) and packed.group_size == 128
 
 
+SMOOTH = {"quant_method": "smooth_quant", "quant_dtype": "float8_e4m3fn"}
+COMPRESSED = compressed_entry("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32})
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_smooth_quant_is_found_with_its_type(named: bool) -> None:
+    packed = choose_formats(SMOOTH, "smooth-quant" if named else None).packed
+    assert isinstance(packed, ScaledFormat) and (packed.suffixes, packed.dtype, packed.quantise_inputs) == (("scale",), torch.float8_e4m3fn, True)
+    assert choose_formats({"quant_method": "smooth_quant"}).packed == ScaledFormat(("scale",), torch.int8, True)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_fp8_is_found_with_its_blocks(named: bool) -> None:
+    packed = choose_formats({"quant_method": "fp8", "weight_block_size": [64, 128]}, "fp8" if named else None).packed
+    assert isinstance(packed, ScaledFormat) and packed.block == (64, 128) and not packed.quantise_inputs
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_compressed_tensors_are_found_with_their_groups(named: bool) -> None:
+    packed = choose_formats(COMPRESSED, "compressed-tensors" if named else None).packed
+    assert isinstance(packed, CompressedFormat) and len(packed.groups) == 1
+
+
+def test_fp8_is_made_of_16_bits_in_the_layers_of_the_decoder_only(tmp_path: Path) -> None:
+    formats = choose_formats(None, "fp8")
+    source = open_source(write_folder(tmp_path, {}, {"a": torch.zeros(1)}))
+    kinds = {name: type(formats.of(source, [Part(name, 8, 8)])) for name in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate", "lm_head")}
+    assert list(kinds.values()) == [AtLoadFormat, DenseFormat, DenseFormat]
+
+
 @pytest.mark.parametrize("option", [None, "hf"])
 @pytest.mark.parametrize("quantization", [None, {}])
 def test_without_a_quantization_config_nothing_is_packed(option: str | None, quantization: dict[str, Any] | None) -> None:
@@ -44,6 +83,11 @@ def test_without_a_quantization_config_nothing_is_packed(option: str | None, qua
         (configuration("awq", 128), "hf", ["model_format='hf'", "/m holds AWQ 4-bit weights", "'awq'"]),
         (configuration("awq", 128), "gptq", ["model_format='gptq'", "AWQ", "'awq'"]),
         (configuration("gptq", 128), "awq", ["model_format='awq'", "GPTQ", "'gptq'"]),
+        (configuration("gptq", 128), "fp8", ["model_format='fp8'", "GPTQ 4-bit weights", "'gptq'"]),
+        (None, "smooth-quant", ["model_format='smooth-quant'", "unquantised", "'hf'"]),
+        (SMOOTH, "fp8", ["/m holds SmoothQuant 8-bit weights", "use model_format='smooth-quant'"]),
+        ({"quant_method": "fp8"}, "hf", ["/m holds fp8 weights", "'fp8'"]),
+        (COMPRESSED, "awq", ["/m holds weights of compressed-tensors", "use model_format='compressed-tensors'"]),
     ],
 )
 def test_an_option_that_contradicts_the_folder_says_what_it_holds(quantization: dict[str, Any] | None, option: str, words: list[str]) -> None:

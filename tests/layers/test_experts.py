@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lmdeploy.layers.build import BuildContext, StepBuffers, StepShape
 from lmdeploy.layers.experts import ExpertNames, Experts
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec
-from tests.formats.packing import Module, configuration
+from tests.formats.packing import Module, by_rows, configuration, fp8, meaning, smooth_quant
 from tests.helpers import LLAMA_CONFIG, write_folder
 
 CPU, COUNT, WIDTH, INNER = torch.device("cpu"), 5, 12, 8
@@ -36,10 +37,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
     return open_source(write_folder(tmp_path_factory.mktemp("experts"), {}, tensors))
 
 
-def run(source: WeightSource, spec: ModelSpec, x: torch.Tensor, rank: int = 0, size: int = 1, formats: Formats = DENSE_FILES) -> torch.Tensor:
+def run(
+    source: WeightSource, spec: ModelSpec, x: torch.Tensor, rank: int = 0, size: int = 1, formats: Formats = DENSE_FILES, prefix: str = "m"
+) -> torch.Tensor:
     """This rank's sum, without the sum over ranks."""
     ctx = BuildContext(spec, Parallel(rank, size), REFERENCE, torch.float32, CPU, formats)
-    layer = Experts(ctx, "m", ExpertNames())
+    layer = Experts(ctx, prefix, ExpertNames())
     layer.load(source)
     layer.parallel = Parallel()
     scratch = Scratch(len(x), torch.float32, CPU)
@@ -121,3 +124,31 @@ def test_experts_of_both_kinds_are_refused(tmp_path: Path) -> None:
     packed, _ = write_quantised(tmp_path, "awq", dense_experts=1)
     with pytest.raises(CheckpointError, match=r"m\.experts: some experts are quantised and others are not"):
         run(packed, WIDE, torch.zeros(1, 16), formats=choose_formats(configuration("awq", 8)))
+
+
+EIGHT: dict[str, tuple[Formats, Any]] = {
+    "smooth_quant": (choose_formats({"quant_method": "smooth_quant"}, quantise_activations=False), lambda w: smooth_quant(w, torch.int8)),
+    "fp8 blocks": (choose_formats({"quant_method": "fp8", "weight_block_size": [8, 16]}), lambda w: fp8(w, (8, 16))),
+    "at load": (choose_formats(None, "fp8"), lambda w: ({"weight": w}, meaning(*by_rows(w, torch.float8_e4m3fn, (1, 16)), (1, 16)))),
+}
+
+
+@pytest.mark.parametrize("way", EIGHT)
+@pytest.mark.parametrize("size", [1, 2])
+def test_experts_in_8_bits_compute_what_their_numbers_mean(tmp_path: Path, way: str, size: int) -> None:
+    formats, store = EIGHT[way]
+    generator, prefix = torch.Generator().manual_seed(2), "model.layers.0.m"
+    packed = {f"{prefix}.gate.weight": torch.randn(COUNT, 16, generator=generator)}
+    plain = dict(packed)
+    for e in range(COUNT):
+        for name, shape in (("gate", (32, 16)), ("up", (32, 16)), ("down", (16, 32))):
+            full = f"{prefix}.experts.{e}.{name}_proj"
+            stored, plain[f"{full}.weight"] = store(torch.randn(shape, generator=generator))
+            packed |= {f"{full}.{suffix}": t for suffix, t in stored.items()}
+    # of inputs that are cut for two ranks "at load" rounds each half by itself
+    if way == "at load":
+        plain |= {name: meaning(*by_rows(packed[name], torch.float8_e4m3fn, (1, 32 // size)), (1, 32 // size)) for name in packed if "down_proj" in name}
+    source, dense = (open_source(write_folder(tmp_path / name, {}, tensors)) for name, tensors in (("packed", packed), ("plain", plain)))
+    x = torch.randn(7, 16, generator=generator)
+    found = sum(run(source, WIDE, x, rank, size, formats, prefix) for rank in range(size))
+    torch.testing.assert_close(found, run(dense, WIDE, x, prefix=prefix), rtol=1e-4, atol=1e-4)

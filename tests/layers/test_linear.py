@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource, open_source
+from lmdeploy.formats import at_load
+from lmdeploy.formats.at_load import AtLoadFormat, Rounding8
 from lmdeploy.formats.choose import choose_formats
 from lmdeploy.formats.packed4 import Packed4
+from lmdeploy.formats.packed8 import Packed8
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.layers.build import BuildContext
 from lmdeploy.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec
-from tests.formats.packing import Module, configuration
+from tests.formats.packing import Module, by_rows, compressed4, compressed_entry, configuration, fp8, meaning, smooth_quant
 from tests.helpers import LLAMA_CONFIG, write_folder
 
 SPEC = ModelSpec.from_config({**LLAMA_CONFIG, "hidden_size": 12, "head_dim": 4, "intermediate_size": 10})
@@ -132,3 +136,37 @@ def test_ranks_of_quantised_layers_hold_the_same_slices_as_dense_ones(tmp_path: 
         assert torch.equal(found, torch.cat([t.weight.chunk(size)[rank] for t in (gate, up)]))
         found = dequantised(RowLinear(ctx, "down", 48, 32, expect_bias=False), source)
         assert torch.equal(found, down.weight.chunk(size, dim=1)[rank])
+
+
+WIDE = {"hidden_size": 32, "intermediate_size": 64}
+EIGHT: dict[str, tuple[dict[str, Any] | None, Any]] = {
+    "smooth_quant": ({"quant_method": "smooth_quant", "quant_dtype": "int8"}, lambda w: smooth_quant(w, torch.int8)),
+    "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [16, 16]}, lambda w: fp8(w, (16, 16))),
+    "compressed 4": (compressed_entry("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}), lambda w: compressed4(w, 8)),
+    "at load": (None, lambda w: ({"weight": w}, meaning(*by_rows(w, torch.float8_e4m3fn, (1, 32)), (1, 32)))),
+}
+
+
+@pytest.mark.parametrize("way", EIGHT)
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_of_any_quantised_format_hold_the_same_slices_as_dense_ones(tmp_path: Path, way: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, store = EIGHT[way]
+    monkeypatch.setattr(at_load, "FP8", AtLoadFormat(Rounding8(torch.float8_e4m3fn, 32)))
+    generator = torch.Generator().manual_seed(0)
+    made = {name: store(torch.randn(n, k, generator=generator)) for name, n, k in (("qkv", 32, 32), ("w1", 64, 32), ("w3", 64, 32), ("w2", 32, 64))}
+    source = source_of(tmp_path, **{f"model.layers.0.{name}.{suffix}": t for name, (tensors, _) in made.items() for suffix, t in tensors.items()})
+    wanted = {name: weight for name, (_, weight) in made.items()}
+    groups = wanted["qkv"].view(KV_HEADS, 4, DIM, 32)
+    q, k, v = groups[:, :2].flatten(0, 2), groups[:, 2].flatten(0, 1), groups[:, 3].flatten(0, 1)
+    formats = choose_formats(entry, None if entry else "fp8")
+    for rank in range(size):
+        ctx = BuildContext(replace(SPEC, **WIDE), Parallel(rank, size), REFERENCE, torch.float32, torch.device("cpu"), formats)
+        layers = {
+            "qkv": (QKVLinear(ctx, "model.layers.0", ("qkv",), interleaved=True), torch.cat([t.chunk(size)[rank] for t in (q, k, v)])),
+            "gate_up": (GateUpLinear(ctx, "model.layers.0", ("w1", "w3"), 64), torch.cat([wanted[name].chunk(size)[rank] for name in ("w1", "w3")])),
+            "down": (RowLinear(ctx, "model.layers.0.w2", 64, 32, expect_bias=False), wanted["w2"].chunk(size, dim=1)[rank]),
+        }
+        for layer, part in layers.values():
+            layer.load(source)
+            assert isinstance(layer.weight, (Packed4, Packed8))
+            assert torch.equal(layer.weight.dequantised(torch.float32), part)
