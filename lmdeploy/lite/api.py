@@ -72,7 +72,7 @@ def quantise(model: str | None, config: LiteConfig, method: Method, show: Show =
     )
     with _folder_in_the_making(job, job.output_bytes()) as writer:
         for note in write_layers(job, writer):
-            report.layers.append({key: note[key] for key in ("layer", "plain_error", "error")})
+            report.layers.append({key: note[key] for key in ("layer", "plain_error", "error", "seconds", "rounding_seconds")})
             report.linear_bytes_before += note["bytes_before"]
             report.linear_bytes_after += note["bytes_after"]
             report.warnings += [f"layer {note['layer']}: {text}" for text in note["warnings"]]
@@ -156,10 +156,13 @@ def write_layers(job: Job, writer: ShardWriter) -> Iterator[dict[str, Any]]:
 
 def _write_layer(job: Job, plan: LayerPlan, source: WeightSource, recorder: Recorder, writer: ShardWriter, start: float) -> dict[str, Any]:
     """One layer, durable; returns its note."""
+    if job.device.type == "cuda":
+        torch.cuda.synchronize(job.device)  # so that the times below are true; rounding waits for the statistics anyway
+    begin = time.perf_counter()
     result = _quantise(job, plan, source, recorder)
     for name, tensor in result.tensors.items():
         writer.add(job.language.stored(plan.prefix + name), tensor)
-    note = {**_note(plan, result), "seconds": time.perf_counter() - start}
+    note = {**_note(plan, result), "seconds": time.perf_counter() - start, "rounding_seconds": time.perf_counter() - begin}
     writer.close_part(f"layer-{plan.index:05d}", note)
     return note
 

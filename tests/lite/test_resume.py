@@ -84,6 +84,9 @@ def test_a_run_that_is_taken_up_again_writes_what_one_run_writes(number: signal.
     assert resumed.keys() == whole.keys()
     assert [n for n in whole if resumed[n] != whole[n] and not n.startswith(REPORT)] == []
     reports = [json.loads((tmp_path / name / f"{REPORT}.json").read_text()) for name in ("out", "whole")]
+    for report in reports:
+        for layer in report["layers"]:
+            assert layer.pop("seconds") >= layer.pop("rounding_seconds") > 0
     for key in ("layers", "linear_bytes_before", "linear_bytes_after", "bytes_before", "warnings"):
         assert reports[0][key] == reports[1][key], key
     assert not partial.exists()
