@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmdeploy.kernels.triton_kernels.rows import row_scales, to_fp8, to_levels, turned
+from lmdeploy.kernels.triton_kernels.rows import exact_bf16, row_scales, to_fp8, to_levels, turned
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
@@ -48,8 +48,8 @@ def _store_row(
     else:
         LEVELS: tl.constexpr = 255.0 if WIDTH == "8" else 15.0
         scale, offset = row_scales(lo, hi, inside, WIDTH, LEVELS)
-        tl.store(scales_ptr + row * 2, scale.to(tl.bfloat16), mask=live)  # both are bfloat16 numbers already
-        tl.store(scales_ptr + row * 2 + 1, offset.to(tl.bfloat16), mask=live)
+        tl.store(scales_ptr + row * 2, exact_bf16(scale), mask=live)
+        tl.store(scales_ptr + row * 2 + 1, exact_bf16(offset), mask=live)
         if WIDTH == "fp8":
             spread = tl.broadcast_to(scale[:, None], lo.shape)
             lo_number, hi_number = to_fp8(tl.div_rn(lo, spread)), to_fp8(tl.div_rn(hi, spread))

@@ -32,6 +32,12 @@ def ceil_bf16(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def exact_bf16(x: tl.tensor) -> tl.tensor:
+    """float32 numbers that bfloat16 holds exactly, as bfloat16."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def nearest(x: tl.tensor) -> tl.tensor:
     """x rounded to a whole number, halves to even."""
     return (x + ROUNDER) - ROUNDER
