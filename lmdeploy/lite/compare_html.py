@@ -34,7 +34,7 @@ th.l,td.l{text-align:left}td.l{font-weight:600}tr:last-child td{border-bottom:0}
 tr.first td{border-top:2px solid var(--line)}td.note{color:var(--bad);text-align:left;white-space:normal;min-width:320px}
 td.sub{color:var(--soft);font-weight:400}
 .dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:20px;margin-top:20px}.grid2 .card{margin:0}
+.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:20px;margin-top:20px}.grid2 .card{margin:0}
 svg{display:block;width:100%;height:auto;margin-top:10px}svg.key{display:inline-block;width:16px;margin:0 4px 0 0;vertical-align:-3px}
 svg text{font-size:12px;fill:var(--soft)}svg text.g{font-size:12.5px;font-weight:600;fill:var(--ink)}svg text.v{fill:var(--ink);font-variant-numeric:tabular-nums}
 svg text.n{text-anchor:end}svg text.m{text-anchor:middle}
