@@ -136,7 +136,9 @@ class FolderSource:
     def _file(self, name: str) -> TensorFile:
         file = self._file_of.get(name)
         if file is None:
-            if name.endswith(".weight") and (packed := f"{name[: -len('weight')]}qweight") in self._file_of:
+            stem = name.removesuffix("weight")
+            packed = next((other for other in (f"{stem}qweight", f"{stem}weight_packed") if other in self._file_of), None)
+            if stem.endswith(".") and packed:
                 raise CheckpointError(
                     f"{self.folder}: the weights are quantised ({packed!r}), but config.json has no quantization_config that says how; add it, or give the unquantised model"
                 )
@@ -162,7 +164,9 @@ class FolderSource:
             raise self._mismatch(name, file, view.shape, out)
         # 8-bit numbers mean nothing without their scales, so they are not cast either.
         if view.is_floating_point() != out.is_floating_point() or (1 in (view.dtype.itemsize, out.dtype.itemsize) and view.dtype != out.dtype):
-            raise CheckpointError(f"{file.path}: tensor {name!r} is {str(view.dtype)[6:]} where {str(out.dtype)[6:]} is expected")
+            bare = view.dtype.itemsize == 1 and out.dtype.itemsize > 1
+            hint = "; 8-bit weights need their scales, and a quantization_config in config.json that says how they are stored" if bare else ""
+            raise CheckpointError(f"{file.path}: tensor {name!r} is {str(view.dtype)[6:]} where {str(out.dtype)[6:]} is expected{hint}")
         rows = view.shape[0] if view.dim() else 1
         step = max(1, CHUNK_BYTES * rows // max(1, view.nbytes))
         for start in range(0, rows, step):

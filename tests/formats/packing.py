@@ -138,17 +138,14 @@ def stored_folder(dense: Path, out: Path, entry: dict[str, Any], store: Callable
 
 
 def by_rows(weight: Tensor, dtype: torch.dtype, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(8-bit numbers [N, K], one float32 scale for each block of (rows, inputs), the last ones smaller), block by block."""
-    rows, inner = blocks
-    numbers = torch.empty(weight.shape, dtype=dtype)
-    scales = torch.empty(math.ceil(weight.shape[0] / rows), math.ceil(weight.shape[1] / inner))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            part = (slice(i * rows, (i + 1) * rows), slice(j * inner, (j + 1) * inner))
-            scales[i, j] = weight[part].abs().max().float() / (127 if dtype is torch.int8 else 448)
-            scaled = weight[part].float() / scales[i, j]
-            numbers[part] = (scaled.round() if dtype is torch.int8 else scaled).to(dtype)
-    return numbers, scales
+    """(8-bit numbers [N, K], one float32 scale for each block of (rows, inputs), the last ones smaller)."""
+    counts = [math.ceil(size / block) for size, block in zip(weight.shape, blocks, strict=True)]
+    whole = torch.zeros([count * block for count, block in zip(counts, blocks, strict=True)])
+    whole[: weight.shape[0], : weight.shape[1]] = weight
+    largest = whole.view(counts[0], blocks[0], counts[1], blocks[1]).abs().amax((1, 3))
+    scales = largest / (127 if dtype is torch.int8 else 448)
+    scaled = weight.float() / meaning(torch.ones(weight.shape), scales, blocks)
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), scales
 
 
 def meaning(numbers: Tensor, scales: Tensor, blocks: tuple[int, int]) -> Tensor:
