@@ -24,7 +24,7 @@ from lmdeploy.errors import CheckpointError, ConfigError
 
 SHARD_BYTES = 2_000_000_000
 STATE, LOCK = "state.json", "lock"
-_PART, _DRAFT = ".part", ".draft"
+_PART, _DRAFT, _UNNAMED = ".part", ".draft", "more-"
 
 
 def partial_folder(folder: Path) -> Path:
@@ -75,7 +75,7 @@ class ShardWriter:
         """One tensor; it is copied to the host."""
         size = tensor.nbytes
         if self._pending and self._size + size > self.shard_bytes:
-            self.close_part(f"more-{len(self._parts):05d}")
+            self.close_part(f"{_UNNAMED}{len(self._parts):05d}")
         # cloned: a view of a larger tensor would keep all of it alive
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._size += size
@@ -98,22 +98,29 @@ class ShardWriter:
     def finish(self, stem: str = "model") -> None:
         """Join parts to shards of at most `shard_bytes`, and write the index; the shards' names say how many there are."""
         if self._pending:
-            self.close_part(f"more-{len(self._parts):05d}")
+            self.close_part(f"{_UNNAMED}{len(self._parts):05d}")
         shards = list(self._shards())
         total, weight_map = 0, {}
         for number, paths in enumerate(shards, 1):
             file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
-            total += sum(t.nbytes for t in tensors.values())
-            weight_map.update(dict.fromkeys(tensors, file))
-            with self._writing():
-                save_file(tensors, self.partial / file, metadata={"format": "pt"})
-            del tensors
-            for path in paths:
-                path.unlink()
+            for name, size in self._join(paths, self.partial / file).items():
+                total += size
+                weight_map[name] = file
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         with self._writing():
             (self.partial / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def _join(self, paths: list[Path], target: Path) -> dict[str, int]:
+        """Parts to one file; bytes by tensor."""
+        tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        with self._writing():
+            if len(paths) == 1 and paths[0].name.startswith(_UNNAMED):  # without a note: files of two runs are equal
+                paths[0].rename(target)
+            else:
+                save_file(tensors, target, metadata={"format": "pt"})
+                for path in paths:
+                    path.unlink()
+        return {name: tensor.nbytes for name, tensor in tensors.items()}
 
     def _shards(self) -> Iterator[list[Path]]:
         """Parts that go into one file together."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -43,35 +46,35 @@ def _add_flags(parser: FlagParser, config: type) -> None:
 
 def run_auto_awq(args: argparse.Namespace) -> int:
     """Quantise with AWQ and print the report."""
-    _begin(args)
-    from lmdeploy.lite.api import quantise_awq
+    with _orderly(args):
+        from lmdeploy.lite.api import quantise_awq
 
-    return _finish(quantise_awq(_model(args), config_from(args, AwqConfig), show=print))
+        return _finish(quantise_awq(_model(args), config_from(args, AwqConfig), show=print))
 
 
 def run_auto_gptq(args: argparse.Namespace) -> int:
     """Quantise with GPTQ and print the report."""
-    _begin(args)
-    from lmdeploy.lite.api import quantise_gptq
+    with _orderly(args):
+        from lmdeploy.lite.api import quantise_gptq
 
-    return _finish(quantise_gptq(_model(args), config_from(args, GptqConfig), show=print))
+        return _finish(quantise_gptq(_model(args), config_from(args, GptqConfig), show=print))
 
 
 def run_smooth_quant(args: argparse.Namespace) -> int:
     """Quantise weights and activations to 8 bits and print the report."""
-    _begin(args)
-    from lmdeploy.lite.api import quantise_smooth
+    with _orderly(args):
+        from lmdeploy.lite.api import quantise_smooth
 
-    return _finish(quantise_smooth(_model(args), config_from(args, SmoothQuantConfig), show=print))
+        return _finish(quantise_smooth(_model(args), config_from(args, SmoothQuantConfig), show=print))
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
     """Measure activations and print the modules with the loudest channels."""
-    _begin(args)
-    from lmdeploy.lite.api import calibrate_model
+    with _orderly(args):
+        from lmdeploy.lite.api import calibrate_model
 
-    config = config_from(args, CalibrateConfig)
-    found = calibrate_model(_model(args), config, show=print)
+        config = config_from(args, CalibrateConfig)
+        found = calibrate_model(_model(args), config, show=print)
     loudest = sorted(found["modules"].items(), key=lambda item: -item[1]["ratio"])[:8]
     print(f"written to {config.work_dir}; modules whose largest input channel stands out most:")
     for name, facts in loudest:
@@ -83,18 +86,25 @@ def _model(args: argparse.Namespace) -> str | None:
     return getattr(args, "model_path", None)
 
 
-def _begin(args: argparse.Namespace) -> None:
-    """Logging, the notice about remote code, and an orderly end when the system asks for one."""
+@contextlib.contextmanager
+def _orderly(args: argparse.Namespace) -> Iterator[None]:
+    """Logging, the notice about remote code; and SIGTERM ends the command as Ctrl-C does: what is half-written goes."""
     from lmdeploy import log
 
     log.setup(getattr(args, "log_level", "WARNING"))
     if getattr(args, "trust_remote_code", False):
         log.get_logger(__name__).warning("--trust-remote-code has no effect: lmdeploy never runs code from a model folder")
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the command as Ctrl-C does: what is half-written goes."""
     raise KeyboardInterrupt
 
 

@@ -20,7 +20,7 @@ from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.checkpoint.writer import ShardWriter
 from lmdeploy.engine.kv_cache import gib
 from lmdeploy.engine.memory import free_bytes
-from lmdeploy.errors import CheckpointError, LmdeployError
+from lmdeploy.errors import CheckpointError, ConfigError, LmdeployError
 from lmdeploy.kernels.select import select
 from lmdeploy.lite.awq import LayerResult, LayerWeights, LinearWeight
 from lmdeploy.lite.calibrate import LayerStream, Recorder
@@ -88,7 +88,7 @@ def calibrate_model(model: str | None, config: CalibrateConfig, show: Show = log
     """Write what goes into every linear layer: activations-*.safetensors, and a summary in activations.json, which is returned too."""
     job = prepare(model, config, StatisticsMethod())
     if not job.calibrates:
-        raise CheckpointError("calib_samples=0 leaves nothing to measure; give at least 1")
+        raise ConfigError("calib_samples=0 leaves nothing to measure; give at least 1")
     _announce(job, show)
     with _folder_in_the_making(job) as writer:
         for _ in write_layers(job, writer):

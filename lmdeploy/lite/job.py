@@ -140,7 +140,7 @@ def open_writer(job: Job, needed: int = 0) -> ShardWriter:
         _check_left(job, left, state["run"])
     elif job.config.resume:
         logger.info("there is no interrupted run at %s; starting afresh", partial_folder(job.work_dir))
-    check_room(job.work_dir, needed)
+    check_room(job.work_dir, needed + min(SHARD_BYTES, needed))  # while parts are joined to shards, one of them is there twice
     return ShardWriter(job.work_dir, state=state, resume=job.config.resume and left is not None)
 
 

@@ -1,4 +1,4 @@
-"""`lmdeploy lite auto_awq` as users write it: today's line, the older one, both spellings of the switch, and every refusal in one line."""
+"""`lmdeploy lite` as users write it: today's line, the older one, both spellings of the switch, and every refusal in one line."""
 
 from __future__ import annotations
 
@@ -51,6 +51,59 @@ def test_the_command_lines_of_the_tutorials(
     assert "not measured" not in printed.out
     assert "quantising: 100%" in printed.err
     assert main(line(model_folder, text, out, "--calib-samples", "0")) == 0, "our own folder may be made again"
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ("auto_gptq --w-bits 4 --w-group-size 128 --batch-size 2", "GPTQ, 4 bits, groups of 128, symmetric"),
+        ("auto_gptq --w-sym False --desc-act", "GPTQ, 4 bits, groups of 128, with zero points, act-order"),
+        ("smooth_quant --search-scale False", "SmoothQuant, int8 weights and activations, fixed scales"),
+        ("smooth_quant --quant-dtype fp8 --search-scale True", "SmoothQuant, float8_e4m3fn weights and activations, scales searched"),
+    ],
+)
+def test_the_other_commands_write_a_model_and_print_a_report(
+    words: str, method: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT, encoding="utf-8")
+    name, *more = words.split()
+    line = ["lite", name, str(model_folder), "--calib-dataset", str(text), "--calib-samples", "4", "--calib-seqlen", "128", *more]
+    assert main([*line, "--work-dir", str(out)]) == 0
+    assert json.loads((out / "quantisation_report.json").read_text())["method"] == method
+    printed = capsys.readouterr()
+    assert method in printed.out
+    assert "not measured" not in printed.out
+    assert "quantising: 100%" in printed.err
+
+
+def test_calibrate_names_the_loudest_modules(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT, encoding="utf-8")
+    flags = "--calib-samples 2 --calib-seqlen 64 --batch-size 1 --search-scale False --w-bits 4 --w-group-size 128"
+    assert main(["lite", "calibrate", str(model_folder), "--calib-dataset", str(text), *flags.split(), "--work-dir", str(out)]) == 0
+    assert "  model.layers." in capsys.readouterr().out
+    assert len(json.loads((out / "activations.json").read_text())["modules"]) == 10 * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["auto_gptq", "--w-bits", "3"], "invalid choice: 3"),
+        (["auto_gptq", "--w-group-size", "7"], "w_group_size=7 is odd"),
+        (["auto_gptq", "--damp", "0"], "damp=0.0 must be in"),
+        (["smooth_quant", "--quant-dtype", "float8_e5m2"], "invalid choice: 'float8_e5m2'"),
+        (["smooth_quant", "--w-bits", "4"], "invalid choice: 4"),
+        (["calibrate", "--calib-samples", "0"], "calib_samples=0 leaves nothing to measure"),
+        (["auto_gtpq"], "did you mean 'lmdeploy lite auto_gptq'?"),
+    ],
+)
+def test_every_mistake_with_the_other_commands_is_one_line(words: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lite", *words, "--work-dir", str(tmp_path / "out"), "--calib-dataset", "embedded"]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_flags_become_the_config() -> None:
