@@ -12,6 +12,7 @@ namespace lmd {
 alignas(64) static const bf16 zeros[256] = {};
 constexpr long GROUP = 4;      // blocks packed together, so that a query tile's sums stay in L1 meanwhile
 constexpr long FEW_TILES = 2;  // query tiles for which packing the keys does not pay
+constexpr long FEW_ROWS = 4;   // query rows whose scores are gathered one by one
 
 // Brings the next block's rows to L2 bit by bit: all at once they would wait for each other, and the arithmetic for them.
 // How many rows each step fetches was found by trial: 1 a pair of values, 2 around the scores, 1 a tile of sums.
@@ -54,6 +55,7 @@ struct AmxKernel {
         states[0] = columns + BLOCK * 16, states[1] = states[0] + state;
         place = (int32_t*)(states[1] + state);
         prepare();
+        shape();
     }
 
     // Queries as left-hand tiles are rows; as right-hand tiles they are packed.
@@ -75,7 +77,9 @@ struct AmxKernel {
             }
             for (long k = 0; few && k < k_steps; k++) pack_columns(keys + 32 * k, wide, 16, 32, queries + (i * k_steps + k) * TILE);
         }
-        if (few && p.key.quantised() && p.D % 32) std::memset(keys, 0, BLOCK * wide * sizeof(bf16));  // dims from D on: 0 * NaN would show
+        if (p.D % 32 == 0) return;  // dims from D on are never written
+        if (few && p.key.quantised()) std::memset(keys, 0, BLOCK * wide * sizeof(bf16));
+        if (p.value.quantised()) std::memset(values, 0, (few ? 1 : GROUP) * BLOCK * wide * sizeof(bf16));
     }
 
     __mmask32 dims(long d) const { return p.D - d >= 32 ? 0xffffffffu : (1u << (p.D - d)) - 1u; }
@@ -112,6 +116,24 @@ struct AmxKernel {
             };
             for (long k = 0; k < whole; k++) put_pairs(_mm512_loadu_si512(even + 32 * k), _mm512_loadu_si512(odd + 32 * k), to + 64 * k);
             if (whole < steps) put_pairs(_mm512_maskz_loadu_epi16(tail, even + 32 * whole), _mm512_maskz_loadu_epi16(tail, odd + 32 * whole), to + 64 * whole);
+        }
+    }
+
+    // The same of quantised values; dims from D on stay as they are.
+    void pack_values(const Store& from, const Rows& rows, long count, bf16* to, Ahead& ahead) const {
+        if (!from.quantised()) return pack_values((const bf16* const*)rows.at, count, to, ahead);
+        p.D == 64 ? pair_values<64>(from, rows, count, to, ahead) : p.D == 128 ? pair_values<128>(from, rows, count, to, ahead) : pair_values<0>(from, rows, count, to, ahead);
+    }
+
+    template <long DIMS>
+    void pair_values(const Store& from, const Rows& rows, long count, bf16* to, Ahead& ahead) const {
+        const uint32_t nothing = 0;
+        for (long j = 0; j < rounded(count, 32); j += 2, to += 2 * wide) {
+            ahead.fetch(1);
+            const bool one = j < count, two = j + 1 < count;
+            const char *even = one ? rows.at[j] : (const char*)zeros, *odd = two ? rows.at[j + 1] : (const char*)zeros;
+            const uint32_t &a = one ? rows.pair[j] : nothing, &b = two ? rows.pair[j + 1] : nothing;
+            from.width == 8 ? pair8<DIMS>(even, odd, a, b, p.D, to) : pair4<DIMS>(even, odd, a, b, p.D, to);
         }
     }
 
@@ -153,20 +175,25 @@ struct AmxKernel {
         }
     }
 
-    // S of one query tile from S^T.
-    void score_placed(long tile, const bf16* const at[4], long stride, long step, Ahead& ahead) const {
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-        for (long k = 0; k < k_steps; k++) {
-            tile_load<6>(queries + (tile * k_steps + k) * TILE, 64);
-            tile_load<4>(at[0] + k * step, stride), tile_dot<0, 4, 6>();
-            tile_load<5>(at[1] + k * step, stride), tile_dot<1, 5, 6>();
-            tile_load<4>(at[2] + k * step, stride), tile_dot<2, 4, 6>();
-            ahead.fetch(2);
-            tile_load<5>(at[3] + k * step, stride), tile_dot<3, 5, 6>();
+    // S of one query tile from S^T; a few rows are gathered, more are transposed.
+    void score_placed(long tile, long halves, const bf16* const at[4], long stride, long step, Ahead& ahead) const {
+        for (long i = 0; i < 2 * halves; i += 2) {
+            tile_zero<0>(), tile_zero<1>();
+            for (long k = 0; k < k_steps; k++) {
+                tile_load<6>(queries + (tile * k_steps + k) * TILE, 64);
+                tile_load<4>(at[i] + k * step, stride), tile_dot<0, 4, 6>();
+                ahead.fetch(1);
+                tile_load<5>(at[i + 1] + k * step, stride), tile_dot<1, 5, 6>();
+            }
+            tile_store<0>(columns + 256 * i, 64), tile_store<1>(columns + 256 * (i + 1), 64);
         }
-        tile_store<0>(columns, 64), tile_store<1>(columns + 256, 64), tile_store<2>(columns + 512, 64), tile_store<3>(columns + 768, 64);
-        for (long i = 0; i < 4; i++) {
+        const __m512i line = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+        for (long i = 0; i < 2 * halves; i++) {
             ahead.fetch(2);
+            if (rows <= FEW_ROWS) {
+                for (long j = 0; j < rows; j++) _mm512_store_ps(scores + BLOCK * j + 16 * i, _mm512_i32gather_ps(line, columns + 256 * i + j, 4));
+                continue;
+            }
             __m512i r[16];
             for (long j = 0; j < 16; j++) r[j] = _mm512_load_si512(columns + 256 * i + 16 * j);
             transpose16(r);
@@ -179,6 +206,14 @@ struct AmxKernel {
         const long last = place[row] - base, first = p.window > 0 ? std::max(0L, last - p.window + 1) : 0;
         if (last < 0 || first >= BLOCK) return 0;
         return ~0ull >> (63 - std::min(last, BLOCK - 1)) & ~0ull << first;
+    }
+
+    // Lane i: the highest lane of most[i].
+    static __m512 highest(const __m512 most[16], long live) {
+        if (live > FEW_ROWS) return reduce16(most, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+        __m512 all = _mm512_set1_ps(NEVER);
+        for (long i = 0; i < live; i++) all = _mm512_mask_mov_ps(all, __mmask16(1u << i), _mm512_set1_ps(_mm512_reduce_max_ps(most[i])));
+        return all;
     }
 
     // Scores of a tile -> weights as left-hand tiles; sums are rescaled where the maximum rose.
@@ -198,7 +233,7 @@ struct AmxKernel {
             }
         }
         float *top = s.top + 16 * tile, *total = s.total + 16 * tile * LANES;
-        const __m512 before = _mm512_load_ps(top), high = _mm512_max_ps(before, _mm512_mul_ps(reduce16(most, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }), scale));
+        const __m512 before = _mm512_load_ps(top), high = _mm512_max_ps(before, _mm512_mul_ps(highest(most, live), scale));
         alignas(64) float keep[16];
         _mm512_store_ps(keep, (__m512)exp2((vf)_mm512_sub_ps(before, high)));
         _mm512_store_ps(top, high);
@@ -243,6 +278,36 @@ struct AmxKernel {
         }
     }
 
+    // The same of one tile whose rows beyond the live ones are left out: tiles of `shape`.
+    void accumulate_few(const State& s, long tile, long halves, const bf16* v, Ahead& ahead) const {
+        float* o = s.sums + tile * 16 * wide;
+        const long row = wide * 4;
+        const auto add = [&](auto C, auto V, long d) {
+            constexpr int c = decltype(C)::value, b = decltype(V)::value;
+            tile_load<c>(o + 16 * d, row);
+            tile_load<7>(weights, 64), tile_load<b>(v + 32 * d, row), tile_dot<c, 7, b>();
+            if (halves == 2) tile_load<7>(weights + TILE, 64), tile_load<b>(v + 32 * (wide + d), row), tile_dot<c, 7, b>();
+            tile_store<c>(o + 16 * d, row);
+        };
+        for (long d = 0; d < d_blocks; d += 2) {
+            ahead.fetch(2);
+            add(std::integral_constant<int, 2>(), std::integral_constant<int, 4>(), d);
+            if (d + 1 < d_blocks) add(std::integral_constant<int, 3>(), std::integral_constant<int, 5>(), d + 1);
+        }
+    }
+
+    // Few rows: scores are tiles 0 and 1 of 16 keys x live queries, queries tile 6; sums 2 and 3 and weights 7 have only the live rows.
+    void shape() const {
+        const long live = tiles == 1 ? rows : 16;
+        TileConfig c;
+        for (int i = 0; i < 8; i++) c.rows[i] = 16, c.row_bytes[i] = 64;
+        if (few) {
+            for (int i : {0, 1, 6}) c.row_bytes[i] = uint16_t(4 * live);
+            for (int i : {2, 3, 7}) c.rows[i] = uint8_t(live);
+        }
+        asm volatile("ldtilecfg %0" ::"m"(c) : "memory");
+    }
+
     // One block of keys with N query tiles from `tile` on; `score(halves)` makes S.
     template <int N, class Score>
     void meet(const State& s, long tile, long base, const bf16* v, Ahead& ahead, const Score& score) const {
@@ -255,7 +320,8 @@ struct AmxKernel {
             if (whole) softmax<true>(s, tile + i, scores + i * 16 * BLOCK, base, halves, weights + i * 2 * TILE);
             else softmax<false>(s, tile + i, scores + i * 16 * BLOCK, base, halves, weights + i * 2 * TILE);
         }
-        accumulate<N>(s, tile, halves, v, ahead);
+        if (few) accumulate_few(s, tile, halves, v, ahead);
+        else accumulate<N>(s, tile, halves, v, ahead);
     }
 
     // A group of packed blocks with N query tiles.
@@ -265,17 +331,23 @@ struct AmxKernel {
             meet<N>(s, tile, base, values + at, ahead, [&](long halves) { score_packed<N>(tile, halves, keys + at); });
     }
 
-    // Rows of bf16: the cache's own, or a quantised store's written to `plain`.
-    void read(const Store& from, long bytes, long base, long count, const bf16** row) const {
-        Rows rows;
-        find_rows(p, from, bytes, t, base, count, rows);
-        write_out(from, rows, count, plain, row);
-    }
-
+    // Rows of bf16: the cache's own, or those of a quantised store written to `to`.
     void write_out(const Store& from, const Rows& rows, long count, bf16* to, const bf16** row) const {
         for (long j = 0; j < count; j++) row[j] = from.quantised() ? to + j * wide : (const bf16*)rows.at[j];
-        if (from.width == 8) for (long j = 0; j < count; j++) unpack8(rows.at[j], rows.pair[j], p.D, to + j * wide);
-        if (from.width == 4) for (long j = 0; j < count; j++) unpack4(rows.at[j], rows.pair[j], p.D, to + j * wide);
+        if (!from.quantised()) return;
+        p.D == 64 ? unpack<64>(from, rows, count, to) : p.D == 128 ? unpack<128>(from, rows, count, to) : unpack<0>(from, rows, count, to);
+    }
+
+    template <long DIMS>
+    void unpack(const Store& from, const Rows& rows, long count, bf16* to) const {
+        const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi16(16);
+        for (long j = 0; from.width == 8 && j < count; j++) unpack8<DIMS>(rows.at[j], rows.pair[j], p.D, to + j * wide);
+        for (long j = 0; from.width == 4 && j < count; j += 2) {
+            const long next = std::min(j + 1, count - 1);
+            const __m512i table = levels(rows.pair[j], rows.pair[next]);
+            unpack4<DIMS>(rows.at[j], table, first, p.D, to + j * wide);
+            if (next > j) unpack4<DIMS>(rows.at[next], table, second, p.D, to + next * wide);
+        }
     }
 
     void run_many(const State& s, long begin, long end) const {
@@ -283,10 +355,11 @@ struct AmxKernel {
         for (long first = begin; first < end; first += GROUP * BLOCK) {
             const long last = std::min(end, first + GROUP * BLOCK);
             for (long base = first, at = 0; base < last; base += BLOCK, at += 4 * k_steps * TILE) {
+                Rows rows;
                 const bf16* row[BLOCK];
                 const long count = std::min(BLOCK, last - base);
-                read(p.key, key_bytes, base, count, row), pack_keys(row, count, keys + at);
-                read(p.value, value_bytes, base, count, row), pack_values(row, count, values + at, nothing);
+                find_rows(p, p.key, key_bytes, t, base, count, rows), write_out(p.key, rows, count, plain, row), pack_keys(row, count, keys + at);
+                find_rows(p, p.value, value_bytes, t, base, count, rows), pack_values(p.value, rows, count, values + at, nothing);
             }
             long tile = 0;
             for (; tile + 2 <= tiles; tile += 2) meet_group<2>(s, tile, first, last, nothing);
@@ -308,10 +381,9 @@ struct AmxKernel {
             Ahead ahead = {k[now ^ 1].at, v[now ^ 1].at, next, key_bytes, value_bytes};
             write_out(p.key, k[now], count, keys, row);
             place_keys(row, count, at, stride, step);
-            write_out(p.value, v[now], count, plain, row);
-            pack_values(row, count, values, ahead);
+            pack_values(p.value, v[now], count, values, ahead);
             for (long tile = 0; tile < tiles; tile++)
-                meet<1>(s, tile, base, values, ahead, [&](long) { score_placed(tile, at, stride, step, ahead); });
+                meet<1>(s, tile, base, values, ahead, [&](long halves) { score_placed(tile, halves, at, stride, step, ahead); });
             ahead.fetch(BLOCK);
             count = next;
         }

@@ -16,15 +16,20 @@ inline vf butterfly(vf x) {
     return __builtin_shuffle(x, other) + (vf)((vi)x ^ sign);
 }
 
-// n a multiple of 16.
-inline void hadamard_vectors(float* x, long n, float factor) {
-    for (long d = 0; d < n; d += LANES) store(x + d, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + d) * factor)))));
-    for (long step = LANES; step < n; step *= 2)
-        for (long first = 0; first < n; first += 2 * step)
-            for (long d = first; d < first + step; d += LANES) {
-                const vf a = load(x + d), b = load(x + d + step);
-                store(x + d, a + b), store(x + d + step, a - b);
+inline vf mix_lanes(vf x) { return butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(x)))); }
+
+// n = 16 V dims, held in registers for V known to the compiler.
+template <long V>
+inline void hadamard_vectors(float* x, float factor) {
+    vf v[V];
+    for (long i = 0; i < V; i++) v[i] = mix_lanes(load(x + i * LANES) * factor);
+    for (long step = 1; step < V; step *= 2)
+        for (long i = 0; i < V; i++)
+            if (!(i & step)) {
+                const vf a = v[i], b = v[i + step];
+                v[i] = a + b, v[i + step] = a - b;
             }
+    for (long i = 0; i < V; i++) store(x + i * LANES, v[i]);
 }
 
 inline void hadamard_scalars(float* x, long n, float factor) {
@@ -37,10 +42,21 @@ inline void hadamard_scalars(float* x, long n, float factor) {
             }
 }
 
+inline void hadamard(float* x, long n, float factor) {
+    switch (n / LANES) {
+        case 1: return hadamard_vectors<1>(x, factor);
+        case 2: return hadamard_vectors<2>(x, factor);
+        case 4: return hadamard_vectors<4>(x, factor);
+        case 8: return hadamard_vectors<8>(x, factor);
+        case 16: return hadamard_vectors<16>(x, factor);
+        default: return hadamard_scalars(x, n, factor);  // n is below 16: dims are at most 256
+    }
+}
+
 inline void rotate_dims(float* x, long D) {
     const long n = D & -D, m = D / n;
     const float factor = 1.0f / std::sqrt(float(n));
-    for (long b = 0; b < m; b++) n % LANES ? hadamard_scalars(x + b * n, n, factor) : hadamard_vectors(x + b * n, n, factor);
+    for (long b = 0; b < m; b++) hadamard(x + b * n, n, factor);
     for (long place = 0; m > 1 && place < n; place++) {
         float total = 0;
         for (long b = 0; b < m; b++) total += x[b * n + place];
