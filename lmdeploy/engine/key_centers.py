@@ -28,20 +28,20 @@ class KeySample:
     sin: Tensor
 
 
-def key_centers(sample: KeySample, format: KVFormat, session_len: int) -> tuple[Tensor | None, ...]:
-    """float32 [2, K, D] for each layer that gains by it, as `KVLayer.key_center` is defined; () when none does."""
+def key_centers(sample: KeySample, format: KVFormat, horizon: int) -> tuple[Tensor | None, ...]:
+    """float32 [2, K, D] for each layer that gains by it, as `KVLayer.key_center` is defined; () when none does. `horizon`: positions that the model has."""
     if format.key == "16":
         return ()
     centers: list[Tensor | None] = []
     for keys in sample.keys:
-        center = common_key(keys, sample.cos, sample.sin, session_len)
+        center = common_key(keys, sample.cos, sample.sin, horizon)
         gains = storage_error(keys - center, format) <= WORTHWHILE * storage_error(keys, format)
         centers.append(_for_kernels(center, sample.cos) if gains else None)
     return tuple(centers) if any(c is not None for c in centers) else ()
 
 
-def common_key(keys: Tensor, cos: Tensor, sin: Tensor, session_len: int) -> Tensor:
-    """float32 [K, D]: the vector nearest to the keys [n, K, D] of all positions below `session_len`, in the mean.
+def common_key(keys: Tensor, cos: Tensor, sin: Tensor, horizon: int) -> Tensor:
+    """float32 [K, D]: the vector nearest to the keys [n, K, D] of all positions below `horizon`, in the mean.
 
     Keys are turned back to position 0 and averaged there (the first token left out, which models use as a sink); that mean is turned by the mean over positions
     of the rope: slow pairs keep it, pairs that go round many times have nothing in common.
@@ -51,7 +51,7 @@ def common_key(keys: Tensor, cos: Tensor, sin: Tensor, session_len: int) -> Tens
     c, s = ((table[1:] / cos[0]).unsqueeze(1) for table in (cos, sin))  # [n - 1, 1, R/2], without the rope's attention factor, which is cos[0]
     a, b = keys[1:, :, :half], keys[1:, :, half : 2 * half]
     a, b = (a * c + b * s).mean(0), (b * c - a * s).mean(0)  # [K, R/2]
-    mean_cos, mean_sin = _mean_turn(torch.atan2(sin[1].double(), cos[1].double()), session_len)
+    mean_cos, mean_sin = _mean_turn(torch.atan2(sin[1].double(), cos[1].double()), horizon)
     rest = keys[1:, :, 2 * half :].mean(0)
     return torch.cat([a * mean_cos - b * mean_sin, b * mean_cos + a * mean_sin, rest], dim=-1)
 

@@ -94,8 +94,8 @@ class Probe:
             divergence = (before.exp() * (before - after)).sum(-1)
             same = before.argmax(-1) == after.argmax(-1)
             totals += torch.stack([loss.sum(), divergence.sum(), same.sum()]).double().cpu()
-        loss, divergence, same = (totals / len(targets)).tolist()
-        return KVScore(policy=policy, perplexity=math.exp(loss) if loss < 700 else math.inf, mean_kl=max(0.0, divergence), top1=same)
+        loss, divergence, same = (totals / len(targets)).tolist()  # NaN stays NaN below: max() keeps its first argument then
+        return KVScore(policy=policy, perplexity=math.exp(loss) if loss < 700 else math.inf, mean_kl=max(divergence, 0.0), top1=same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,12 @@ def examine(model: Model, folder: Path, config: EngineConfig, format: KVFormat, 
     if config.random_weights or not (gated or (centred and not format.plain)):
         return Examination(KVLayout(format), KVQuality(note="not measured: the weights are random") if gated else None)
     start = time.perf_counter()
-    limit = min(TEXT_TOKENS, config.session_len or TEXT_TOKENS)
+    horizon = model.spec.max_position  # and not session_len: what is stored, and so every answer, depends on the model alone
+    limit = min(TEXT_TOKENS, horizon)
     ids, note = text_ids(folder, model.spec.vocab_size, limit)
     probe = Probe(model, ids or spread_ids(model.spec.vocab_size, limit), device, dtype, config.max_prefill_token_num)
     plain = probe.read()
-    layout = _layout(plain, format, centred, config)
+    layout = _layout(plain, format, centred, horizon)
     if not gated:
         return Examination(layout)
     if not ids:
@@ -129,7 +130,7 @@ def examine(model: Model, folder: Path, config: EngineConfig, format: KVFormat, 
     better = ""
     if not _passes(scores[0], unquantised):
         for name, other in _better(format, centred):
-            scores.append(probe.score(other.name, plain, probe.read(_layout(plain, other, True, config))))
+            scores.append(probe.score(other.name, plain, probe.read(_layout(plain, other, True, horizon))))
             if _passes(scores[-1], unquantised):
                 better = name
                 break
@@ -153,7 +154,7 @@ def text_ids(folder: Path, vocab_size: int, limit: int) -> tuple[list[int], str]
     except LmdeployError as error:
         return [], f"not measured: {error}"
     if len(ids) < MIN_TOKENS:
-        return [], f"not measured: a session of {limit} tokens holds too little text"
+        return [], f"not measured: {limit} positions hold too little text"
     if max(ids) >= vocab_size:
         return [], f"not measured: the tokenizer has more tokens than the model ({max(ids)} of {vocab_size})"
     return ids, ""
@@ -169,9 +170,9 @@ def spread_ids(vocab_size: int, count: int) -> list[int]:
     return [i * (vocab_size - 1) // max(1, count - 1) for i in range(max(2, count))]
 
 
-def _layout(plain: Reading, format: KVFormat, centred: bool, config: EngineConfig) -> KVLayout:
-    assert plain.sample is not None and config.session_len is not None
-    return KVLayout(format, key_centers(plain.sample, format, config.session_len) if centred else ())
+def _layout(plain: Reading, format: KVFormat, centred: bool, horizon: int) -> KVLayout:
+    assert plain.sample is not None
+    return KVLayout(format, key_centers(plain.sample, format, horizon) if centred else ())
 
 
 def _passes(score: KVScore, unquantised: KVScore) -> bool:
