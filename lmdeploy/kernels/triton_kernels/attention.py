@@ -16,12 +16,12 @@ import triton.language as tl
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels.cache_read import attend
 from lmdeploy.kernels.triton_kernels.kv_write import as_bytes, padded_half
-from lmdeploy.kernels.triton_kernels.rows import turned
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 SPLIT = 256  # keys of a decode program
 CHUNK = 16  # splits that the last step of decoding adds up at once
+TURNED = tl.constexpr(32)  # dims of a result that are turned back at once
 #: p times a row's scale may be too small for float16; this much larger it fits, and the largest stays in reach.
 FLOAT16_GAIN = {"16": 1.0, "8": 64.0, "4": 4.0, "fp8": 256.0}
 
@@ -44,12 +44,19 @@ def _finish(
     """Divide by the sum of the weights, turn back, write to out_ptr [m]."""
     total = tl.where(total == 0.0, 1.0, total)[:, None]  # of rows that are no query
     lo, hi = lo / total, hi / total
+    dim = tl.arange(0, PADDED)
     if ROTATED:
-        lo, hi = turned(lo, hi, rotation_ptr, HALF, PADDED)
-    dim = tl.arange(0, PADDED)[None, :]
-    mask = live[:, None] & (dim < HALF)
-    tl.store(out_ptr[:, None] + dim, lo.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr[:, None] + dim + HALF, hi.to(out_ptr.dtype.element_ty), mask=mask)
+        for first in tl.range(0, 2 * HALF, TURNED, num_stages=1):  # a few dims at a time: the whole matrix would take all registers
+            to = first + tl.arange(0, TURNED)[None, :]
+            mask = (dim < HALF)[:, None] & (to < 2 * HALF)
+            corner = rotation_ptr + dim[:, None] * (2 * HALF) + to
+            turned = tl.dot(lo, tl.load(corner, mask=mask, other=0.0), input_precision="tf32x3")
+            turned = tl.dot(hi, tl.load(corner + HALF * (2 * HALF), mask=mask, other=0.0), turned, input_precision="tf32x3")
+            tl.store(out_ptr[:, None] + to, turned.to(out_ptr.dtype.element_ty), mask=live[:, None] & (to < 2 * HALF))
+    else:
+        mask = live[:, None] & (dim < HALF)[None, :]
+        tl.store(out_ptr[:, None] + dim[None, :], lo.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr[:, None] + dim[None, :] + HALF, hi.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["window", "first_sequence"])
@@ -85,12 +92,12 @@ def _extend_kernel(
 @triton.jit(do_not_specialize=["window", "num_splits"])
 def _decode_kernel(
     q_ptr: tl.tensor, out_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
-    table_ptr: tl.tensor, kv_lens_ptr: tl.tensor, rotation_ptr: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, scale: tl.tensor,
+    table_ptr: tl.tensor, kv_lens_ptr: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, scale: tl.tensor,
     window: tl.tensor, num_splits: tl.tensor, q_stride: tl.tensor, q_head_stride: tl.tensor, out_stride: tl.tensor, table_stride: tl.tensor,
     GROUP: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GAIN: tl.constexpr,
     ROTATED: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One split of the keys of one sequence, for M heads of one KV head: straight to `out` where it is the only split."""
+    """One split of the keys of one sequence, for M heads of one KV head: straight to `out` where it is the only split and nothing is to be turned back."""
     sequence = tl.program_id(0)
     tiles: tl.constexpr = (GROUP + M - 1) // M
     head, member = tl.program_id(1) // tiles, tl.program_id(1) % tiles * M + tl.arange(0, M)
@@ -107,8 +114,11 @@ def _decode_kernel(
             q_lo, q_hi, q_sum, position, head, begin, tl.minimum(begin + SPLIT, kv_len), oldest, table_ptr + sequence64 * table_stride,
             key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, scale, window, KEY_WIDTH, VALUE_WIDTH, GAIN, HEADS, SLOTS, HALF, PADDED, M, N,
         )  # fmt: skip
-        if (first_split + 1) * SPLIT >= kv_len:
-            _finish(total, lo, hi, out_ptr + sequence64 * out_stride + query_head * (2 * HALF), live, rotation_ptr, ROTATED, HALF, PADDED)
+        only = (first_split + 1) * SPLIT >= kv_len
+        if ROTATED:  # turning back costs registers that this kernel wants for keys; the join does it
+            only = False
+        if only:
+            _finish(total, lo, hi, out_ptr + sequence64 * out_stride + query_head * (2 * HALF), live, q_ptr, False, HALF, PADDED)
         else:
             part = (sequence64 * (HEADS * GROUP) + query_head) * num_splits + tl.program_id(2)
             tl.store(sums_ptr + part * 2, largest, mask=live)
@@ -142,7 +152,7 @@ def _join_kernel(
     kv_len = tl.load(kv_lens_ptr + sequence)
     oldest = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
     count = tl.cdiv(kv_len, SPLIT) - oldest // SPLIT
-    if count > 1:
+    if ROTATED or count > 1:
         dim = tl.arange(0, PADDED)
         first_part = (sequence * QUERY_HEADS + query_head) * num_splits
         lo, hi = tl.zeros([PADDED], tl.float32), tl.zeros([PADDED], tl.float32)
@@ -177,12 +187,12 @@ class _Shape(NamedTuple):
     stages: int
 
 
-def _extend_shape(head_dim: int, dtype: torch.dtype, rotated: bool) -> _Shape:
+def _extend_shape(head_dim: int, dtype: torch.dtype) -> _Shape:
     """Fits the registers and the 227 KB of shared memory of Hopper, and the 163 KB of Ampere."""
     wide = head_dim > 128
     if dtype is torch.float32:
         return _Shape(32, 16 if wide else 32, 8 if wide else 4, 1)
-    return _Shape(32 if wide and rotated else 64, 32 if wide else 64, 8 if wide else 4, 2)
+    return _Shape(64, 32 if wide else 64, 8 if wide else 4, 2)
 
 
 def _decode_shape(group: int, head_dim: int, dtype: torch.dtype) -> _Shape:
@@ -217,7 +227,7 @@ def _cache_arguments(q: Tensor, kv: KVLayer) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _extend(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
     """All sequences after the first `num_decode`."""
-    shape, common = _extend_shape(q.shape[2], q.dtype, kv.rotation is not None), _common(q, kv)
+    shape, common = _extend_shape(q.shape[2], q.dtype), _common(q, kv)
     kv_heads = kv.key.shape[1]
     rows = max(meta.query_lens[meta.num_decode :]) * (q.shape[1] // kv_heads)
     grid = (triton.cdiv(rows, shape.M), kv_heads, len(meta.query_lens) - meta.num_decode)
@@ -235,19 +245,18 @@ def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: i
     splits = triton.cdiv(max(meta.kv_lens_host[:rows]), SPLIT)
     if window > 0:
         splits = min(splits, triton.cdiv(window - 1, SPLIT) + 1)
-    one = splits == 1  # no sequence has parts to join
+    one = splits == 1 and kv.rotation is None  # no sequence has parts to join
     sums = q if one else torch.empty((rows, heads, splits, 2), dtype=torch.float32, device=q.device)
     parts = q if one else torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=q.device)
-    rotation = kv.rotation if kv.rotation is not None else q
     grid = (rows, kv_heads * triton.cdiv(heads // kv_heads, shape.M), splits)
     _decode_kernel[grid](
-        q, out, *_cache_arguments(q, kv), meta.block_table, meta.kv_lens, rotation, sums, parts, scale, window, splits,
+        q, out, *_cache_arguments(q, kv), meta.block_table, meta.kv_lens, sums, parts, scale, window, splits,
         q.stride(0), q.stride(1), out.stride(0), meta.block_table.stride(0),
         **common, M=shape.M, N=shape.N, SPLIT=SPLIT, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if not one:
         _join_kernel[(rows, heads)](
-            out, meta.kv_lens, rotation, sums, parts, window, splits, out.stride(0), QUERY_HEADS=heads, ROTATED=kv.rotation is not None,
+            out, meta.kv_lens, kv.rotation if kv.rotation is not None else q, sums, parts, window, splits, out.stride(0), QUERY_HEADS=heads, ROTATED=kv.rotation is not None,
             HALF=head_dim // 2, PADDED=padded_half(head_dim), SPLIT=SPLIT, CHUNK=CHUNK, num_warps=4 if head_dim <= 128 else 8, enable_fp_fusion=True,
         )  # fmt: skip
 
