@@ -141,7 +141,8 @@ def nibbles(words: Tensor) -> Tensor:
 
 def words_of(numbers: Tensor) -> Tensor:
     """int32 words [R, W] of uint8 numbers 0..15 [R, 8 W]: the inverse of `nibbles`."""
-    return (numbers[:, 0::2] | numbers[:, 1::2] << 4).contiguous().view(torch.int32)
+    pairs = (numbers[:, 0::2] | numbers[:, 1::2] << 4).flatten()  # flat: a single row may have any stride, which view refuses
+    return pairs.view(torch.int32).view(numbers.shape[0], -1)
 
 
 def pick(columns: Tensor, rows: Sequence[slice], first: int) -> Tensor:

@@ -48,7 +48,7 @@ def gram_of(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("desc_act", [True, False])
-@pytest.mark.parametrize("group", [8, 32, 48, 96, 192])
+@pytest.mark.parametrize("group", [8, 32, 48, 96, 192])  # 192: a row is one group
 def test_compensation_beats_plain_rounding(group: int, desc_act: bool, sym: bool) -> None:
     method, weight, gram = GptqMethod(group, sym, desc_act), seeded(24, 192) * 0.1, gram_of(correlated(600, 192))
     found = method.compensated(weight, gram)
@@ -97,15 +97,16 @@ def test_no_row_gets_worse_than_plain_rounding() -> None:
         assert result.errors[name][1] <= result.errors[name][0]
 
 
+@pytest.mark.parametrize("group", [16, 64])  # 64: a row is one group
 @pytest.mark.parametrize("desc_act", [True, False])
 @pytest.mark.parametrize("sym", [True, False])
-def test_the_layout_is_read_by_an_independent_unpacker(sym: bool, desc_act: bool) -> None:
-    method, weight = GptqMethod(16, sym, desc_act), seeded(16, 64) * 0.1 + (0 if sym else 0.05)
+def test_the_layout_is_read_by_an_independent_unpacker(sym: bool, desc_act: bool, group: int) -> None:
+    method, weight = GptqMethod(group, sym, desc_act), seeded(16, 64) * 0.1 + (0 if sym else 0.05)
     rounded = method.compensated(weight, gram_of(correlated(300, 64)))
     assert rounded is not None
     tensors = {f"m.{suffix}": tensor for suffix, tensor in rounded.pack().items()}
     torch.testing.assert_close(gptq_dequantised(tensors, "m"), rounded.weight(), atol=1e-7, rtol=0)
-    assert bool((tensors["m.g_idx"] == torch.arange(64) // 16).all()) is not desc_act
+    assert bool((tensors["m.g_idx"] == torch.arange(64) // group).all()) is (group == 64 or not desc_act)
     assert tensors["m.qweight"].is_contiguous()
 
 
