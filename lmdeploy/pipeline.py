@@ -25,7 +25,7 @@ from lmdeploy.calls import GenConfigs, Prompts, as_batch, as_config, as_turn, id
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
 from lmdeploy.frontend import Frontend, Prompt
-from lmdeploy.messages import MemoryBill, Response
+from lmdeploy.messages import EngineInfo, MemoryBill, Response
 from lmdeploy.text.tokenizer import Tokenizer
 
 logger = log.get_logger(__name__)
@@ -97,6 +97,11 @@ class Pipeline:
     def session_len(self) -> int:
         """Longest prompt + answer, in tokens."""
         return self.frontend.info.session_len
+
+    @property
+    def info(self) -> EngineInfo:
+        """Limits, kernels, memory and, with a 4-bit KV cache, its measured quality, as they were at start-up."""
+        return self.frontend.info
 
     @property
     def memory(self) -> MemoryBill:

@@ -128,6 +128,62 @@ def test_a3_the_pool_takes_its_share_and_the_bill_is_true(model_folder: Path) ->
     child.expect(pexpect.EOF)
 
 
+# ---------------------------------------------------------------- A4, A10: 4-bit weights, quantised KV cache
+
+
+@pytest.fixture(scope="module")
+def four_bit_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `lmdeploy lite auto_awq` makes of the embedded model."""
+    quantised = tmp_path_factory.mktemp("lite") / "chat-4bit"
+    command = [sys.executable, "-m", "lmdeploy", "lite", "auto_awq", str(model_folder), "--calib-samples", "0", "--work-dir", str(quantised)]
+    made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    return quantised
+
+
+def test_a4_the_quantised_model_answers_in_the_terminal(four_bit_folder: Path) -> None:
+    flags = ["--model-format", "awq", "--cache-max-entry-count", "0.04", "--backend", "turbomind", "--temperature", "0"]
+    child = terminal("chat", str(four_bit_folder), *flags)
+    child.expect_exact(PROMPT)
+    assert TWENTY in ask(child, "Count from 1 to 20.").replace("\n", " ").replace("  ", " ")
+    child.send("exit\r\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a10_the_same_bytes_hold_more_tokens_and_the_report_says_how_many(model_folder: Path) -> None:
+    tokens: dict[str, int] = {}
+    sizes: dict[str, float] = {}
+    for policy, report in (("0", ""), ("8", "int8: 1.88 times"), ("4", "rotated int4: 3.56 times")):
+        child = terminal("chat", str(model_folder), "--quant-policy", policy, "--cache-max-entry-count", "0.04", "--temperature", "0")
+        child.expect_exact(PROMPT)
+        text = plain(child.before)
+        found = re.search(r"blocks of \d+ = (\d+) tokens", text)
+        assert found and report in text, text
+        assert ("quality" in text and "mean KL" in text) == (policy == "4"), "a 4-bit cache is measured at start-up"
+        tokens[policy], sizes[policy] = int(found[1]), mebibytes(text, "KV cache {5}")
+        assert TWENTY in ask(child, "Count from 1 to 20.").replace("\n", " ").replace("  ", " ")
+        child.send("exit\r\r")
+        child.expect(pexpect.EOF)
+    for policy, times in (("8", 128 / 68), ("4", 128 / 36)):
+        assert tokens[policy] / sizes[policy] == pytest.approx(times * tokens["0"] / sizes["0"], rel=0.01)
+
+
+def test_a10_plain_int4_can_be_compared_and_mistakes_are_one_line(model_folder: Path) -> None:
+    base = [sys.executable, "-m", "lmdeploy", "chat", str(model_folder), "--cache-max-entry-count", "50"]
+    for flags, code, parts in (
+        (["--quant-policy", "4", "--kv-rotation", "False"], 0, ["KV cache int4: perplexity", "(int4: 3.56 times"]),
+        (["--quant-policy", "k8v4", "--strict-quality"], 0, ["KV cache rotated k8v4: perplexity", "(rotated k8v4: 2.46 times"]),
+        (["--quant-policy", "fp8", "--device", "cpu"], 2, ["needs a CUDA device of compute capability 8.9", "quant_policy=8"]),
+        (["--quant-policy", "turbo_quant"], 2, ["quant_policy=42", "k8v4"]),
+    ):
+        ran = subprocess.run([*base, *flags], input="exit\n\n", env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == code and "Traceback" not in ran.stderr, ran.stderr
+        for part in parts:
+            assert part in ran.stdout + ran.stderr
+
+
 # ---------------------------------------------------------------- A5, A6, A7, A13: the server
 
 
@@ -251,14 +307,10 @@ def test_a13_the_openai_script_gets_an_answer_and_the_log_shows_both_requests(se
     assert "狐狸" not in log, "prompts are not logged"
 
 
-def test_a13_the_script_on_four_bit_weights(model_folder: Path, tmp_path: Path) -> None:
+def test_a13_the_script_on_four_bit_weights_and_a_four_bit_cache(four_bit_folder: Path, tmp_path: Path) -> None:
     """All of the row's server options: 4-bit weights, 4-bit KV cache."""
-    quantised = tmp_path / "chat-4bit"
-    command = [sys.executable, "-m", "lmdeploy", "lite", "auto_awq", str(model_folder), "--calib-samples", "0", "--work-dir", str(quantised)]
-    made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert made.returncode == 0, made.stderr
     flags = ["--model-format", "awq", "--quant-policy", "4", "--cache-max-entry-count", "0.01", "--server-name", "0.0.0.0", "--tp", "1"]
-    server = Server(tmp_path / "log", str(quantised), *flags)
+    server = Server(tmp_path / "log", str(four_bit_folder), *flags)
     try:
         script = ROOT / "examples" / "openai_client.py"
         run = subprocess.run([sys.executable, str(script), server.url + "/v1"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
@@ -266,7 +318,9 @@ def test_a13_the_script_on_four_bit_weights(model_folder: Path, tmp_path: Path) 
         assert len(run.stdout.strip()) > 5
     finally:
         server.stop()
-    assert "int4" in server.log.read_text(), "the start-up report names the cache's format"
+    log = server.log.read_text()
+    assert "rotated int4: 3.56 times" in log and "mean KL" in log, "the start-up report names the cache's format and what it costs"
+    assert re.search(r"GET /v1/models.* 200", log) and re.search(r"POST /v1/chat/completions.* 200", log)
 
 
 def test_a13_openai_client_streams(server: Server) -> None:
