@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -28,7 +28,12 @@ BLOCK_NUMBERS = 1 << 22
 
 
 class Rounding(Protocol):
-    """How rows are rounded."""
+    """How rows are rounded. `step`: inputs that are stored together."""
+
+    @property
+    def step(self) -> int:
+        """1, or 2 for numbers in pairs."""
+        ...
 
     def empty(self, rows: int, inputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> WeightFormat:
         """Uninitialised weights; `dtype` is that of the bias."""
@@ -45,6 +50,7 @@ class Rounding8:
 
     dtype: torch.dtype
     group: int
+    step: ClassVar[int] = 1
 
     def empty(self, rows: int, inputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> Packed8:
         """Packed8 with the largest group that fits."""
@@ -63,11 +69,11 @@ class Rounding4:
     """To 4 bits with a zero point for every group."""
 
     group: int
+    step: ClassVar[int] = 2
 
     def empty(self, rows: int, inputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> Packed4:
         """Packed4 with the largest group that fits."""
-        if inputs % 2:
-            raise CheckpointError(f"a weight of {inputs} inputs cannot be held in 4 bits, which are stored in pairs; use 8 or 16 bits")
+        assert inputs % 2 == 0, f"{inputs} inputs in pairs"
         return Packed4.empty(rows, inputs, fitting_group(inputs, self.group), bias, dtype, device)
 
     def fill(self, weight: WeightFormat, rows: slice, block: Tensor) -> bool:
@@ -91,6 +97,7 @@ class AtLoadFormat:
         """Allocate, and fill block by block."""
         cols = all_cols(parts[0])
         inputs = cols.stop - cols.start
+        self._check(inputs, parts[0].name)
         weight = self.rounding.empty(sum(part.num_rows for part in parts), inputs, bias, dtype, device)
         start = 0
         for part in parts:
@@ -104,10 +111,15 @@ class AtLoadFormat:
 
     def of_table(self, table: Tensor, name: str, dtype: torch.dtype) -> WeightFormat:
         """A copy of a weight [N, K] that is in memory already: an embedding table that is the output head too."""
+        self._check(table.shape[1], name)
         weight = self.rounding.empty(table.shape[0], table.shape[1], False, dtype, table.device)
         for rows in _row_blocks([slice(0, table.shape[0])], table.shape[1]):
             self._fill(weight, rows, table[rows].float(), name)
         return weight
+
+    def _check(self, inputs: int, name: str) -> None:
+        if inputs % self.rounding.step:
+            raise CheckpointError(f"{name}: {inputs} inputs cannot be held in 4 bits, which are stored in pairs; use 8 or 16 bits")
 
     def _fill(self, weight: WeightFormat, rows: slice, block: Tensor, name: str) -> None:
         if not self.rounding.fill(weight, rows, block):

@@ -49,6 +49,7 @@ SKIP_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
 UNUSED = (
     "*.input_scale",
     "*.input_zero_point",
+    "*.weight_zero_point",  # all zero where weights are symmetric; read where they are not
     "*.input_scale_ub",
     "*.output_scale",
     "*.q_scale",

@@ -1,7 +1,7 @@
 """`Packed4`: a linear layer in 4 bits as it stays in memory, whatever file it came from, and the arithmetic on nibbles that the file formats share.
 
-Byte j of a row of `qweight` holds input 2j in its low half and input 2j + 1 in its high half; `scales` and `zeros` are float32, one for every group of
-g inputs: w = (q - zero) * scale. Files are read in blocks of input rows, so that a load holds little beyond the weights themselves.
+Byte j of a row of `qweight` holds input 2j in its low half and input 2j + 1 in its high half; `scales` are float16 and `zeros` uint8, one of each for
+every group of g inputs: w = (q - zero) * scale. (In float32 they were a ninth of the bytes of a decode step.) Files are read in blocks of input rows, so that a load holds little beyond the weights themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(slots=True)
 class Packed4:
-    """`qweight` uint8 [N, K/2], `scales` and `zeros` float32 [N, K/g], `bias` [N] in the model's type or None.
+    """`qweight` uint8 [N, K/2], `scales` float16 and `zeros` uint8 [N, K/g], `bias` [N] in the model's type or None.
 
     `order` int64 [K]: the column of x that belongs to each column of the weight, where a file groups its inputs in another order than theirs (GPTQ's act-order).
     """
@@ -42,7 +42,7 @@ class Packed4:
         """Uninitialised weights; `dtype` is that of the bias."""
         assert in_features % group == 0 and group % 2 == 0, f"{in_features} inputs in groups of {group}"
         qweight = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device)
-        scales, zeros = (torch.empty(out_features, in_features // group, dtype=torch.float32, device=device) for _ in range(2))
+        scales, zeros = (torch.empty(out_features, in_features // group, dtype=kind, device=device) for kind in (torch.float16, torch.uint8))
         return cls(qweight, scales, zeros, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def matmul(self, x: Tensor, out: Tensor, kernels: Kernels) -> None:
@@ -106,11 +106,11 @@ class PackedFormat:
         raise NotImplementedError
 
     def load_zeros(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
-        """`qzeros` of the file to out float32 [n, K/g] of this rank."""
+        """`qzeros` of the file to out uint8 [n, K/g] of this rank."""
         raise NotImplementedError
 
     def load_scales(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
-        """`scales` of the file to out float32 [n, K/g] of this rank."""
+        """`scales` of the file to out float16 [n, K/g] of this rank."""
         load_scales(source, part, group, out)
 
     def finish(self, source: WeightSource, parts: Sequence[Part], weight: Packed4) -> None:
@@ -163,7 +163,7 @@ def load_scales(source: WeightSource, part: Part, group: int, out: Tensor) -> No
     rows = all_rows(part)
     hull = slice(min(r.start for r in rows), max(r.stop for r in rows))
     groups = groups_of(part, group, out.shape[1])
-    table = torch.empty(int(groups[-1] - groups[0]) + 1, hull.stop - hull.start, dtype=torch.float32, device=out.device)
+    table = torch.empty(int(groups[-1] - groups[0]) + 1, hull.stop - hull.start, dtype=out.dtype, device=out.device)
     source.take(f"{part.name}.scales", table, slice(int(groups[0]), int(groups[-1]) + 1), hull, shape=(part.in_features // group, part.out_features))
     if not bool(torch.isfinite(table).all()):
         raise CheckpointError(f"tensor '{part.name}.scales' holds infinite numbers or NaN; the checkpoint is broken")

@@ -116,3 +116,18 @@ def test_a_16_bit_model_runs_as_fp8(tmp_path: Path) -> None:
     logits = [Harness(model).step([(0, PROMPT)])[0] for model in (plain, found)]
     assert 1e-3 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.1
     assert found.weight_bytes < 0.5 * plain.weight_bytes
+
+
+def test_an_odd_number_of_inputs_cannot_be_held_in_4_bits(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a: 63 inputs .* use 8 or 16 bits"):
+        load(HEADS[4], {"a.weight": weight_of(8, 63)}, tmp_path, Part("a", 8, 63))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(tmp_path: Path, way: str) -> None:
+    weight = weight_of(24, 256)
+    source = open_source(write_folder(tmp_path, {}, {"a.weight": weight}))
+    found = WAYS[way].load(source, [Part("a", 24, 256)], False, torch.bfloat16, torch.device("cuda"))
+    assert isinstance(found, (Packed8, Packed4)) and all(t.is_cuda for t in found.memory())
+    torch.testing.assert_close(found.dequantised(torch.float32).cpu(), expected(way, weight), rtol=0.07, atol=1e-3)  # a tie may fall the other way

@@ -194,3 +194,31 @@ def test_what_does_not_fit_is_named(tmp_path: Path, entry: dict[str, Any], part:
     with pytest.raises(CheckpointError) as error:
         load(choose_formats(entry), source, part)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_zero_points_and_activation_scales_that_older_files_repeat_are_left_alone(tmp_path: Path) -> None:
+    entry, store = WAYS["int8"]
+
+    def older(weight: torch.Tensor) -> Stored:
+        stored, wanted = store(weight)
+        return {**stored, "weight_zero_point": torch.zeros(weight.shape[0], 1, dtype=torch.int8), "input_scale": torch.tensor([0.1])}, wanted
+
+    packed, plain = stored_folder(write_llama(tmp_path / "dense"), tmp_path, entry, older)
+    found, wanted = (Harness(load_model(folder, quantise_activations=False)).step([(0, PROMPT)])[0] for folder in (packed, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_land_on_the_gpu_and_multiply_there(tmp_path: Path, dtype: torch.dtype, way: str) -> None:
+    entry, store = WAYS[way]
+    stored, wanted = store(weight_of(16, 64))
+    formats, parts = choose_formats(entry, quantise_activations=False), [Part("model.layers.0.a", 16, 64)]
+    source = source_of(tmp_path, a=stored)
+    weight = formats.of(source, parts).load(source, parts, False, dtype, torch.device("cuda"))
+    assert isinstance(weight, (Packed4, Packed8)) and all(t.is_cuda for t in weight.memory())
+    assert torch.equal(weight.dequantised(torch.float32).cpu(), wanted)
+    x, out = weight_of(5, 64, 9).to(dtype), torch.empty(5, 16, dtype=dtype, device="cuda")
+    weight.matmul(x.cuda(), out, REFERENCE)
+    torch.testing.assert_close(out.cpu().float(), x.float() @ wanted.to(dtype).float().t(), rtol=2e-2, atol=5e-2)
