@@ -156,7 +156,7 @@ def score_rows(logits: Tensor, targets: Tensor, head: Head | None = None, hidden
 
 
 def _compare(own: Tensor, other: Tensor, chosen: Tensor) -> TokenScores:
-    agrees = own.argmax(-1) == other.argmax(-1)
+    agrees = own.max(-1).indices == other.max(-1).indices  # argmax takes twice as long
     own, other = torch.log_softmax(own, -1), torch.log_softmax(other, -1)
     p = other.exp()
     kl = (p * (other - own)).masked_fill_(p == 0, 0).sum(-1).clamp_min_(0)  # 0 log 0 = 0; the sum is below 0 only by rounding

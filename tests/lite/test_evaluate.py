@@ -44,7 +44,7 @@ class Options:
 def windows(model_folder: Path) -> list[list[int]]:
     """Real text of the embedded model, in windows of different lengths."""
     ids = Tokenizer(model_folder).encode(embedded_text()[-6000:])
-    return [ids[-900:-500], ids[-500:-200], ids[-200:]]
+    return [ids[-500:-250], ids[-250:-100], ids[-100:]]
 
 
 @pytest.fixture
