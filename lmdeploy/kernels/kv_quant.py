@@ -31,14 +31,19 @@ def ceil_bf16(x: Tensor) -> Tensor:
     return -floor_bf16(-x)
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, correctly rounded on every device: on CUDA torch multiplies by the reciprocal of a plain number."""
+    return x / torch.full_like(x, number)
+
+
 def quantise_rows(x: Tensor, width: Width) -> tuple[Tensor, Tensor]:
     """Rows x [..., D] -> (numbers as `KVLayer` stores them, bfloat16 [..., 2] of scale and offset). `width` is not "16"."""
     x = x.float()
     if width == "fp8":
-        scale = ceil_bf16(x.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=TINY)
+        scale = ceil_bf16(divided(x.abs().amax(-1, keepdim=True), FP8_MAX)).clamp(min=TINY)
         return (x / scale).to(torch.float8_e4m3fn), torch.cat([scale, torch.zeros_like(scale)], -1).to(torch.bfloat16)
     offset = floor_bf16(x.amin(-1, keepdim=True))
-    scale = ceil_bf16((x.amax(-1, keepdim=True) - offset) / LEVELS[width]).clamp(min=TINY)
+    scale = ceil_bf16(divided(x.amax(-1, keepdim=True) - offset, LEVELS[width])).clamp(min=TINY)
     numbers = ((x - offset) / scale).round().nan_to_num_(0).clamp_(0, LEVELS[width]).to(torch.uint8)
     if width == "4":
         low, high = numbers.chunk(2, dim=-1)

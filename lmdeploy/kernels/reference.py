@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
-from lmdeploy.kernels.kv_quant import FP8_MAX, dequantise_rows, quantise_rows
+from lmdeploy.kernels.kv_quant import FP8_MAX, dequantise_rows, divided, quantise_rows
 from lmdeploy.kv_layer import KVLayer, Width
 
 Tensor = torch.Tensor
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def dequantise_w4(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """(q - zero) * scale, rounded once to `dtype`. qweight uint8 [N, K/2], low half first; scales and zeros float32 [N, K/g]; result [N, K]."""
+    """(q - zero) * scale, rounded once to `dtype`. qweight uint8 [N, K/2], low half first; scales float16 and zeros uint8, or both float32, [N, K/g]; result [N, K]."""
     numbers = torch.stack((qweight & 15, qweight >> 4), dim=-1)
     grouped = numbers.view(*scales.shape, -1).float()  # [N, K/g, g]
     return grouped.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
@@ -93,7 +93,7 @@ def quantise_activations(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """(the numbers xq [T, K] as float32, sx [T, 1]) with x ~ xq * sx, one scale a row. `dtype` is int8 or float8_e4m3fn; a row of zeros has scale 1."""
     x = x.float()
     largest = 127 if dtype is torch.int8 else FP8_MAX
-    scale = x.abs().amax(-1, keepdim=True) / largest
+    scale = divided(x.abs().amax(-1, keepdim=True), largest)
     scale = torch.where(scale == 0, 1.0, scale)
     numbers = (x / scale).clamp_(-largest, largest)  # beyond them only where the scale is so small that it lost bits
     return (numbers.round() if dtype is torch.int8 else numbers.to(dtype).float()), scale
