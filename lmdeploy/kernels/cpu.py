@@ -35,7 +35,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _I],
-    "linear_w4": [_P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I],
+    "linear_w4": [_P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _I],
     "linear_w8": [_P, _L, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _I],
     "linear_w8a8": [_P, _L, _P, _P, _P, _P, _L, _L, _L, _L, _I, _I],
     "rms_norm": [_P, _L, _P, _P, _F, _P, _L, _L, _I],
@@ -89,15 +89,16 @@ def _linear_w4(library: ctypes.CDLL, threads: int, fallback: LinearW4) -> Linear
         dtype = x.dtype
         function = functions.get(dtype)
         same = out.dtype is dtype and (bias is None or (bias.dtype is dtype and bias.is_contiguous()))
-        floats = scales.dtype is torch.float32 and zeros.dtype is torch.float32 and qweight.dtype is torch.uint8
+        small = scales.dtype is torch.float16 and zeros.dtype is torch.uint8
+        known = qweight.dtype is torch.uint8 and (small or scales.dtype is zeros.dtype is torch.float32)
         packed = qweight.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous()
-        if function is None or not (same and floats and packed) or x.stride(1) != 1 or out.stride(1) != 1:
+        if function is None or not (same and known and packed) or x.stride(1) != 1 or out.stride(1) != 1:
             fallback(x, qweight, scales, zeros, bias, out)
             return
         rows, inner = x.shape
         outer, groups = scales.shape
         weight = (qweight.data_ptr(), scales.data_ptr(), zeros.data_ptr(), None if bias is None else bias.data_ptr())
-        sizes = (rows, inner, outer, inner // groups, threads)
+        sizes = (rows, inner, outer, inner // groups, small, threads)
         if function(x.data_ptr(), x.stride(0), *weight, out.data_ptr(), out.stride(0), *sizes) == 0:  # out of memory for the packed rows
             fallback(x, qweight, scales, zeros, bias, out)
 

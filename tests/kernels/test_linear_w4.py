@@ -36,11 +36,12 @@ def make_x(rows: int, inner: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def make_weight(outer: int, inner: int, group: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Random codes; scales differ from group to group by a factor of 30, zeros are not integers, so that a mixed-up group shows."""
+    """Random codes; scales differ from group to group by a factor of 30, so that a mixed-up group shows; some are below float16's normal numbers."""
     random = seeded(seed)
     qweight = torch.randint(0, 256, (outer, inner // 2), generator=random, dtype=torch.uint8)
-    scales = torch.rand(outer, inner // group, generator=random) * 0.3 + 0.01
-    return qweight, scales, torch.rand(outer, inner // group, generator=random) * 15
+    scales = (torch.rand(outer, inner // group, generator=random) * 0.3 + 0.01).half()
+    scales[::7] *= 1e-4
+    return qweight, scales, torch.randint(0, 17, scales.shape, generator=random, dtype=torch.uint8)
 
 
 def empty(rows: int, outer: int, dtype: torch.dtype) -> Tensor:
@@ -123,6 +124,16 @@ def test_the_number_of_threads_changes_no_bit(best_build: NativeBuild, dtype: to
     assert_near(results[0], exact(x, weight, None, dtype))
 
 
+@EACH_DTYPE
+@pytest.mark.parametrize(("inner", "group"), [(256, 128), (192, 64), (160, 32), (72, 36)])
+def test_scales_and_zeros_may_be_float32(kernels: Kernels, build: NativeBuild, dtype: torch.dtype, inner: int, group: int) -> None:
+    qweight, scales, zeros = make_weight(37, inner, group)
+    wide = (qweight, scales.float() * 1.0001, zeros.float() + 0.3)
+    x, out = make_x(5, inner, dtype), empty(5, 37, dtype)
+    kernels.linear_w4(x, *wide, None, out)
+    assert_near(out, exact(x, wide, None, dtype if build.variant == "amx" else torch.float32))
+
+
 def test_strided_rows_are_read_and_nothing_around_the_output_is_written(kernels: Kernels) -> None:
     for dtype in TOLERANCE:
         wide, weight, frame = make_x(5, 320, dtype), make_weight(19, 192, 64), torch.zeros(5, 40, dtype=dtype)
@@ -137,7 +148,8 @@ def test_other_types_and_layouts_go_to_torch(kernels: Kernels) -> None:
     kernels.linear_w4(x, *weight, None, out)
     REFERENCE.linear_w4(x, *weight, None, wanted)
     assert torch.equal(out, wanted)
-    strided = (weight[0].t().contiguous().t(), *weight[1:])
-    out32 = empty(3, 8, torch.float32)
-    kernels.linear_w4(x.float(), *strided, None, out32)
-    assert_near(out32, exact(x, weight, None, torch.float32))
+    strided, mixed = (weight[0].t().contiguous().t(), *weight[1:]), (*weight[:2], weight[2].float())
+    for other in (strided, mixed):
+        out32 = empty(3, 8, torch.float32)
+        kernels.linear_w4(x.float(), *other, None, out32)
+        assert_near(out32, exact(x, weight, None, torch.float32))

@@ -117,7 +117,7 @@ def test_experts_stay_packed_in_memory(tmp_path: Path) -> None:
     layer = Experts(BuildContext(WIDE, Parallel(), REFERENCE, torch.float32, CPU, choose_formats(configuration("awq", 8))), "m", ExpertNames())
     layer.load(packed)
     packed.finish()
-    assert sum(t.nbytes for t in layer.tensors()) == 4 * COUNT * 16 + COUNT * 3 * (16 * 32 // 2 + 2 * 4 * 16 * 32 // 8)
+    assert sum(t.nbytes for t in layer.tensors()) == 4 * COUNT * 16 + COUNT * 3 * (16 * 32 // 2 + 3 * 16 * 32 // 8)
 
 
 def test_experts_of_both_kinds_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 // Products with weights that become bf16 tiles on the way from memory: they are read packed and exist in 16 bit only in the core's
 // own cache. A format says how 64 bytes of a row become BLOCKS left-hand tiles and in which order the inputs then stand:
 //   BLOCKS, row (bytes of a row), start(n) (its first byte);
-//   unpack(n, first, last, chunk, to, step): rows first..last of the 16 from n on, one chunk, zero past N and K;
+//   expand(n, rows, chunk, chunks, to): what scales become before rows n.. of those chunks are unpacked; room(rows, chunks): its floats;
+//   unpack<ROWS>(n, chunk, steps, to, step): ROWS rows from n on, one chunk, zero past N and K;
 //   sort(in, out): 32 * BLOCKS activations in the order of the tiles; prefetch(n, chunk, chunks): scales of the 32 rows from n on.
 #pragma once
 #include "dot.hpp"
@@ -15,7 +16,10 @@ struct Panels {
     const Weight& w;
 
     void pack(long n, long k, long depth, bf16* a, long step) const {
-        for (long j = 0; j < depth; j += Weight::BLOCKS) w.unpack(n, 0, 16, (k + j) / Weight::BLOCKS, a + j * step, step);
+        constexpr long BLOCKS = Weight::BLOCKS;
+        alignas(64) float memory[2 * 16 * 16];
+        const auto steps = w.expand(n, 16, k / BLOCKS, depth / BLOCKS, memory);
+        for (long j = 0; j < depth; j += BLOCKS) w.template unpack<16>(n, (k + j) / BLOCKS, steps, a + j * step, step);
     }
     Fetch slice(long n, long rows, long k, long depth) const {
         return {w.start(n) + k / Weight::BLOCKS * 64, w.row, depth / Weight::BLOCKS * 64, rows};
@@ -33,14 +37,16 @@ inline void few_unpacked(const Product<E>& p, const Weight& w, long first, long 
     alignas(64) bf16 a[2][2 * BLOCKS * TILE];
     alignas(64) float tile[256];
     Tiles tiles(p.columns());
-    const auto unpack_some = [&](long n, long c, long j, bf16* to) {  // ROWS of the 32
-        const long half = j * ROWS / 16, row = j * ROWS % 16;
-        w.unpack(n + 16 * half, row, row + ROWS, c, to + half * BLOCKS * TILE, TILE);
-    };
+    float* memory = (float*)scratch(size_t(w.room(32, chunks)) * 4, 1);
     for (long b = first; b < last; b += 2) {
         const long n = b * 16;
+        const auto steps = w.expand(n, 32, 0, chunks, memory);
+        const auto unpack_some = [&](long c, long j, bf16* to) {  // ROWS of the 32
+            const long half = j * ROWS / 16, row = j * ROWS % 16;
+            w.template unpack<ROWS>(n + j * ROWS, c, steps, to + half * BLOCKS * TILE + row * 32, TILE);
+        };
         const char* next = w.start(n + 32);
-        for (long j = 0; j < BLOCKS; j++) unpack_some(n, 0, j, a[0]);
+        for (long j = 0; j < BLOCKS; j++) unpack_some(0, j, a[0]);
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
         for (long c = 0; c < chunks; c++) {
             const bf16 *x = p.packed + c * BLOCKS * x_tile, *left = a[c % 2];
@@ -54,7 +60,7 @@ inline void few_unpacked(const Product<E>& p, const Weight& w, long first, long 
                 if (TB == 2) tile_dot<2, 4, 7>();
                 tile_load<5>(left + BLOCKS * TILE, 64), tile_dot<1, 5, 6>();
                 if (TB == 2) tile_dot<3, 5, 7>();
-                if (c + 1 < chunks) unpack_some(n, c + 1, j, a[(c + 1) % 2]);
+                if (c + 1 < chunks) unpack_some(c + 1, j, a[(c + 1) % 2]);
             }
         }
         tile_store<0>(tile, 64), write_tile(p, tile, n, 0);

@@ -103,22 +103,31 @@ struct Tiles8 {
 
     const char* start(long n) const { return (const char*)w.row(n); }
 
-    void unpack(long n, long first, long last, long chunk, bf16* to, long step) const {
-        const long k = chunk * CHUNK;
+    struct Steps {};  // scales are read as they are
+    long room(long, long) const { return 0; }
+    Steps expand(long, long, long, long, float*) const { return {}; }
+
+    template <long ROWS>
+    void unpack(long n, long chunk, Steps, bf16* to, long step) const {
+        const long k = chunk * CHUNK, left = w.N - n, row = this->row, groups = w.groups();
         const __mmask64 mask = first_bytes(w.K - k);
         const uint8_t* q = w.row(n) + k;
-        for (long r = first; r < std::min(last, w.N - n); r++) {
-            __m512i low, high;
-            to_bf16<FP8>(_mm512_maskz_loadu_epi8(mask, q + r * row), low, high);
-            if constexpr (SCALING == Scaling::CHUNKS) {
-                const __m512 scale = _mm512_set1_ps(w.scales[(n + r) * w.groups() + k / w.group]);
-                low = scaled(low, scale), high = scaled(high, scale);
-            }
-            _mm512_store_si512(to + r * 32, low), _mm512_store_si512(to + step + r * 32, high);
-            if constexpr (SCALING == Scaling::SINGLE) scale_singly(n + r, k, to + r * 32, step);
+        const float* scale = SCALING == Scaling::CHUNKS ? w.scales + n * groups + k / w.group : nullptr;
+        if (left >= ROWS) {
+#pragma GCC unroll 16
+            for (long r = 0; r < ROWS; r++) unpack_row(_mm512_maskz_loadu_epi8(mask, q + r * row), scale + r * groups, to + r * 32, step);
+        } else {
+            for (long r = 0; r < left; r++) unpack_row(_mm512_maskz_loadu_epi8(mask, q + r * row), scale + r * groups, to + r * 32, step);
         }
-        for (long r = std::max(first, w.N - n); r < last; r++)
+        for (long r = 0; r < std::min(ROWS, left) && SCALING == Scaling::SINGLE; r++) scale_singly(n + r, k, to + r * 32, step);
+        for (long r = std::max(0L, left); r < ROWS; r++)
             for (long j = 0; j < BLOCKS; j++) _mm512_store_si512(to + j * step + r * 32, _mm512_setzero_si512());
+    }
+    static void unpack_row(__m512i codes, const float* scale, bf16* to, long step) {
+        __m512i low, high;
+        to_bf16<FP8>(codes, low, high);
+        if constexpr (SCALING == Scaling::CHUNKS) low = scaled(low, _mm512_set1_ps(*scale)), high = scaled(high, _mm512_set1_ps(*scale));
+        _mm512_store_si512(to, low), _mm512_store_si512(to + step, high);
     }
 
     // Any group size, one weight at a time.
