@@ -1,7 +1,8 @@
 """`Packed4`: a linear layer in 4 bits as it stays in memory, whatever file it came from, and the arithmetic on nibbles that the file formats share.
 
 Byte j of a row of `qweight` holds input 2j in its low half and input 2j + 1 in its high half; `scales` are float16 and `zeros` uint8, one of each for
-every group of g inputs: w = (q - zero) * scale. (In float32 they were a ninth of the bytes of a decode step.) Files are read in blocks of input rows, so that a load holds little beyond the weights themselves.
+every group of g inputs: w = (q - zero) * scale. In float32 they would be a ninth of the bytes of a decode step. Files are read in blocks of input rows, so
+that a load holds little beyond the weights themselves.
 """
 
 from __future__ import annotations

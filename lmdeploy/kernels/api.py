@@ -25,8 +25,8 @@ class Kernels:
     #: (x [T, K], weight [N, K], bias [N] | None, out [T, N]): out = x @ weight.T + bias. Rows of `x` may be strided.
     linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     #: (x [T, K], qweight uint8 [N, K/2], scales float16 [N, K/g], zeros uint8 [N, K/g], bias [N] | None, out [T, N]): out = x @ W.T + bias of a 4-bit
-    #: weight W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]; scales and zeros may both be float32 too. Byte j of a row holds q[n, 2j] in its low half and q[n, 2j + 1] in its high half;
-    #: g = K // scales.shape[1] is even and divides K. Rows of `x` may be strided.
+    #: weight W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]; scales and zeros may both be float32 too. Byte j of a row holds q[n, 2j] in its
+    #: low half and q[n, 2j + 1] in its high half; g = K // scales.shape[1] is even and divides K. Rows of `x` may be strided.
     linear_w4: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
     #: (x [T, K], qweight [N, K] int8 or float8_e4m3fn, scales float32 [N, K/g], bias [N] | None, out [T, N]): out = x @ W.T + bias with
     #: W[n, k] = qweight[n, k] * scales[n, k // g]; x stays as it is. g = K // scales.shape[1] divides K; K/g = 1: one scale a row. Rows of `x` may be strided.
