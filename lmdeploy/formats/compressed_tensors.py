@@ -74,8 +74,10 @@ class PackedInt4(PackedFormat):
         out.copy_(packed4.pick(numbers, all_rows(part), 0)[:, groups])
 
     def load_scales(self, source: WeightSource, part: Part, group: int, out: Tensor) -> None:
-        """[out, in/g]."""
+        """[out, in/g], of any floating type."""
         load_table(source, part, SCALE, (1, group), out.device).spread(part, out)
+        if not bool(torch.isfinite(out).all()):
+            raise CheckpointError(f"tensor '{part.name}.{SCALE}' holds numbers beyond 65504, which 4-bit weights cannot keep; the checkpoint is broken")
 
     def finish(self, source: WeightSource, parts: Sequence[Part], weight: Packed4) -> None:
         """Sort the columns where groups are not neighbours."""

@@ -196,6 +196,14 @@ def test_what_does_not_fit_is_named(tmp_path: Path, entry: dict[str, Any], part:
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize(("value", "words"), [(1e6, "beyond 65504"), (float("nan"), "infinite numbers or NaN")])
+def test_scales_that_cannot_be_kept_are_named(tmp_path: Path, value: float, words: str) -> None:
+    stored, _ = compressed4(weight_of(16, 64), 32)
+    stored["weight_scale"][3, 1] = value
+    with pytest.raises(CheckpointError, match=rf"'model\.layers\.0\.a\.weight_scale' .*{words}"):
+        load(choose_formats(compressed_entry("pack-quantized", INT4)), source_of(tmp_path, a=stored), Part("model.layers.0.a", 16, 64))
+
+
 def test_zero_points_and_activation_scales_that_older_files_repeat_are_left_alone(tmp_path: Path) -> None:
     entry, store = WAYS["int8"]
 
