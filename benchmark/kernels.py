@@ -69,16 +69,38 @@ def linear_w4_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor, group
     """The same with 4-bit weights; codes are cut from the bytes of `pool`, groups of `group` inputs."""
     inner, outer = LINEARS[name]
     raw, half, groups = pool.view(torch.uint8), inner * outer // 2, outer * inner // group
-    copies = max(1, raw.numel() // (half + 8 * groups))
+    copies = max(1, raw.numel() // (half + 3 * groups))
     codes = raw[: copies * half].view(copies, outer, inner // 2)
-    shares = torch.rand(copies, 2, outer, inner // group)
+    scales, zeros = torch.rand(copies, outer, inner // group).half(), torch.randint(0, 16, (copies, outer, inner // group), dtype=torch.uint8)
     x, out = torch.randn(rows, inner).to(dtype), torch.empty(rows, outer, dtype=dtype)
-    nbytes = half + 8 * groups + rows * (inner + outer) * dtype.itemsize
+    nbytes = half + 3 * groups + rows * (inner + outer) * dtype.itemsize
 
     def run(kernels: Kernels, i: int) -> None:
-        kernels.linear_w4(x, codes[i], shares[i, 0], shares[i, 1], None, out)
+        kernels.linear_w4(x, codes[i], scales[i], zeros[i], None, out)
 
     return Case(f"linear_w4 {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, run)
+
+
+def linear_w8_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor, width: torch.dtype, group: int = 0) -> Case:
+    """The same with 8-bit weights; `group` inputs share a scale, 0: all of a row."""
+    inner, outer = LINEARS[name]
+    copies = max(1, pool.nbytes // (inner * outer))
+    codes = pool.view(torch.uint8)[: copies * inner * outer].view(width).view(copies, outer, inner)
+    scales = torch.rand(copies, outer, inner // (group or inner))
+    x, out = torch.randn(rows, inner).to(dtype), torch.empty(rows, outer, dtype=dtype)
+    nbytes = inner * outer + scales[0].nbytes + rows * (inner + outer) * dtype.itemsize
+    kind = f"{'int8' if width is torch.int8 else 'fp8'}{f' g{group}' if group else ''}"
+    return Case(f"linear_w8 {kind} {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, lambda k, i: k.linear_w8(x, codes[i], scales[i], None, out))
+
+
+def linear_w8a8_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor) -> Case:
+    """int8 weights with activations quantised on the way; the matmul ceiling is still that of bfloat16."""
+    inner, outer = LINEARS[name]
+    copies = max(1, pool.nbytes // (inner * outer))
+    codes = pool.view(torch.int8)[: copies * inner * outer].view(copies, outer, inner)
+    scales, x, out = torch.rand(copies, outer, 1), torch.randn(rows, inner).to(dtype), torch.empty(rows, outer, dtype=dtype)
+    nbytes = inner * outer + 4 * outer + rows * (inner + outer) * dtype.itemsize
+    return Case(f"linear_w8a8 int8 {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, lambda k, i: k.linear_w8a8(x, codes[i], scales[i], None, out))
 
 
 def attention_case(query_len: int, kv_len: int, sequences: int, dtype: torch.dtype, pool: Tensor) -> Case:
@@ -172,6 +194,9 @@ def main() -> None:
     print(f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, torch matmul {ceilings.bf16_gflops:.0f} GFLOP/s; last column: times as fast as torch")
     cases = [linear_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
     cases += [linear_w4_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
+    widths = ((torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128))
+    cases += [linear_w8_case(name, rows, dtype, pool, *width) for width in widths for name in LINEARS for rows in args.rows]
+    cases += [linear_w8a8_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
     cases += [attention_case(*size, dtype, pool) for size in ((1, 512, 1), (1, 512, 8), (1, 8192, 1), (512, 512, 1), (512, 4096, 1))]
     cases += small_cases(1, dtype) + small_cases(512, dtype)
     for case in cases:
