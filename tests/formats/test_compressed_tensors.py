@@ -1,6 +1,6 @@
 """compressed-tensors: numbers in words and as they are, with and without zero points, groups of modules; and a model computes what its numbers mean.
 
-The packers of `packing.py` and the library itself (0.20.0, not needed here) agree bit for bit with what is read.
+The library itself (0.20.0, not needed here) agreed bit for bit with what is read; scales of 4-bit weights are kept in float16 since then.
 """
 
 from __future__ import annotations
