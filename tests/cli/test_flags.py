@@ -142,6 +142,15 @@ def test_neutral_values_of_other_systems_flags_are_accepted() -> None:
     assert config == EngineConfig() or dataclasses.asdict(config) == {**dataclasses.asdict(EngineConfig()), "distributed_executor_backend": "uni"}
 
 
+def test_kv_policies_are_written_as_names_or_numbers() -> None:
+    for word, value in (("8", 8), ("int4", 4), ("k8v4", "k8v4"), ("fp8", 16), ("none", 0)):
+        assert engine("--quant-policy", word).quant_policy == value
+    config = engine("--quant-policy", "4", "--kv-rotation", "False", "--strict-quality")
+    assert config.kv_rotation is False and config.strict_quality and config.given == {"quant_policy", "kv_rotation", "strict_quality"}
+    text = parser().format_help()
+    assert text.index("--quant-policy {0,8,k8v4,4,fp8}") < text.index("Accepted for compatibility"), "it is an option like any other"
+
+
 def test_every_unsupported_flag_is_known_to_the_parser() -> None:
     known = set(parser()._option_string_actions)
     assert {"--" + name.replace("_", "-") for name in UNSUPPORTED} <= known

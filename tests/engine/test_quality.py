@@ -115,11 +115,14 @@ def cost(read: list[Window], layout: KVLayout) -> tuple[float, KVScore]:
 # ------------------------------------------------------------------ accuracy on a trained model
 
 
-@pytest.mark.parametrize(("policy", "rise", "divergence"), [(8, 1.002, 0.0005), ("k8v4", 1.006, 0.007), (4, 1.02, 0.035)])
+@pytest.mark.parametrize(("policy", "rise", "divergence"), [(8, 1.002, 0.0004), ("k8v4", 1.008, 0.0065), (4, 1.025, 0.036)])
 def test_policies_keep_the_embedded_model_near_16_bit(
     embedded: Decoder, read_by_embedded: list[Window], policy: int | str, rise: float, divergence: float
 ) -> None:
-    """Measured: ratios of perplexity 1.0003, 1.001, 1.006, mean KL 0.0002, 0.004, 0.025; the bars of the issue are 1.005, 1.01 and 1.03."""
+    """Measured on these 2,044 tokens: ratios of perplexity 0.999, 1.005, 1.009 (known to 0.001, 0.004, 0.009), mean KL 0.0002, 0.0045, 0.028 (to 5 %).
+
+    On 8,176 tokens of each: chat text 0.9997, 1.003, 1.004, stories 0.9996, 1.004, 1.021; without rotation 4 has 1.026 and 1.035. The issue's bars are 1.005, 1.01, 1.03.
+    """
     ratio, score = cost(read_by_embedded, layout_of(embedded, FORMATS[policy]))
     assert ratio < rise and score.mean_kl < divergence
 
@@ -127,7 +130,7 @@ def test_policies_keep_the_embedded_model_near_16_bit(
 def test_rotation_makes_int4_better(read_by_embedded: list[Window]) -> None:
     _, rotated = cost(read_by_embedded[:2], KVLayout(FORMATS[4]))
     _, plain = cost(read_by_embedded[:2], KVLayout(PLAIN4))
-    assert rotated.mean_kl < 0.75 * plain.mean_kl  # measured: 0.59
+    assert rotated.mean_kl < 0.8 * plain.mean_kl  # measured: 0.66 here, 0.55 and 0.6 on more text
 
 
 # ------------------------------------------------------------------ keys with huge biases
