@@ -27,7 +27,7 @@ from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.kv_cache import gib
-from lmdeploy.engine.memory import free_bytes, taken_bytes
+from lmdeploy.engine.memory import free_bytes
 from lmdeploy.engine.start import choose_device
 from lmdeploy.errors import CheckpointError, ConfigError, LmdeployError
 from lmdeploy.lite.compare_options import CompareConfig, Policy
@@ -130,7 +130,6 @@ class Comparer:
         self.device = choose_device(config.engine())
         self._reference: Reference | None = None
         budget = free_bytes(self.device) if config.memory is None else int(config.memory * 2**30)
-        self._base_bytes = taken_bytes(self.device)
         settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         text = {"origin": self.text.origin, "tokens": sum(map(len, self.windows)), "windows": len(self.windows), "window": len(self.windows[0])}
         self.comparison = Comparison(settings, text, first.name, budget)
@@ -172,10 +171,9 @@ class Comparer:
     def _measure(self, row: Row, candidate: Candidate, spec: ModelSpec, policy: Policy, tick: Callable[[], object]) -> None:
         row.problem = self._not_comparable(candidate, spec)
         config = policy.config(engine_config(self.config.engine(), [] if row.problem else self.windows, spec))
-        before = taken_bytes(self.device)
         with opened(candidate.folder, config) as engine:
             tick()
-            self._note_memory(row, engine.info.memory, before)
+            self._note_memory(row, engine.info.memory)
             row.dtype, row.device = engine.info.dtype, engine.info.memory.device
             if not row.problem:
                 row.scores = self._score(row, engine, candidate.folder, config, lambda: _ignore(tick()))
@@ -190,10 +188,10 @@ class Comparer:
             return score(engine, self.windows, None, tick)
         return score(engine, self.windows, self._reference, tick)
 
-    def _note_memory(self, row: Row, bill: MemoryBill, before: int) -> None:
-        """What this engine added counts, not what the comparison itself keeps."""
+    def _note_memory(self, row: Row, bill: MemoryBill) -> None:
+        """What the comparison itself keeps does not count."""
         row.weight_bytes, row.kv_bytes_per_token = bill.weights, bill.bytes_per_token
-        row.process_bytes = self._base_bytes + bill.total - before
+        row.process_bytes = bill.total - (self._reference.taken() if self._reference else 0)
         blocks = max(0, self.comparison.memory_bytes - bill.weights - bill.workspace) // (bill.block_size * bill.bytes_per_token)
         row.kv_tokens = blocks * bill.block_size
 

@@ -118,7 +118,14 @@ class Head:
         source = open_source(folder)
         if spec.tie_embeddings:
             self._model.embedding.load(source)
+        else:
+            self._model.embedding.weight = torch.empty(0)  # nothing reads it
         self._model.head.load(source)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, on `device`."""
+        return sum(tensor.nbytes for tensor in self._model.head.tensors())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, V] of hidden states [n, M] on any device."""
@@ -132,10 +139,9 @@ class Reference:
     head: Head
     hidden: list[Tensor]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the hidden states."""
-        return sum(states.nbytes for states in self.hidden)
+    def taken(self) -> int:
+        """Bytes on the head's device: the head, and the hidden states where that is the host."""
+        return self.head.nbytes + (sum(states.nbytes for states in self.hidden) if self.head.device.type == "cpu" else 0)
 
 
 @torch.inference_mode()
