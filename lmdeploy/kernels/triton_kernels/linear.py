@@ -16,7 +16,7 @@ ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def round_e4m3(x):
+def round_e4m3(x: tl.tensor) -> tl.tensor:
     """float32 within +-448 rounded to nearest even among the numbers of float8_e4m3fn, so that the cast that follows is exact: the interpreter's own is not."""
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
@@ -24,7 +24,9 @@ def round_e4m3(x):
 
 
 @triton.jit
-def _number_of(k, start, scales, cols, inside, groups, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+def _number_of(
+    k: tl.tensor, start: tl.tensor, scales: tl.tensor, cols: tl.tensor, inside: tl.tensor, groups: tl.tensor, GROUP: tl.constexpr, WHOLE: tl.constexpr
+) -> tl.tensor:
     """What belongs to columns `k` of rows `cols`, one number a group: [BN, 1] where the tile lies in one group, else [BN, BK]."""
     at = scales + cols[:, None] * groups
     if WHOLE:
@@ -35,7 +37,9 @@ def _number_of(k, start, scales, cols, inside, groups, GROUP: tl.constexpr, WHOL
 
 
 @triton.jit
-def _store(acc, bias, out, rows, cols, T, N, out_row, HAS_BIAS: tl.constexpr):
+def _store(
+    acc: tl.tensor, bias: tl.tensor, out: tl.tensor, rows: tl.tensor, cols: tl.tensor, T: tl.tensor, N: tl.tensor, out_row: tl.tensor, HAS_BIAS: tl.constexpr
+) -> None:
     """out[rows, cols] = acc + bias, rounded once."""
     if HAS_BIAS:
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -44,9 +48,10 @@ def _store(acc, bias, out, rows, cols, T, N, out_row, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _w4_kernel(
-    x, qweight, scales, zeros, bias, out, T, N, K, x_row, out_row, groups,
+    x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    T: tl.tensor, N: tl.tensor, K: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor,
     GROUP: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     inside = cols < N
@@ -66,9 +71,10 @@ def _w4_kernel(
 
 @triton.jit
 def _w8_kernel(
-    x, qweight, scales, bias, out, T, N, K, x_row, out_row, groups,
+    x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    T: tl.tensor, N: tl.tensor, K: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor,
     GROUP: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     inside = cols < N
@@ -86,7 +92,7 @@ def _w8_kernel(
 
 
 @triton.jit
-def _quantise_kernel(x, numbers, steps, K, x_row, FP8: tl.constexpr, BK: tl.constexpr):
+def _quantise_kernel(x: tl.tensor, numbers: tl.tensor, steps: tl.tensor, K: tl.tensor, x_row: tl.tensor, FP8: tl.constexpr, BK: tl.constexpr) -> None:
     """One row: its largest magnitude, then its numbers. NaN becomes the scale, so that the row of the result is NaN and no other."""
     row = tl.program_id(0).to(tl.int64)
     most = tl.zeros((BK,), dtype=tl.float32)
@@ -111,9 +117,10 @@ def _quantise_kernel(x, numbers, steps, K, x_row, FP8: tl.constexpr, BK: tl.cons
 
 @triton.jit
 def _w8a8_kernel(
-    numbers, steps, qweight, scales, bias, out, T, N, K, out_row,
+    numbers: tl.tensor, steps: tl.tensor, qweight: tl.tensor, scales: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    T: tl.tensor, N: tl.tensor, K: tl.tensor, out_row: tl.tensor,
     HAS_BIAS: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     acc = tl.zeros((BM, BN), dtype=tl.float32 if FP8 else tl.int32)
