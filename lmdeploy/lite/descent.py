@@ -14,9 +14,10 @@ from lmdeploy.formats.awq import LARGEST
 Tensor = torch.Tensor
 
 #: A share of H's mean diagonal that is added to it: calibration text is a sample, and directions that it hardly has are not free. Measured on the embedded
-#: model: from 0 to 0.2 the divergence on the text's own kind stays, on foreign text it falls by a tenth.
+#: model: from 0 to 0.2 the divergence on the text's own kind stays, on foreign text it falls by 8 %.
 RIDGE = 0.1
-#: The embedded model's error falls by 44 % in three passes over the columns and by 2 % more in the next three, with no effect on divergence.
+#: Embedded model: the error falls by 44 % in three passes over the columns and by 5 % more in the next three, which divergence does not show; after two
+#: divergence is 2 to 7 % higher than after three.
 SWEEPS = 3
 #: Columns whose effect on all later ones is applied in one product.
 BLOCK = 128
@@ -55,14 +56,14 @@ def descend(weight: Tensor, gram: Tensor, q: Tensor, scales: Tensor, zeros: Tens
 def _sweep(numbers: Tensor, slope: Tensor, gram: Tensor, block: tuple[int, int], steps: tuple[Tensor, Tensor], curvature: list[float]) -> Tensor:
     """One pass over the columns of a block, in place; returns by how much each weight moved [B, N]. `slope` [K, N] is H d, up to date for the block."""
     start, stop = block
-    step, inverse = steps
-    group = numbers.shape[0] // step.shape[0]
-    moved, target = torch.empty_like(numbers[start:stop]), torch.empty_like(numbers[0])
-    for k in range(start, stop):
-        change = moved[k - start]
-        torch.mul(slope[k], inverse[k // group], out=target)
-        torch.sub(numbers[k], target, alpha=1 / curvature[k], out=target).round_().clamp_(0, LARGEST)
-        torch.sub(target, numbers[k], out=change).mul_(step[k // group])
-        numbers[k].copy_(target)
-        slope[k + 1 : stop].addr_(gram[k, k + 1 : stop], change)
+    (step, inverse), group = steps, numbers.shape[0] // steps[0].shape[0]
+    fresh, moved = torch.empty_like(numbers[start:stop]), torch.empty_like(numbers[start:stop])
+    slopes, effects = slope[start:stop], gram[start:stop, start:stop]
+    rows = zip(numbers[start:stop].unbind(), slopes.unbind(), fresh.unbind(), moved.unbind(), strict=True)
+    for j, (old, push, new, change) in enumerate(rows):  # as few kernels as can be: on a GPU their launches are all the time it takes
+        place = (start + j) // group
+        torch.addcmul(old, push, inverse[place], value=-1 / curvature[start + j], out=new).round_().clamp_(0, LARGEST)
+        torch.sub(new, old, out=change).mul_(step[place])
+        slopes[j + 1 :].addr_(effects[j, j + 1 :], change)
+    numbers[start:stop] = fresh
     return moved

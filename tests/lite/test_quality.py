@@ -1,61 +1,102 @@
-"""The bars of quality on a real trained model: a change that makes a format worse by more than the noise of this text fails here.
+"""4-bit weights are good, and searched ones better: measured on real models by their divergence from 16 bit on held-out text.
 
-Measured on 2026-11-21 in bfloat16 on these 4,096 tokens, as change of perplexity with its standard error, and KL in nats:
-KV int8 -0.02 +- 0.07 %, 0.00036; k8v4 -0.43 +- 0.19 %, 0.0030; int4 +0.12 +- 0.49 %, 0.0172; int4 without rotation +2.8 +- 0.7 %, 0.0335;
-4-bit weights by rounding +1.6 +- 0.6 %, 0.0255; fixed scales +1.5 +- 0.7 %, 0.0271; search +0.2 +- 0.4 %, 0.0136. KL bounds stand 1.5 times above.
+KL is the measure because it is quiet: one error of perplexity is 0.5 % here, as much as the methods differ by. Measured on 2026-11-21, KL in nats +- its error
+(and with other calibration windows), perplexity against 16 bit. Embedded model, groups of 128, 1,536 tokens of calibration: search 0.027 +- 0.001 (0.031,
+0.032), -0.4 % (+1.7 %, +0.8 %); plain rounding 0.047 +- 0.002, +2.4 %; fixed scales 0.052 +- 0.002, +2.5 %. stories260K, groups of 64: search 0.067 +- 0.002 (0.070),
++7 %; plain 0.117 +- 0.003, +11 %; fixed 0.112 +- 0.003, +10 %. Without `descent.py` search has 0.75 of plain rounding's KL in both; with it, 0.6.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from lmdeploy.lite.compare import Comparer
-from lmdeploy.lite.compare_options import CompareConfig
+from lmdeploy.checkpoint.source import open_source
+from lmdeploy.lite import auto_awq
 from lmdeploy.lite.report import Report
-from lmdeploy.lite.scores import Scores
+from tests.helpers import write_folder
+from tests.lite.conftest import MODES
+from tests.text.samples import SHARED, STORIES
+
+TEXT = SHARED / "data" / "stories" / "tinystories_excerpt.txt"
+#: stories260K's MLP has 172 inner channels: no group size but 2 and 4 divides both it and 64, and AWQ's words of 8 outputs do not divide it at all.
+#: Channels of zeros change no result and make it 192, so that groups of 64 fit.
+PADDED = 192
+
+
+def padded_stories(folder: Path) -> Path:
+    """stories260K with zeros up to PADDED channels."""
+    config = json.loads((STORIES / "config.json").read_text())
+    source = open_source(STORIES)
+    tensors = {name: torch.zeros(source.shape(name)) for name in source.names()}
+    for name, tensor in tensors.items():
+        source.take(name, tensor)
+        if ".mlp." in name:
+            more = PADDED - config["intermediate_size"]
+            tensors[name] = torch.nn.functional.pad(tensor, (0, more) if "down" in name else (0, 0, 0, more))
+    write_folder(folder, {**config, "intermediate_size": PADDED}, tensors)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(STORIES / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def scores(reports: dict[str, Report], model_folder: Path) -> dict[tuple[str, str], Scores]:
-    """(model, KV policy) -> scores on the last 4,096 tokens of the package's text, which no copy was calibrated with."""
-    folders = {"16 bit": str(model_folder), **{mode: report.work_dir for mode, report in reports.items()}}
-    found: dict[tuple[str, str], Scores] = {}
-    for models, policies in ((["16 bit"], "0,8,k8v4,4,4-plain"), (list(folders), "0")):
-        rows = Comparer([folders[name] for name in models], CompareConfig(policies=policies, tokens=4096, device="cpu", speed=False)).run().rows
-        names = {folders[name]: name for name in models}
-        found |= {(names[row.folder], row.policy): row.scores for row in rows if row.scores is not None}
-    return found
+def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """Mode -> report of the story model, calibrated and scored on stories."""
+    if not (STORIES.is_dir() and TEXT.is_file()):
+        pytest.skip(f"{STORIES} or {TEXT} is not on this machine")
+    root = tmp_path_factory.mktemp("stories")
+    text = root / "stories.txt"
+    text.write_text(TEXT.read_text(encoding="utf-8").replace("<|endoftext|>\n", "")[:120_000], encoding="utf-8")
+    folder = padded_stories(root / "model")
+    common = {"calib_dataset": str(text), "calib_samples": 32, "calib_seqlen": 512, "batch_size": 8, "w_group_size": 64, "dtype": "float32"}
+    return {mode: auto_awq(str(folder), work_dir=str(root / mode), **{**common, **options}) for mode, options in MODES.items()}
 
 
-def change(scores: Scores) -> float:
-    """Of perplexity, in percent, at the lower end of two standard errors: what is certain."""
-    assert scores.ratio is not None and scores.ratio_se is not None
-    return 100 * (scores.ratio - 1 - 2 * scores.ratio_se)
+def divergence(report: Report) -> float:
+    """Mean KL against 16 bit, on enough tokens to tell."""
+    assert report.kl is not None
+    assert report.evaluated_tokens > 4000
+    return report.kl
 
 
-def kl(scores: Scores) -> float:
-    assert scores.kl is not None
-    return scores.kl
+def loss(report: Report) -> float:
+    """Of perplexity, relative."""
+    assert report.perplexity_before is not None
+    assert report.perplexity_after is not None
+    return report.perplexity_after / report.perplexity_before - 1
 
 
-@pytest.mark.parametrize(("policy", "percent", "nats"), [("8", 0.5, 0.0006), ("k8v4", 1.0, 0.0045), ("4", 3.0, 0.026)])
-def test_a_quantised_cache_keeps_perplexity_and_distribution(scores: dict[tuple[str, str], Scores], policy: str, percent: float, nats: float) -> None:
-    found = scores["16 bit", policy]
-    assert change(found) < percent
-    assert kl(found) < nats
+def check_search_is_best(found: dict[str, Report]) -> None:
+    """Clearly ahead in divergence, and not behind in what is noisier."""
+    best = found["search"]
+    for other in (found["plain"], found["fixed"]):
+        assert divergence(best) < 0.7 * divergence(other)
+        assert loss(best) < loss(other)
+        assert best.top1 is not None
+        assert other.top1 is not None
+        assert best.top1 > other.top1
 
 
-def test_rotation_is_what_keeps_int4(scores: dict[tuple[str, str], Scores]) -> None:
-    assert kl(scores["16 bit", "8"]) < kl(scores["16 bit", "k8v4"]) < kl(scores["16 bit", "4"]) < 0.7 * kl(scores["16 bit", "4-plain"])
+def test_search_is_best_on_the_embedded_model(reports: dict[str, Report]) -> None:
+    check_search_is_best(reports)
 
 
-@pytest.mark.parametrize("mode", ["search", "fixed", "plain"])
-def test_4_bit_weights_cost_less_than_five_percent(scores: dict[tuple[str, str], Scores], mode: str) -> None:
-    assert change(scores[mode, "0"]) < 5
+def test_every_mode_keeps_the_embedded_models_quality(reports: dict[str, Report]) -> None:
+    for mode, limit in (("search", 0.034), ("plain", 0.053), ("fixed", 0.059)):
+        assert divergence(reports[mode]) < limit, mode
+        assert loss(reports[mode]) < 0.05, mode
 
 
-def test_search_moves_the_distribution_less_than_rounding_and_than_the_formula(scores: dict[tuple[str, str], Scores]) -> None:
-    for other in ("plain", "fixed"):
-        assert kl(scores["search", "0"]) < 0.85 * kl(scores[other, "0"])
+def test_search_is_best_on_stories260k(stories: dict[str, Report]) -> None:
+    check_search_is_best(stories)
+
+
+def test_every_mode_keeps_the_quality_of_stories260k(stories: dict[str, Report]) -> None:
+    for mode, limit in (("search", 0.075), ("plain", 0.126), ("fixed", 0.122)):
+        assert divergence(stories[mode]) < limit, mode
+    assert loss(stories["search"]) < 0.09
