@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,11 +21,13 @@ from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import native_kernels, read_bandwidth
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kv_layer import KVFormat, KVLayer
 
 Tensor = torch.Tensor
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, BLOCK_SIZE = 2048, 16, 8, 128, 8192, 64
 LINEARS = {"qkv": (2048, 4096), "o": (2048, 2048), "gate_up": (2048, 16384), "down": (8192, 2048), "head": (2048, 92544)}
 BYTES_TO_ROTATE = 1_200_000_000
+KV_FORMATS = {"16": KVFormat(), "8": KVFormat("8", "8"), "k8v4": KVFormat("8", "4", rotated=True), "4": KVFormat("4", "4", rotated=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +106,47 @@ def linear_w8a8_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor) -> 
     return Case(f"linear_w8a8 int8 {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, lambda k, i: k.linear_w8a8(x, codes[i], scales[i], None, out))
 
 
-def attention_case(query_len: int, kv_len: int, sequences: int, dtype: torch.dtype, pool: Tensor) -> Case:
+def cut_caches(policy: str, blocks: int, head_dim: int, dtype: torch.dtype, pool: Tensor) -> list[KVLayer]:
+    """As many caches of `blocks` blocks as `pool` holds; what it holds are the numbers, scales are set."""
+    fmt, raw = KV_FORMATS[policy], pool.view(torch.uint8)
+    nbytes = fmt.layer_bytes(blocks, KV_HEADS, BLOCK_SIZE, head_dim, dtype)
+    copies = max(1, raw.numel() // nbytes)
+    layers = [fmt.layer(raw[i * nbytes : (i + 1) * nbytes], blocks, KV_HEADS, BLOCK_SIZE, head_dim, dtype) for i in range(copies)]
+    for scales in (part for layer in layers for part in (layer.key_scales, layer.value_scales) if part is not None):
+        scales.uniform_(0.005, 0.01)
+    return layers
+
+
+def attention_case(query_len: int, kv_len: int, sequences: int, dtype: torch.dtype, pool: Tensor, policy: str = "16", head_dim: int = HEAD_DIM) -> Case:
     """Equal sequences over a shuffled cache; the caches of different layers are cut from `pool`."""
     per_sequence = (kv_len + BLOCK_SIZE - 1) // BLOCK_SIZE
-    blocks = per_sequence * sequences
-    size = blocks * KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    copies = max(1, pool.numel() // (2 * size))
-    caches = pool[: copies * 2 * size].view(copies, 2, blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-    rows = query_len * sequences
-    q, out = torch.randn(rows, HEADS, HEAD_DIM).to(dtype), torch.empty(rows, HEADS * HEAD_DIM, dtype=dtype)
+    blocks, rows = per_sequence * sequences, query_len * sequences
+    layers = cut_caches(policy, blocks, head_dim, dtype, pool)
+    q, out = torch.randn(rows, HEADS, head_dim).to(dtype), torch.empty(rows, HEADS * head_dim, dtype=dtype)
     table = torch.randperm(blocks).int().view(sequences, per_sequence)
     start = torch.arange(0, rows + 1, query_len, dtype=torch.int32)
     lens = [kv_len] * sequences
     decodes = sequences if query_len == 1 else 0
     meta = AttentionMeta(start, torch.tensor(lens, dtype=torch.int32), table, torch.empty(0, dtype=torch.int64), [query_len] * sequences, lens, decodes)
     pairs = sequences * (query_len * (kv_len - query_len) + query_len * (query_len + 1) / 2)
-    nbytes = (2 * sequences * kv_len * KV_HEADS + 2 * rows * HEADS) * HEAD_DIM * dtype.itemsize
-    scale = HEAD_DIM**-0.5
+    nbytes = sequences * kv_len * KV_HEADS * KV_FORMATS[policy].bytes_per_row(head_dim, dtype) + 2 * rows * HEADS * head_dim * dtype.itemsize
+    scale = head_dim**-0.5
 
     def run(kernels: Kernels, i: int) -> None:
-        kernels.attention(q, q, q, caches[i, 0], caches[i, 1], meta, scale, 0, out)
+        kernels.attention(q, q, q, layers[i], meta, scale, 0, out)
 
-    return Case(f"attention B={sequences} new={query_len} kv={kv_len}", nbytes, 4.0 * pairs * HEADS * HEAD_DIM, copies, run)
+    name = f"attention kv{policy} D={head_dim} B={sequences} new={query_len} kv={kv_len}"
+    return Case(name, nbytes, 4.0 * pairs * HEADS * head_dim, len(layers), run)
+
+
+def memory_of(fmt: KVFormat, blocks: int, dtype: torch.dtype) -> Tensor:
+    """Zeros for the cache of one layer."""
+    return torch.zeros(fmt.layer_bytes(blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype), dtype=torch.uint8)
+
+
+def write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: KVLayer, kernels: Kernels, _: int) -> None:
+    """One call of rope_write_kv."""
+    kernels.rope_write_kv(q, k, v, cos, sin, None, cache, slots)
 
 
 def small_cases(rows: int, dtype: torch.dtype) -> list[Case]:
@@ -135,17 +157,15 @@ def small_cases(rows: int, dtype: torch.dtype) -> list[Case]:
     q, k, v = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS], qkv[:, HEADS + KV_HEADS :]
     angles, slots = torch.randn(rows, HEAD_DIM // 2), torch.randperm(rows + BLOCK_SIZE)[:rows]
     cos, sin = angles.cos(), angles.sin()
-    cache = torch.zeros(2, rows // BLOCK_SIZE + 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype)
+    blocks = rows // BLOCK_SIZE + 2
+    caches = {policy: fmt.layer(memory_of(fmt, blocks, dtype), blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype) for policy, fmt in KV_FORMATS.items()}
     return [
         Case(f"rms_norm T={rows}", 2.0 * x.nbytes, 0, 1, lambda kernels, _: kernels.rms_norm(x, weight, 1e-5, out)),
         Case(f"add_rms_norm T={rows}", 4.0 * x.nbytes, 0, 1, lambda kernels, _: kernels.add_rms_norm(x, residual.zero_(), weight, 1e-5, out)),
         Case(f"silu_mul T={rows}", 1.5 * both.nbytes, 0, 1, lambda kernels, _: kernels.silu_mul(both, mixed)),
-        Case(
-            f"rope_write_kv T={rows}",
-            2.0 * qkv.nbytes,
-            0,
-            1,
-            lambda kernels, _: kernels.rope_write_kv(q, k, v, cos, sin, None, cache[0], cache[1], slots),
+        *(
+            Case(f"rope_write_kv kv{policy} T={rows}", 2.0 * qkv.nbytes, 0, 1, partial(write_kv, q, k, v, cos, sin, slots, cache))
+            for policy, cache in caches.items()
         ),
     ]
 
@@ -164,7 +184,7 @@ def show(case: Case, seconds: float, torch_seconds: float | None, ceilings: comm
     floor = max(case.nbytes / ceilings.read_gbs, case.flops / ceilings.bf16_gflops) / 1e9
     peer = f"{torch_seconds / seconds:6.2f}x" if torch_seconds is not None else "      -"
     rates = f"{case.nbytes / seconds / 1e9:8.1f} GB/s {case.flops / seconds / 1e9:7.0f} GFLOP/s"
-    print(f"{case.name:<34}{seconds * 1e6:10.1f} us {rates} {100 * floor / seconds:6.0f} % {peer}", flush=True)
+    print(f"{case.name:<44}{seconds * 1e6:10.1f} us {rates} {100 * floor / seconds:6.0f} % {peer}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -198,6 +218,8 @@ def main() -> None:
     cases += [linear_w8_case(name, rows, dtype, pool, *width) for width in widths for name in LINEARS for rows in args.rows]
     cases += [linear_w8a8_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
     cases += [attention_case(*size, dtype, pool) for size in ((1, 512, 1), (1, 512, 8), (1, 8192, 1), (512, 512, 1), (512, 4096, 1))]
+    sizes = ((1, 2000, 1, 128), (1, 2000, 8, 128), (512, 2000, 1, 128), (1, 2000, 1, 64), (512, 2000, 1, 64))
+    cases += [attention_case(new, kv, many, dtype, pool, policy, dim) for new, kv, many, dim in sizes for policy in KV_FORMATS]
     cases += small_cases(1, dtype) + small_cases(512, dtype)
     for case in cases:
         if args.only in case.name:

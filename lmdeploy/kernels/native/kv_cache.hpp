@@ -63,27 +63,40 @@ inline void read_row(const uint8_t* from, uint32_t pair, long width, long D, flo
     }
 }
 
+inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
 // Lowest and highest of a row; NaN where it holds one.
 inline void range(const float* x, long D, float& low, float& high) {
-    low = high = x[0];
-    bool nan = false;
-    for (long d = 0; d < D; d++) {
-        low = std::min(low, x[d]), high = std::max(high, x[d]);
-        nan |= x[d] != x[d];
+    vf least = fill(x[0]), most = least;
+    vi nan = {};
+    long d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        const vf v = load(x + d);
+        least = choose(v < least, v, least), most = choose(v > most, v, most), nan |= v != v;
     }
-    if (nan) low = high = from_bits(0x7fc00000u);
+    low = high = x[0];
+    bool bad = false;
+    for (long i = 0; i < LANES; i++) low = std::min(low, least[i]), high = std::max(high, most[i]), bad |= nan[i] != 0;
+    for (; d < D; d++) low = std::min(low, x[d]), high = std::max(high, x[d]), bad |= x[d] != x[d];
+    if (bad) low = high = from_bits(0x7fc00000u);
 }
 
 // float32 [D] -> the numbers of a row, one a byte; returns its pair. Divisions, not products with an inverse: kv_quant.py's numbers.
-inline uint32_t quantise(const float* x, long D, float levels, uint8_t* number) {
+inline uint32_t quantise(const float* x, long D, int levels, uint8_t* number) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: a sum with it is an integer, rounded to nearest even, in its low bits
     float low, high;
     range(x, D, low, high);
-    const float offset = floor_bf16(low), least = ceil_bf16((high - offset) / levels);
+    const float offset = floor_bf16(low), least = ceil_bf16((high - offset) / float(levels));
     const float scale = least < TINY ? TINY : least;
-    for (long d = 0; d < D; d++) {
-        const float n = (x[d] - offset) / scale + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer, to nearest even
-        const float whole = std::min(n - 12582912.0f, levels);
-        number[d] = whole == whole ? uint8_t(whole) : uint8_t(0);
+    long d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        const vf n = (load(x + d) - offset) / scale + ROUND;
+        const vi whole = ((vi)n - int(to_bits(ROUND))) & (n == n), over = whole > levels;
+        *reinterpret_cast<vb*>(number + d) = __builtin_convertvector((over & levels) | (~over & whole), vb);
+    }
+    for (; d < D; d++) {
+        const float n = (x[d] - offset) / scale + ROUND;
+        number[d] = n == n ? uint8_t(std::min(int(to_bits(n) - to_bits(ROUND)), levels)) : uint8_t(0);
     }
     return to_bits(scale) >> 16 | (to_bits(offset) & 0xffff0000u);
 }
@@ -99,7 +112,7 @@ inline void write_row(const Store& s, long block, long head, long slot, const E*
     float row[MAX_DIMS];
     uint8_t number[MAX_DIMS];
     for (long d = 0; d < D; d++) row[d] = to_float(x[d]);
-    s.pairs[block * s.pair_block + head * s.pair_head + slot] = quantise(row, D, s.width == 8 ? 255.0f : 15.0f, number);
+    s.pairs[block * s.pair_block + head * s.pair_head + slot] = quantise(row, D, s.width == 8 ? 255 : 15, number);
     if (s.width == 4)
         for (long j = 0; j < D / 2; j++) number[j] = uint8_t(number[j] | number[D / 2 + j] << 4);
     std::memcpy(to, number, s.row_bytes(D, sizeof(E)));
