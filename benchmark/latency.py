@@ -133,6 +133,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated in the decode cases (default 32)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default 1 8)")
     parser.add_argument("--repeat", type=int, default=3, help="runs per case; the median counts (default 3)")
+    parser.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="bits of the output head (default 16)")
+    parser.add_argument("--quant-policy", default="0", help="KV cache: 0, 8, k8v4 or 4 (default 0)")
+    parser.add_argument("--model-format", help="weight layout, as the engine's option")
     parser.add_argument("--peer", choices=("transformers",), help="measure a peer in the same run (needs the test extra)")
     return parser.parse_args()
 
@@ -155,6 +158,9 @@ def main() -> None:
         cache_max_entry_count=blocks,
         enable_prefix_caching=False,
         random_weights=args.random_weights,
+        head_bits=args.head_bits,
+        quant_policy=args.quant_policy,
+        model_format=args.model_format,
     )
     engine = build_engine(folder, config)
     loaded = time.perf_counter() - start
@@ -166,7 +172,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     peer = measure_transformers(spec, getattr(torch, info.dtype), args) if args.peer else None
     width = torch.finfo(getattr(torch, info.dtype)).bits // 8
-    print(f"\n{common.describe(spec)}; {info.dtype}, {args.backend}; weights {info.memory.weights / 1e9:.3f} GB\n{common.machine()}")
+    print(f"\n{common.describe(spec)}; {info.dtype}, {args.backend}, head {args.head_bits} bit, KV {args.quant_policy}; weights {info.memory.weights / 1e9:.3f} GB\n{common.machine()}")
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start"
     )

@@ -16,6 +16,7 @@ from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.weight_format import Part, TensorSpec, all_cols, all_rows, load_bias
 from lmdeploy.kernels.api import Kernels
+from lmdeploy.kernels.kv_quant import divided
 from lmdeploy.kernels.reference import dequantise_w8
 
 Tensor = torch.Tensor
@@ -73,7 +74,7 @@ def quantise(weight: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Te
     rows, inner = weight.shape
     assert inner % group == 0, f"{inner} inputs in groups of {group}"
     grouped, largest = weight.float().view(rows, inner // group, group), LARGEST[dtype]
-    scales = (grouped.abs().amax(-1) / largest).clamp_(min=TINY)
+    scales = divided(grouped.abs().amax(-1), largest).clamp_(min=TINY)
     numbers = (grouped / scales.unsqueeze(-1)).clamp_(-largest, largest)
     return (numbers.round_() if dtype is torch.int8 else numbers).to(dtype).view(rows, inner), scales
 
