@@ -172,7 +172,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     peer = measure_transformers(spec, getattr(torch, info.dtype), args) if args.peer else None
     width = torch.finfo(getattr(torch, info.dtype)).bits // 8
-    print(f"\n{common.describe(spec)}; {info.dtype}, {args.backend}, head {args.head_bits} bit, KV {args.quant_policy}; weights {info.memory.weights / 1e9:.3f} GB\n{common.machine()}")
+    how = f"{info.dtype}, {args.backend}, head {args.head_bits} bit, KV {args.quant_policy}"
+    print(f"\n{common.describe(spec)}; {how}; weights {info.memory.weights / 1e9:.3f} GB\n{common.machine()}")
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start"
     )
