@@ -36,7 +36,7 @@ class KVLayer:
     key_scales: Tensor | None = None  # bfloat16 [N, K, S, 2]: scale, offset
     value_scales: Tensor | None = None
     rotation: Tensor | None = None  # float32 [D, D], symmetric and orthogonal: its own inverse
-    key_center: Tensor | None = None  # float32 [2, K, D]: what `Attention` subtracts from keys before they come here; see `layers.attention.center_keys`
+    key_center: Tensor | None = None  # float32 [K, D]: what all rotary keys have in common, subtracted before they are rotated and stored; see `key_centers.py`
 
     @property
     def plain(self) -> bool:

@@ -1,8 +1,8 @@
 """What the keys of a layer have in common, so that a quantised cache need not store it with every token.
 
 Qwen2 and 2.5 have key biases a hundred times as large as all else in a key; 4-bit numbers that must span them see nothing else (and 8-bit ones little). Where the
-rope turns slowly such a bias is nearly the same vector for every token, and a vector common to all keys of a sequence is invisible to softmax. So it is measured on the
-start-up text and subtracted (`layers.attention.center_keys`); a poor centre costs accuracy of storage, never exactness.
+rope turns slowly such a bias is nearly the same vector for every token, and a vector common to all keys of a sequence is invisible to softmax: it shifts all scores of
+a query alike. So it is measured on the start-up text and `rope_write_kv` subtracts it; a poor centre costs accuracy of storage, never exactness.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class KeySample:
 
 
 def key_centers(sample: KeySample, format: KVFormat, horizon: int) -> tuple[Tensor | None, ...]:
-    """float32 [2, K, D] for each layer that gains by it, as `KVLayer.key_center` is defined; () when none does. `horizon`: positions that the model has."""
+    """float32 [K, D] for each layer that gains by it, as `KVLayer.key_center` is defined; () when none does. `horizon`: positions that the model has."""
     if format.key == "16":
         return ()
     centers: list[Tensor | None] = []
     for keys in sample.keys:
         center = common_key(keys, sample.cos, sample.sin, horizon)
         gains = storage_error(keys - center, format) <= WORTHWHILE * storage_error(keys, format)
-        centers.append(_for_kernels(center, sample.cos) if gains else None)
+        centers.append(center if gains else None)
     return tuple(centers) if any(c is not None for c in centers) else ()
 
 
@@ -69,13 +69,3 @@ def storage_error(keys: Tensor, format: KVFormat) -> float:
     rows = keys @ rotation_matrix(keys.shape[-1]).to(keys.device) if format.rotated else keys
     numbers, scales = quantise_rows(rows, format.key)
     return float((dequantise_rows(numbers, scales, format.key) - rows).square().mean())
-
-
-def _for_kernels(center: Tensor, cos: Tensor) -> Tensor:
-    """center [K, D] -> [2, K, D] as `center_keys` wants it."""
-    half = cos.shape[1]
-    scaled = center.clone()
-    scaled[:, : 2 * half] /= cos[0].repeat(2).square()
-    turned = torch.zeros_like(scaled)
-    turned[:, :half], turned[:, half : 2 * half] = scaled[:, half : 2 * half], -scaled[:, :half]
-    return torch.stack([scaled, turned])

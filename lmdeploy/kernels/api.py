@@ -41,12 +41,14 @@ class Kernels:
     #: (x [T, H, D], weight [D], eps): RMSNorm of each head in place; rows of x may be strided (a part of qkv)
     head_norm: Callable[[Tensor, Tensor, float], None]
     #: (q [T, H, D], k [T, K, D], v [T, K, D], cos [T, R/2], sin [T, R/2], q_scale [T] | None, kv, slot_mapping [T]): rotate the first R of D dims of q and k
-    #: in place, half-split (x1 cos - x2 sin, x2 cos + x1 sin), scale q rows. Where kv.rotation is given, multiply q, k and v by it, in place too. Write k and v
-    #: to the cache, quantised as `kv_quant.py` says. q, k and v may be strided parts of one qkv buffer (last dim contiguous).
+    #: in place, half-split (x1 cos - x2 sin, x2 cos + x1 sin), scale q rows. Where kv.key_center is given, subtract it from rotary k before k is rounded; where
+    #: kv.rotation is given, multiply q, k and v by it: both in place, so k holds the rows that are stored. Write k and v to the cache, quantised as
+    #: `kv_quant.py` says. q, k and v may be strided parts of one qkv buffer (last dim contiguous).
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, Tensor], None]
     #: (q [T, H, D], k [T, K, D], v [T, K, D], kv, meta, scale, window, out [T, H * D]): causal attention of the new tokens over all kv_lens keys as the cache
-    #: holds them; q, k and v are as `rope_write_kv` left them, and the new k and v are already in the cache. window > 0: a query at p sees keys
-    #: p - window + 1 .. p. Query head h reads KV head h * K // H. Where kv.rotation is given, the result is rotated back.
+    #: holds them, k less kv.key_center, which shifts all scores of a query alike; q, k and v are as `rope_write_kv` left them, and the new k and v are already
+    #: in the cache. window > 0: a query at p sees keys p - window + 1 .. p. Query head h reads KV head h * K // H. Where kv.rotation is given, the result is
+    #: rotated back.
     attention: Callable[[Tensor, Tensor, Tensor, KVLayer, AttentionMeta, float, int, Tensor], None]
     #: (gate_up [T, 2F], out [T, F]): out = silu(gate_up[:, :F]) * gate_up[:, F:]
     silu_mul: Callable[[Tensor, Tensor], None]

@@ -44,7 +44,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rope_write_kv": [ctypes.c_char_p, _I],
     "attention": [ctypes.c_char_p, _I],
 }
-_ROPE = struct.Struct("7Q2Q5q2Q5q13q")  # RopeArgs in rope.cpp, with two of Store in kv_cache.hpp
+_ROPE = struct.Struct("8Q2Q5q2Q5q13q")  # RopeArgs in rope.cpp, with two of Store in kv_cache.hpp
 _ATTENTION = struct.Struct("5Q2Q5q2Q5q11qf4x")  # AttentionArgs in attention.hpp
 _BITS = {"16": 16, "8": 8, "4": 4}  # the widths of cache rows that are read natively
 
@@ -227,6 +227,11 @@ def _store(rows: Tensor, scales: Tensor | None, width: Width) -> tuple[int, ...]
     return rows.data_ptr(), pairs, block * size, head * size, block_pairs, head_pairs, _BITS[width]
 
 
+def _floats(x: Tensor | None) -> bool:
+    """No tensor, or float32 without gaps."""
+    return x is None or (x.dtype is torch.float32 and x.is_contiguous())
+
+
 def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
     functions, fallback = _functions(library, "rope_write_kv"), REFERENCE.rope_write_kv
 
@@ -234,14 +239,15 @@ def _rope_write_kv(library: ctypes.CDLL, threads: int) -> Callable[..., None]:
         dtype = q.dtype
         function = functions.get(dtype)
         tables = cos.dtype is torch.float32 and sin.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous()
-        scale_fits = q_scale is None or (q_scale.dtype is torch.float32 and q_scale.is_contiguous())
+        scale_fits = _floats(q_scale) and _floats(kv.key_center)
         dims_packed = q.stride(2) == 1 and k.stride(2) == 1 and v.stride(2) == 1 and slot_mapping.is_contiguous()
         rows, heads, head_dim = q.shape
         if function is None or not (tables and scale_fits and dims_packed and _cache_fits(kv, dtype, head_dim)):
             fallback(q, k, v, cos, sin, q_scale, kv, slot_mapping)
             return
         pointers = [x.data_ptr() for x in (q, k, v, cos, sin)]
-        pointers += [0 if q_scale is None else q_scale.data_ptr(), slot_mapping.data_ptr()]
+        pointers += [0 if x is None else x.data_ptr() for x in (q_scale, kv.key_center)]
+        pointers.append(slot_mapping.data_ptr())
         stores = (*_store(kv.key, kv.key_scales, kv.key_width), *_store(kv.value, kv.value_scales, kv.value_width))
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
         sizes = (rows, heads, k.shape[1], head_dim, 2 * cos.shape[1], kv.key.shape[2], kv.rotation is not None)

@@ -132,8 +132,8 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     rms_norm(x, weight, eps, x)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> None:
-    """Half-split rotation of the first R dims of x [T, H, D] in place; `scale` [T] multiplies whole rows, past R too."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None, center: Tensor | None = None) -> None:
+    """Half-split rotation of the first R dims of x [T, H, D] in place; `scale` [T] multiplies whole rows and `center` [H, D] leaves them, past R too."""
     half = cos.shape[1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [T, 1, R/2]
     x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
@@ -142,6 +142,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> None:
         factor = scale.view(-1, 1, 1)
         first, second = first * factor, second * factor
         x[..., 2 * half :] = x[..., 2 * half :].float() * factor
+    if center is not None:
+        first, second = first - center[:, :half], second - center[:, half : 2 * half]
+        x[..., 2 * half :] = x[..., 2 * half :].float() - center[:, 2 * half :]
     x[..., :half] = first
     x[..., half : 2 * half] = second
 
@@ -149,7 +152,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> None:
 def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, slot_mapping: Tensor) -> None:
     """Rotate q [T, H, D] and k [T, K, D] in place, scale the rows of q, write k and v to their slots of the cache; see `api.Kernels`."""
     _rotate(q, cos, sin, q_scale)
-    _rotate(k, cos, sin, None)
+    _rotate(k, cos, sin, None, kv.key_center)
     if kv.rotation is not None:
         for x in (q, k, v):
             x.copy_(x.float() @ kv.rotation)

@@ -59,33 +59,9 @@ class Attention:
             self.norms[0].heads(step.q)
             self.norms[1].heads(step.k)
         kv, meta = inputs.kv[self.index], inputs.attention
-        if kv.key_center is not None:
-            center_keys(step.k, inputs, kv.key_center)
         self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, kv, meta.slot_mapping)
         self.kernels.attention(step.q, step.k, step.v, kv, meta, self.scale, self.window, step.attn)
 
     def project(self, step: StepBuffers) -> None:
         """step.attn -> step.proj [T, M]; apart from `forward` because the last layer does it for fewer rows."""
         self.out.forward(step.attn, step.proj)
-
-
-def center_keys(k: Tensor, inputs: ForwardInputs, center: Tensor) -> None:
-    """Subtract from k [T, K, D], in place, what the rope will turn into one and the same vector for all tokens. `center` float32 [2, K, D].
-
-    center[0] is that vector c (over the rope's squared attention factor), center[1] the same with its pairs (a, b) as (b, -a), so that c turned back by the angle
-    of a token is center[0] cos + center[1] sin. Keys that are all shifted by one vector shift all scores of a query alike, which no softmax sees; a cache that
-    quantises keys then spends no numbers on what they have in common (the huge key biases of Qwen2 and 2.5).
-    """
-    cos, sin = (_all_dims(inputs, name, k.shape[2]) for name in ("cos", "sin"))
-    k.sub_(torch.mul(center[0], cos).addcmul_(center[1], sin))
-
-
-def _all_dims(inputs: ForwardInputs, name: str, head_dim: int) -> Tensor:
-    """cos or sin of every dim, [T, 1, D], made once a step: dims that the rope leaves alone have 1 and 0."""
-    key = f"{name} of all dims"
-    if key not in inputs.extra:
-        table = inputs.cos if name == "cos" else inputs.sin
-        assert table is not None
-        rest = table.new_full((table.shape[0], head_dim - 2 * table.shape[1]), 1.0 if name == "cos" else 0.0)
-        inputs.extra[key] = torch.cat([table, table, rest], dim=1).unsqueeze(1)
-    return inputs.extra[key]

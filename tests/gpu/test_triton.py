@@ -157,11 +157,22 @@ def test_rows_of_any_head_dim_and_rope(fmt: str, head_dim: int, rope: int, token
     rows_agree(torch.bfloat16, fmt, head_dim, rope, tokens)
 
 
-def rows_agree(dtype: torch.dtype, fmt: str, head_dim: int, rope: int, tokens: int) -> None:
+@EACH_DTYPE
+@pytest.mark.parametrize(
+    ("fmt", "head_dim", "rope"), [("16", 128, 128), ("8", 64, 0), ("4 rotated", 128, 128), ("k8v4", 80, 32), ("fp8", 96, 96), ("4 rotated", 256, 64)]
+)
+def test_centres_leave_rotary_keys(dtype: torch.dtype, fmt: str, head_dim: int, rope: int) -> None:
+    for tokens in (1, 333):
+        rows_agree(dtype, fmt, head_dim, rope, tokens, center=40.0)
+
+
+def rows_agree(dtype: torch.dtype, fmt: str, head_dim: int, rope: int, tokens: int, center: float = 0.0) -> None:
     """q, k and v in place as the reference leaves them, and the cache exactly what `quantise_rows` makes of k and v."""
     shape = Shape(8, 2, head_dim, 64, dtype, "cuda")
     qkv, layer, (cos, sin, factor, slots) = qkv_case(FORMATS[fmt], shape, tokens, rope)
     wanted, other = qkv.clone(), qkv_case(FORMATS[fmt], shape, tokens, rope)[1]
+    if center:
+        layer, other = (replace(x, key_center=center * numbers(replace(shape, dtype=torch.float32), 9, shape.kv_heads, head_dim)) for x in (layer, other))
     TRITON.rope_write_kv(*parts(shape, qkv), cos, sin, factor, layer, slots)
     REFERENCE.rope_write_kv(*parts(shape, wanted), cos, sin, factor, other, slots)
     if FORMATS[fmt].rotated:

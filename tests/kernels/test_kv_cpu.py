@@ -3,6 +3,8 @@ a row's bits depend on nothing but its own sequence. Unwritten slots hold random
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,13 +71,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 # ---- rope_write_kv
 
 
-def written(kernels: Kernels, fmt: KVFormat, head_dim: int, dtype: torch.dtype, poison: int | None = None) -> tuple[Tensor, KVLayer, Tensor]:
-    """qkv [9, 8, D] after a call, the cache, and the slots; token `poison` has a NaN in its last KV head's key."""
+def written(
+    kernels: Kernels, fmt: KVFormat, head_dim: int, dtype: torch.dtype, poison: int | None = None, center: Tensor | None = None
+) -> tuple[Tensor, KVLayer, Tensor]:
+    """qkv [9, 8, D] after a call, the cache, and the slots; token `poison` has a NaN in its last KV head's key. `center` float32 [2, D] leaves the keys."""
     tokens, heads, kv_heads, block_size = 9, 4, 2, 7
     qkv = 3 * make(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype) + 1
     if poison is not None:
         qkv[poison, heads + kv_heads - 1, 3] = float("nan")
     layer = fmt.layer(torch.zeros(fmt.layer_bytes(5, kv_heads, block_size, head_dim, dtype), dtype=torch.uint8), 5, kv_heads, block_size, head_dim, dtype)
+    layer = replace(layer, key_center=center)
     slots = torch.randperm(5 * block_size, generator=torch.Generator().manual_seed(3))[:tokens]
     angles = make(tokens, head_dim // 4, seed=1) * 3
     q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
@@ -96,12 +101,36 @@ def test_rows_are_rotated_as_the_reference_does_and_stored_as_quantise_rows_says
     qkv, layer, slots = written(kernels, fmt, head_dim, dtype)
     wanted, _, _ = written(REFERENCE, fmt, head_dim, dtype)
     assert_close(qkv, wanted, 1e-6 if dtype is torch.float32 else 2**-8)
+    assert_stored(qkv, layer, slots, fmt)
+
+
+def assert_stored(qkv: Tensor, layer: KVLayer, slots: Tensor, fmt: KVFormat) -> None:
+    """The cache holds k and v as they are in qkv now, exactly."""
     for heads, rows, scales, width in ((slice(4, 6), layer.key, layer.key_scales, fmt.key), (slice(6, 8), layer.value, layer.value_scales, fmt.value)):
         if scales is None:
             assert torch.equal(rows_at(rows, slots), qkv[:, heads])
             continue
         numbers, pairs = quantise_rows(qkv[:, heads], width)
         assert torch.equal(rows_at(rows, slots), numbers) and torch.equal(rows_at(scales, slots), pairs)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(("policy", "head_dim"), [*((p, d) for p in ("16", "8", "4 rotated", "k16v4") for d in (16, 20, 64, 80, 256)), ("16", 320)])
+def test_centres_leave_rotary_keys_and_nothing_else_as_in_the_reference(kernels: Kernels, dtype: torch.dtype, policy: str, head_dim: int) -> None:
+    fmt, center = POLICIES.get(policy, KVFormat()), 40 * make(2, head_dim, seed=8)
+    qkv, layer, slots = written(kernels, fmt, head_dim, dtype, center=center)
+    wanted, _, _ = written(REFERENCE, fmt, head_dim, dtype, center=center)
+    assert_close(qkv[:, 4:6], wanted[:, 4:6], 1e-6 if dtype is torch.float32 else 2**-8)
+    assert_stored(qkv, layer, slots, fmt)
+    without, _, _ = written(kernels, fmt, head_dim, dtype)
+    assert torch.equal(qkv[:, :4], without[:, :4]) and torch.equal(qkv[:, 6:], without[:, 6:])
+    assert ((without - qkv)[:, 4:6].float().abs().amax(-1) > 20).all()
+
+
+def test_centres_with_gaps_go_to_the_reference(best_build: NativeBuild) -> None:
+    center, fmt = make(64, 2, seed=8).t(), POLICIES["4 rotated"]
+    found, wanted = (written(chosen, fmt, 64, torch.float32, center=center) for chosen in (native_kernels(best_build, 1), REFERENCE))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1].key, wanted[1].key)
 
 
 @EACH_POLICY

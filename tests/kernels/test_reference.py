@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels import reference
 from lmdeploy.kernels.reference import REFERENCE
-from lmdeploy.kv_layer import KVLayer
+from lmdeploy.kv_layer import KVLayer, rotation_matrix
 
 Tensor = torch.Tensor
 
@@ -160,6 +161,48 @@ def test_rope_write_kv_turns_pairs_scales_queries_and_fills_the_slots(device: st
         assert torch.equal(caches[1][block, 0, offset].cpu(), before[t, heads + 1])
     untouched = [s for s in range(24) if s not in slots.tolist()]
     assert all(not caches[0][s // 4, :, s % 4].any() for s in untouched)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("rotary", [20, 12, 0])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rope_write_kv_takes_the_centre_from_rotary_keys_before_they_are_rounded(device: str, dtype: torch.dtype, rotary: int, rotated: bool) -> None:
+    """A bias of 100 would leave bfloat16 keys steps of a half; less their centre they are as fine as others."""
+    tokens, dim = 5, 20
+    q, k, v = (make(tokens, heads, dim, dtype=dtype, device=device, seed=i) for i, heads in enumerate((3, 2, 2)))
+    before, values, queries = k.cpu().clone(), v.clone(), q.clone()
+    angles = make(tokens, rotary // 2, dtype=torch.float32, device=device, seed=3) * 3
+    center = (make(2, dim, dtype=torch.float32, device=device, seed=4) + torch.tensor([[100.0], [-100.0]], device=device)).contiguous()
+    caches = [torch.zeros(1, 2, 8, dim, dtype=dtype, device=device) for _ in range(2)]
+    matrix = rotation_matrix(dim) if rotated else None
+    layer = KVLayer(*caches, key_center=center, rotation=matrix.to(device) if matrix is not None else None)
+    REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), None, layer, torch.arange(tokens, device=device))
+    for t in range(tokens):
+        for h in range(2):
+            wanted = naive_rotate(before[t, h], angles[t].cos().cpu(), angles[t].sin().cpu()) - center[h].double().cpu()
+            wanted = wanted.to(dtype).double() @ matrix.double() if matrix is not None else wanted
+            torch.testing.assert_close(k[t, h].double().cpu(), wanted, rtol=0, atol=4 * TOLERANCE[dtype] * float(wanted.abs().max()))
+    assert torch.equal(caches[0][0, :, :tokens].transpose(0, 1), k)
+    same = [x.clone() for x in (queries, before.to(device), values)]
+    REFERENCE.rope_write_kv(*same, angles.cos(), angles.sin(), None, replace(layer, key_center=None), torch.arange(tokens, device=device))
+    assert torch.equal(q, same[0]) and torch.equal(v, same[2]) and not torch.allclose(k, same[1], atol=10), "queries and values have no centre"
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_attention_does_not_see_a_centre(device: str, window: int) -> None:
+    """Exact for any vector: all scores of a query fall by its product with the centre, and softmax knows differences only."""
+    tokens, dim, outs = 9, 16, []
+    for size in (0.0, 5.0):
+        q, k, v = (make(tokens, heads, dim, dtype=torch.float32, device=device, seed=i) for i, heads in enumerate((4, 2, 2)))
+        angles = make(tokens, dim // 2, dtype=torch.float32, device=device, seed=3)
+        center = size * make(2, dim, dtype=torch.float32, device=device, seed=4)
+        layer = KVLayer(*(torch.zeros(3, 2, 4, dim, device=device) for _ in range(2)), key_center=center)
+        REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), None, layer, torch.arange(tokens, device=device))
+        counts = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, tokens], [tokens], [[0, 1, 2]])]
+        meta = AttentionMeta(*counts, torch.arange(tokens, device=device), [tokens], [tokens], 0)
+        outs.append(torch.empty(tokens, 4 * dim, device=device))
+        REFERENCE.attention(q, k, v, layer, meta, dim**-0.5, window, outs[-1])
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=2e-5)
 
 
 def naive_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:

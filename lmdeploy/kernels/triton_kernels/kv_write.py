@@ -1,4 +1,4 @@
-"""`rope_write_kv` in one launch: rotate queries and keys, turn them into the cache's rotation, quantise, scatter.
+"""`rope_write_kv` in one launch: rotate queries and keys, centre keys, turn them into the cache's rotation, quantise, scatter.
 
 A program works on 16 rows, a row being one head of one token, all of q, of k or of v: rows are counted over tokens and heads, so that few heads
 fill a program too. All arithmetic is float32 with one rounding to the activations' type where the reference rounds; nothing depends on the batch.
@@ -64,11 +64,11 @@ def _store_row(
 
 @triton.jit
 def _prepare(
-    x_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, factor_ptr: tl.tensor, rotation_ptr: tl.tensor, token: tl.tensor, head: tl.tensor,
-    live: tl.tensor, x_stride: tl.tensor, x_head_stride: tl.tensor, angle_stride: tl.tensor,
-    ROPE_HALF: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+    x_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, factor_ptr: tl.tensor, center_ptr: tl.tensor, rotation_ptr: tl.tensor,
+    token: tl.tensor, head: tl.tensor, live: tl.tensor, x_stride: tl.tensor, x_head_stride: tl.tensor, angle_stride: tl.tensor,
+    ROPE_HALF: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Rotate and turn rows in place; their two halves [n, P] as stored, in float32."""
+    """Rotate, centre and turn rows in place; their two halves [n, P] as stored, in float32."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     dim = tl.arange(0, PADDED)[None, :]
     mask = live[:, None] & (dim < HALF)
@@ -79,11 +79,14 @@ def _prepare(
     if SCALED:
         factor = tl.load(factor_ptr + token, mask=live, other=1.0)[:, None]
         lo, hi = lo * factor, hi * factor
+    if CENTRED:
+        center = center_ptr + (head * (2 * HALF))[:, None] + dim
+        lo, hi = lo - tl.load(center, mask=mask, other=0.0), hi - tl.load(center + HALF, mask=mask, other=0.0)
     lo, hi = lo.to(DTYPE), hi.to(DTYPE)
     if ROTATED:
         new_lo, new_hi = turned(lo.to(tl.float32), hi.to(tl.float32), rotation_ptr, HALF, PADDED)
         lo, hi = new_lo.to(DTYPE), new_hi.to(DTYPE)
-    if SCALED or ROTATED or ROPE_HALF > 0:
+    if SCALED or CENTRED or ROTATED or ROPE_HALF > 0:
         tl.debug_barrier()  # every thread has read its partners before any row changes
         tl.store(row_ptr + dim, lo, mask=mask)
         tl.store(row_ptr + dim + HALF, hi, mask=mask)
@@ -99,12 +102,12 @@ def _cache_row(slots_ptr: tl.tensor, token: tl.tensor, head: tl.tensor, live: tl
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_write_kernel(
-    q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, factor_ptr: tl.tensor, rotation_ptr: tl.tensor,
-    slots_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor, tokens: tl.tensor,
-    q_stride: tl.tensor, q_head_stride: tl.tensor, k_stride: tl.tensor, k_head_stride: tl.tensor, v_stride: tl.tensor, v_head_stride: tl.tensor,
-    angle_stride: tl.tensor,
-    QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, ROPE_HALF: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, factor_ptr: tl.tensor, center_ptr: tl.tensor,
+    rotation_ptr: tl.tensor, slots_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
+    tokens: tl.tensor, q_stride: tl.tensor, q_head_stride: tl.tensor, k_stride: tl.tensor, k_head_stride: tl.tensor, v_stride: tl.tensor,
+    v_head_stride: tl.tensor, angle_stride: tl.tensor,
+    QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, ROPE_HALF: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr,
+    ROTATED: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """The first programs take the rows of q, the next those of k, the last those of v."""
     program = tl.program_id(0)
@@ -113,23 +116,23 @@ def _rope_write_kernel(
     if program < query_tiles:
         row = program * BLOCK + place
         _prepare(
-            q_ptr, cos_ptr, sin_ptr, factor_ptr, rotation_ptr, row // QUERY_HEADS, row % QUERY_HEADS, row < tokens * QUERY_HEADS,
-            q_stride, q_head_stride, angle_stride, ROPE_HALF, SCALED, ROTATED, HALF, PADDED,
+            q_ptr, cos_ptr, sin_ptr, factor_ptr, center_ptr, rotation_ptr, row // QUERY_HEADS, row % QUERY_HEADS, row < tokens * QUERY_HEADS,
+            q_stride, q_head_stride, angle_stride, ROPE_HALF, SCALED, False, ROTATED, HALF, PADDED,
         )  # fmt: skip
     elif program < query_tiles + kv_tiles:
         row = (program - query_tiles) * BLOCK + place
         token, head, live = row // KV_HEADS, row % KV_HEADS, row < tokens * KV_HEADS
         lo, hi = _prepare(
-            k_ptr, cos_ptr, sin_ptr, factor_ptr, rotation_ptr, token, head, live,
-            k_stride, k_head_stride, angle_stride, ROPE_HALF, False, ROTATED, HALF, PADDED,
+            k_ptr, cos_ptr, sin_ptr, factor_ptr, center_ptr, rotation_ptr, token, head, live,
+            k_stride, k_head_stride, angle_stride, ROPE_HALF, False, CENTRED, ROTATED, HALF, PADDED,
         )  # fmt: skip
         _store_row(lo, hi, key_ptr, key_scales_ptr, _cache_row(slots_ptr, token, head, live, KV_HEADS, SLOTS), live, KEY_WIDTH, HALF, PADDED)
     else:
         row = (program - query_tiles - kv_tiles) * BLOCK + place
         token, head, live = row // KV_HEADS, row % KV_HEADS, row < tokens * KV_HEADS
         lo, hi = _prepare(
-            v_ptr, cos_ptr, sin_ptr, factor_ptr, rotation_ptr, token, head, live,
-            v_stride, v_head_stride, angle_stride, 0, False, ROTATED, HALF, PADDED,
+            v_ptr, cos_ptr, sin_ptr, factor_ptr, center_ptr, rotation_ptr, token, head, live,
+            v_stride, v_head_stride, angle_stride, 0, False, False, ROTATED, HALF, PADDED,
         )  # fmt: skip
         _store_row(lo, hi, value_ptr, value_scales_ptr, _cache_row(slots_ptr, token, head, live, KV_HEADS, SLOTS), live, VALUE_WIDTH, HALF, PADDED)
 
@@ -150,17 +153,17 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_s
     kv_heads = k.shape[1]
     assert head_dim % 2 == 0 and q.stride(2) == k.stride(2) == v.stride(2) == 1, "rows of an even number of contiguous dims"
     assert cos.stride(0) == sin.stride(0) and cos.stride(1) == sin.stride(1) == 1
-    assert kv.key.is_contiguous() and kv.value.is_contiguous()
+    assert kv.key.is_contiguous() and kv.value.is_contiguous() and (kv.key_center is None or kv.key_center.is_contiguous())
     if tokens == 0:
         return
     unused = cos  # stands for a tensor that this variant never reads
     grid = (triton.cdiv(tokens * heads, BLOCK) + 2 * triton.cdiv(tokens * kv_heads, BLOCK),)
     _rope_write_kernel[grid](
-        q, k, v, cos, sin, q_scale if q_scale is not None else unused, kv.rotation if kv.rotation is not None else unused,
-        slot_mapping, as_bytes(kv.key), kv.key_scales if kv.key_scales is not None else unused,
+        q, k, v, cos, sin, q_scale if q_scale is not None else unused, kv.key_center if kv.key_center is not None else unused,
+        kv.rotation if kv.rotation is not None else unused, slot_mapping, as_bytes(kv.key), kv.key_scales if kv.key_scales is not None else unused,
         as_bytes(kv.value), kv.value_scales if kv.value_scales is not None else unused, tokens,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos.stride(0),
-        QUERY_HEADS=heads, KV_HEADS=kv_heads, SLOTS=kv.key.shape[2], ROPE_HALF=cos.shape[1], SCALED=q_scale is not None, ROTATED=kv.rotation is not None,
-        KEY_WIDTH=kv.key_width, VALUE_WIDTH=kv.value_width, HALF=head_dim // 2, PADDED=padded_half(head_dim), BLOCK=BLOCK,
+        QUERY_HEADS=heads, KV_HEADS=kv_heads, SLOTS=kv.key.shape[2], ROPE_HALF=cos.shape[1], SCALED=q_scale is not None, CENTRED=kv.key_center is not None,
+        ROTATED=kv.rotation is not None, KEY_WIDTH=kv.key_width, VALUE_WIDTH=kv.value_width, HALF=head_dim // 2, PADDED=padded_half(head_dim), BLOCK=BLOCK,
         num_warps=4 if head_dim <= 128 else 8, enable_fp_fusion=False,
     )  # fmt: skip

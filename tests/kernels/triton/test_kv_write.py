@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,6 +73,26 @@ def test_any_head_dim(head_dim: int, with_factor: bool) -> None:
     written(REFERENCE.rope_write_kv, empty_layer(FORMATS["k8v4"], head_dim, torch.float32), wanted, head_dim, with_factor)
     assert error(qkv, wanted) <= TOLERANCE[torch.float32]
     assert_stored(layer, qkv, slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "head_dim", "rope"), [("16", 16, 16), ("16", 80, 0), ("8", 20, 12), ("4 rotated", 80, 32), ("4 rotated", 64, 64), ("k16v4", 96, 96)]
+)
+def test_centres_leave_rotary_keys_and_nothing_else(dtype: torch.dtype, fmt: str, head_dim: int, rope: int) -> None:
+    before = 3 * numbers(Shape(1, 1, 1, dtype=dtype), 1, TOKENS, HEADS + 2 * KV_HEADS, head_dim) + 1
+    layer = replace(empty_layer(FORMATS[fmt], head_dim, dtype), key_center=40 * numbers(Shape(1, 1, 1), 9, KV_HEADS, head_dim))
+    qkv, wanted, without = before.clone(), before.clone(), before.clone()
+    slots = written(kv_write.rope_write_kv, layer, qkv, rope)
+    written(REFERENCE.rope_write_kv, replace(empty_layer(FORMATS[fmt], head_dim, dtype), key_center=layer.key_center), wanted, rope)
+    assert error(qkv, wanted) <= TOLERANCE[dtype]
+    if dtype is torch.float32 and not FORMATS[fmt].rotated:
+        assert torch.equal(qkv, wanted)
+    assert_stored(layer, qkv, slots)
+    written(kv_write.rope_write_kv, empty_layer(FORMATS[fmt], head_dim, dtype), without, rope)
+    keys = slice(HEADS, HEADS + KV_HEADS)
+    assert torch.equal(qkv[:, :HEADS], without[:, :HEADS]) and torch.equal(qkv[:, keys.stop :], without[:, keys.stop :])
+    assert ((without - qkv)[:, keys].float().abs().amax(-1) > 20).all()
 
 
 @pytest.mark.parametrize("fmt", ["8", "4", "fp8"])
