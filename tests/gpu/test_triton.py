@@ -176,7 +176,7 @@ def rows_agree(dtype: torch.dtype, fmt: str, head_dim: int, rope: int, tokens: i
     TRITON.rope_write_kv(*parts(shape, qkv), cos, sin, factor, layer, slots)
     REFERENCE.rope_write_kv(*parts(shape, wanted), cos, sin, factor, other, slots)
     if FORMATS[fmt].rotated:
-        assert error(qkv, wanted) <= (2e-6 if dtype is torch.float32 else 2**-8 if dtype is torch.bfloat16 else 2**-10)  # rope, then rotation: two roundings
+        assert error(qkv, wanted) <= (2e-6 if dtype is torch.float32 else 2**-7 if dtype is torch.bfloat16 else 2**-10)  # rope, then rotation: two roundings
     else:
         assert torch.equal(qkv, wanted), "the rope rounds where the reference does"
     stored = ((layer.key, layer.key_scales, layer.key_width), (layer.value, layer.value_scales, layer.value_width))
