@@ -2,7 +2,9 @@
 
 Qwen2 and 2.5 have key biases a hundred times as large as all else in a key; 4-bit numbers that must span them see nothing else (and 8-bit ones little). Where the
 rope turns slowly such a bias is nearly the same vector for every token, and a vector common to all keys of a sequence is invisible to softmax: it shifts all scores of
-a query alike. So it is measured on the start-up text and `rope_write_kv` subtracts it; a poor centre costs accuracy of storage, never exactness.
+a query alike. So it is measured on the start-up text and `rope_write_kv` subtracts it wherever that lessens the error of storage on that text. A poor centre costs
+accuracy of storage, never exactness. Mean KL of int4 on four texts without and with: embedded model 0.022 to 0.053, 0.018 to 0.044 (2 of its 10 layers have no
+centre); stories260K 0.37 to 0.55, 0.10 to 0.25; the embedded model with biases of 100: 1.6 to 1.7, 0.02 to 0.06.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from lmdeploy.kernels.kv_quant import dequantise_rows, quantise_rows
 from lmdeploy.kv_layer import KVFormat, rotation_matrix
 
 Tensor = torch.Tensor
-#: A layer's keys are centred where that leaves at most this share of the squared quantisation error: elsewhere its few operations a step are not worth it.
-WORTHWHILE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def key_centers(sample: KeySample, format: KVFormat, horizon: int) -> tuple[Tens
     centers: list[Tensor | None] = []
     for keys in sample.keys:
         center = common_key(keys, sample.cos, sample.sin, horizon)
-        gains = storage_error(keys - center, format) <= WORTHWHILE * storage_error(keys, format)
+        gains = storage_error(keys - center, format) < storage_error(keys, format)
         centers.append(center if gains else None)
     return tuple(centers) if any(c is not None for c in centers) else ()
 

@@ -15,7 +15,7 @@ import torch
 
 from lmdeploy import TurbomindEngineConfig, pipeline
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.key_centers import KeySample, common_key, key_centers
+from lmdeploy.engine.key_centers import KeySample, common_key, key_centers, storage_error
 from lmdeploy.engine.kv_cache import FORMATS, KVLayout
 from lmdeploy.engine.quality import MAX_KL, MAX_RISE, Probe, Reading, describe, examine, judge, spread_ids, startup_text, text_ids
 from lmdeploy.engine.start import build_engine
@@ -115,13 +115,15 @@ def cost(read: list[Window], layout: KVLayout) -> tuple[float, KVScore]:
 # ------------------------------------------------------------------ accuracy on a trained model
 
 
-@pytest.mark.parametrize(("policy", "rise", "divergence"), [(8, 1.002, 0.0004), ("k8v4", 1.008, 0.0065), (4, 1.025, 0.036)])
+@pytest.mark.parametrize(("policy", "rise", "divergence"), [(8, 1.005, 0.0003), ("k8v4", 1.008, 0.0065), (4, 1.03, 0.032)])
 def test_policies_keep_the_embedded_model_near_16_bit(
     embedded: Decoder, read_by_embedded: list[Window], policy: int | str, rise: float, divergence: float
 ) -> None:
-    """Measured on these 2,044 tokens: ratios of perplexity 0.999, 1.005, 1.009 (known to 0.001, 0.004, 0.009), mean KL 0.0002, 0.0045, 0.028 (to 5 %).
+    """Measured on these 2,044 tokens: ratios of perplexity 1.0027, 1.002, 1.019 (known to 0.001, 0.003, 0.008), mean KL 0.00019, 0.0048, 0.0244.
 
-    On 8,176 tokens of each: chat text 0.9997, 1.003, 1.004, stories 0.9996, 1.004, 1.021; without rotation 4 has 1.026 and 1.035. The issue's bars are 1.005, 1.01, 1.03.
+    On 8,176 tokens of each: chat text 1.0006, 1.002, 1.008 (known to 0.0003, 0.0016, 0.0034), KL 0.00016, 0.0053, 0.0242; stories 1.0003, 1.003, 1.014, KL 0.00018,
+    0.0074, 0.0278. Without centres KL is 0.00019, 0.0053, 0.0290 and 0.00021, 0.0073, 0.0313. The issue's bars are 1.005, 1.01, 1.03: these ratios are too noisy for
+    closer ones, what tells policies apart is KL.
     """
     ratio, score = cost(read_by_embedded, layout_of(embedded, FORMATS[policy]))
     assert ratio < rise and score.mean_kl < divergence
@@ -243,10 +245,18 @@ def test_what_leaves_the_cached_keys_is_the_centre_itself(tmp_path: Path, change
 
 
 def test_layers_that_gain_nothing_have_no_centre(embedded: Decoder, outliers: Decoder) -> None:
-    assert layout_of(embedded, FORMATS[4]).key_centers == ()
+    sample = probe(embedded, text_ids(EMBEDDED, 5120, 256)[0]).read().sample
+    assert sample is not None
+    gains = []
+    for keys in sample.keys:
+        center = common_key(keys, sample.cos, sample.sin, 2048)
+        gains.append(storage_error(keys - center, FORMATS[4]) < storage_error(keys, FORMATS[4]))
+    assert [c is not None for c in key_centers(sample, FORMATS[4], 2048)] == gains and 4 < sum(gains) < 10, "measured: 8 of 10, by 1 % to 19 %"
     centers = layout_of(outliers, FORMATS[4]).key_centers
     assert len(centers) == 10 and all(c is not None for c in centers)
     assert layout_of(outliers, PLAIN).key_centers == ()
+    opposite = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, -1.0] * 10 + [1.0]).view(-1, 1, 1)
+    assert key_centers(KeySample([opposite], torch.ones(21, 4), torch.zeros(21, 4)), FORMATS[4], 64) == (), "nothing in common"
 
 
 # ------------------------------------------------------------------ the measurement

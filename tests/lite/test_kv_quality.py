@@ -1,7 +1,7 @@
 """The bars of KV cache quality on a real trained model: a change that makes a policy worse by more than the noise of this text fails here.
 
-Measured on 2026-11-21 in bfloat16 on these 4,096 tokens, as change of perplexity with its standard error, and KL in nats: int8 -0.02 +- 0.07 %, 0.00036;
-k8v4 -0.43 +- 0.19 %, 0.0030; int4 +0.12 +- 0.49 %, 0.0172; int4 without rotation +2.8 +- 0.7 %, 0.0335. The bounds of KL stand 1.5 times above.
+Measured on 2026-11-21 in bfloat16 on these 4,096 tokens, as change of perplexity with its standard error, and KL in nats: int8 -0.07 +- 0.05 %, 0.00028;
+k8v4 -0.25 +- 0.20 %, 0.0031; int4 +1.1 +- 0.5 %, 0.0166; int4 without rotation +2.8 +- 0.7 %, 0.0335. The bounds of KL stand 1.5 times above.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def kl(scores: Scores) -> float:
     return scores.kl
 
 
-@pytest.mark.parametrize(("policy", "percent", "nats"), [("8", 0.5, 0.0006), ("k8v4", 1.0, 0.0045), ("4", 3.0, 0.026)])
+@pytest.mark.parametrize(("policy", "percent", "nats"), [("8", 0.5, 0.00042), ("k8v4", 1.0, 0.0046), ("4", 3.0, 0.025)])
 def test_a_quantised_cache_keeps_perplexity_and_distribution(scores: dict[str, Scores], policy: str, percent: float, nats: float) -> None:
     found = scores[policy]
     assert found.ratio is not None and found.ratio_se is not None
