@@ -7,7 +7,7 @@ the pool is uninitialised memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -44,19 +44,28 @@ def dequantise_w4(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.d
     return grouped.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
 
 
+def _row_parts(x: Tensor, rows: int) -> Iterator[slice]:
+    """The rows of a weight [N, K] in runs of at most DEQUANTISE_LIMIT numbers."""
+    step = max(1, DEQUANTISE_LIMIT // x.shape[1])
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _multiply_parts(product: Linear, x: Tensor, weight: Callable[[slice], Tensor], bias: Tensor | None, out: Tensor) -> None:
+    """`product` with a weight of which only some rows are written out at a time: `weight(rows)` makes them."""
+    for part in _row_parts(x, out.shape[1]):
+        whole = part.stop - part.start == out.shape[1]
+        result = out if whole else out.new_empty(out.shape[0], part.stop - part.start)
+        product(x, weight(part), bias[part] if bias is not None else None, result)
+        if not whole:
+            out[:, part] = result
+
+
 def dequantising(product: Linear) -> LinearW4:
     """`linear_w4` by a dense product of weights that are written out in the type of x, a bounded number of rows at a time."""
 
     def run(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        rows = qweight.shape[0]
-        step = max(1, DEQUANTISE_LIMIT // x.shape[1])
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            weight = dequantise_w4(qweight[part], scales[part], zeros[part], x.dtype)
-            result = out if step >= rows else out.new_empty(out.shape[0], weight.shape[0])
-            product(x, weight, bias[part] if bias is not None else None, result)
-            if result is not out:
-                out[:, part] = result
+        _multiply_parts(product, x, lambda rows: dequantise_w4(qweight[rows], scales[rows], zeros[rows], x.dtype), bias, out)
 
     return run
 
@@ -73,15 +82,7 @@ def dequantising_w8(product: Linear) -> LinearW8:
     """`linear_w8` by a dense product of weights that are written out in the type of x, a bounded number of rows at a time."""
 
     def run(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        rows = qweight.shape[0]
-        step = max(1, DEQUANTISE_LIMIT // x.shape[1])
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            weight = dequantise_w8(qweight[part], scales[part], x.dtype)
-            result = out if step >= rows else out.new_empty(out.shape[0], weight.shape[0])
-            product(x, weight, bias[part] if bias is not None else None, result)
-            if result is not out:
-                out[:, part] = result
+        _multiply_parts(product, x, lambda rows: dequantise_w8(qweight[rows], scales[rows], x.dtype), bias, out)
 
     return run
 
@@ -102,10 +103,8 @@ def quantise_activations(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = (xq @ qweight.T) * sx * scales + bias. x [T, K], qweight [N, K], scales float32 [N, 1]; sums in float64, exact for int8."""
     numbers, scale = quantise_activations(x, qweight.dtype)
-    rows, numbers = qweight.shape[0], numbers.double()
-    step = max(1, DEQUANTISE_LIMIT // x.shape[1])
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    numbers = numbers.double()
+    for part in _row_parts(x, qweight.shape[0]):
         sums = (numbers @ qweight[part].double().t()).float().mul_(scale).mul_(scales[part].view(1, -1))
         out[:, part] = sums if bias is None else sums.add_(bias[part].float())
 
