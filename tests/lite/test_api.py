@@ -72,7 +72,8 @@ def test_perplexity_is_measured_and_within_five_percent(reports: dict[str, Repor
     before, after = reports[mode].perplexity_before, reports[mode].perplexity_after
     assert before is not None
     assert after is not None
-    assert 1 < after < 1.05 * before and after != before  # on so little text a copy may be ahead by chance
+    assert mode == "search" or before < after  # searched weights are so near that on little text chance decides; KL tells (test_quality.py)
+    assert after != before and after < 1.05 * before
 
 
 @pytest.mark.parametrize("mode", ["search", "fixed"])
