@@ -39,7 +39,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 #: not part of the layers: the door itself
 DOOR = {"__init__.py", "__main__.py"}
 #: packages that may be missing, and so may be imported where they are used
-OPTIONAL = {"gradio", "ray", "readline", "triton"}
+OPTIONAL = {"gradio", "opentelemetry", "ray", "readline", "triton"}
 MAX_FILE, MAX_FUNCTION, MAX_LINE = 500, 60, 180
 
 
