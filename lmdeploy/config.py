@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lmdeploy.errors import ConfigError, RequestError
+from lmdeploy.grammar import Grammar, check_grammar, grammar_of
 from lmdeploy.log import get_logger
 
 C = TypeVar("C")
@@ -414,7 +415,8 @@ class GenerationConfig(_Checked):
     include_stop_str_in_output: bool = option(False, "keep the stop word in the text")
     output_logits: str | None = option(None, "return raw logits", choices=("all", "generation"))
     output_last_hidden_state: str | None = option(None, "return the last hidden state", choices=("all", "generation"))
-    response_format: dict[str, Any] | None = option(None, "constrain the answer's form")
+    response_format: dict[str, Any] | None = option(None, "form of the answer: {'type': 'json_object'}, json_schema, regex_schema, ebnf or choice", flag=False)
+    grammar: Grammar | None = option(None, "the same as a Grammar, for callers inside lmdeploy", flag=False)
     logits_processors: list[Any] | None = option(None, "callables on logits")
     repetition_ngram_size: int = option(0, "stop when the last n-gram repeats (0 = off)", check=at_least(0))
     repetition_ngram_threshold: int = option(0, "how often it must repeat (0 = off)", check=at_least(0))
@@ -424,9 +426,12 @@ class GenerationConfig(_Checked):
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or token < 0 or not _is_number(bias) or not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias[{token!r}]={bias!r}: ids are whole numbers >= 0, values in [-100, 100]", param="logit_bias")
-        for name in ("response_format", "logits_processors", "repetition_ngram_size", "repetition_ngram_threshold"):
-            value = getattr(self, name)
-            if value and value != {"type": "text"}:
+        if self.grammar is not None:
+            check_grammar(self.grammar)
+        if grammar_of(self.response_format) is not None and self.grammar is not None:
+            raise RequestError("response_format and grammar exclude each other; give one", param="response_format")
+        for name in ("logits_processors", "repetition_ngram_size", "repetition_ngram_threshold"):
+            if getattr(self, name):
                 raise RequestError(f"{name} is not available in this version of lmdeploy; leave it out", param=name, code="unsupported")
 
     @property

@@ -27,6 +27,7 @@ from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from lmdeploy.engine.client import EngineClient, weak_listener
 from lmdeploy.errors import CheckpointError, EngineError, RequestError
+from lmdeploy.grammar import Grammar, grammar_of
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
@@ -265,6 +266,7 @@ class Frontend:
             prompt_logprobs=gen.prompt_logprobs,
             output_logits=gen.output_logits,  # type: ignore[arg-type]  # checked by its choices
             output_last_hidden_state=gen.output_last_hidden_state,  # type: ignore[arg-type]
+            grammar=_checked_grammar(gen),
         )
 
     def _bad_words(self, gen: GenerationConfig) -> tuple[tuple[int, ...], ...]:
@@ -472,6 +474,15 @@ def _start_client(folder: Path, config: EngineConfig, separate_process: bool) ->
     from lmdeploy.engine.start import build_engine
 
     return EngineThread(lambda: build_engine(folder, config))
+
+
+def _checked_grammar(gen: GenerationConfig) -> Grammar | None:
+    grammar = gen.grammar or grammar_of(gen.response_format)
+    if grammar is not None:
+        raise RequestError(
+            "response_format is not available in this version of lmdeploy; leave it out or send null", param="response_format", code="unsupported"
+        )
+    return grammar
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from lmdeploy.grammar import Grammar
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -38,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     output_logits: Literal["all", "generation"] | None = None  # raw float32 logits; in-process engines only
     output_last_hidden_state: Literal["all", "generation"] | None = None
+    grammar: Grammar | None = None  # checked; see engine/guided.py
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ import pytest
 
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError, RequestError
+from lmdeploy.grammar import Grammar
 
 
 def test_every_keyword_of_the_course_scripts_is_accepted() -> None:
@@ -115,7 +116,12 @@ def test_do_sample_unset_means_sample_if_a_sampling_value_was_given(options: dic
         ({"stop_words": [""]}, ["empty string"]),
         ({"repetition_penalty": 0}, ["repetition_penalty=0", "> 0"]),
         ({"logit_bias": {3: 1000.0}}, ["logit_bias[3]=1000.0", "[-100, 100]"]),
-        ({"response_format": {"type": "json_object"}}, ["response_format", "not available"]),
+        ({"response_format": {"type": "yaml"}}, ["response_format.type='yaml'", "json_schema"]),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, ["json_schema.schema"]),
+        ({"response_format": {"type": "regex_schema", "regex": "a"}}, ["response_format.regex is unknown", "regex_schema"]),
+        ({"response_format": {"type": "regex_schema", "regex_schema": "a" * 70_000}}, ["70000 bytes", "65536"]),
+        ({"response_format": {"type": "choice", "choice": ["a", ""]}}, ["choice", "empty"]),
+        ({"response_format": {"type": "json_object"}, "grammar": Grammar("regex", "a")}, ["response_format and grammar"]),
         ({"max_new_token": 3}, ["max_new_token", "max_new_tokens"]),
     ],
 )

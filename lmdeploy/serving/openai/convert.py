@@ -6,6 +6,7 @@ Order of sampling values: the request's, else the model's generation_config.json
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Any
@@ -35,7 +36,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -66,7 +66,33 @@ def generation_config(request: Sampling, defaults: dict[str, Any], **extra: Any)
     if request.stop:
         values["stop_words"] = [request.stop] if isinstance(request.stop, str) else request.stop
     values["max_new_tokens"] = _max_new_tokens(request)
+    values["response_format"] = response_format(request)
     return GenerationConfig(do_sample=True, **values)
+
+
+#: extra fields as other servers spell them -> type of a response_format, key of its value
+_GUIDED = {"guided_json": ("json_schema", "json_schema"), "guided_regex": ("regex_schema", "regex_schema"), "guided_choice": ("choice", "choice"),
+           "guided_grammar": ("ebnf", "ebnf")}  # fmt: skip
+
+
+def response_format(request: Any) -> dict[str, Any] | None:
+    """The one form that a request asks of its answer, whichever field says so."""
+    given: list[dict[str, Any]] = [form] if (form := getattr(request, "response_format", None)) is not None else []
+    for name, (kind, key) in _GUIDED.items():
+        if (value := getattr(request, name, None)) is not None:
+            if name == "guided_json":
+                value = {"name": name, "schema": _schema(value)}
+            given.append({"type": kind, key: value})
+    if len(given) > 1:
+        raise RequestError("response_format and the guided_ fields exclude each other; give one", param="response_format")
+    return given[0] if given else None
+
+
+def _schema(value: dict[str, Any] | str) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"guided_json is not valid JSON: {e}", param="guided_json") from None
 
 
 def _max_new_tokens(request: Sampling) -> int | None:

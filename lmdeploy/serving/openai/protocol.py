@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lmdeploy.grammar import MAX_CHOICES
+
 MAX_TEXT = 16 << 20  # characters; the body limit is stricter
 MAX_NAME = 1024
 MAX_MESSAGES = 10_000
@@ -69,7 +71,17 @@ class StreamOptions(Body):
     continuous_usage_stats: Flag = None
 
 
-class Sampling(Body):
+class Guided(Body):
+    """The form of the answer: OpenAI's field, and the same as other servers spell it."""
+
+    response_format: Bag | None = None
+    guided_json: Bag | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(max_length=MAX_CHOICES)] | None = None
+    guided_grammar: Text | None = None
+
+
+class Sampling(Guided):
     """The sampling fields that chat and completions share; null = the model's or the library's default."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -105,7 +117,6 @@ class OpenAISampling(Sampling):
     metadata: Bag | None = None
     store: Flag = None
     service_tier: Name | None = None
-    response_format: Bag | None = None
     adapter_name: Name | None = None
 
 
