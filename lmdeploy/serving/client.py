@@ -86,19 +86,19 @@ class APIClient:
         except httpx.HTTPError as e:
             raise self._unreachable(e) from e
         if response.is_error:
-            raise _error(response.status_code, response.text)
-        return _object(response.text)
+            raise error_of(response.status_code, response.text)
+        return object_of(response.text)
 
     def _post(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             with self._http.stream("POST", path, json=body) as response:
                 if response.is_error:
-                    raise _error(response.status_code, response.read().decode("utf-8", "replace"))
+                    raise error_of(response.status_code, response.read().decode("utf-8", "replace"))
                 if not body.get("stream"):
-                    yield _object(response.read().decode())
+                    yield object_of(response.read().decode())
                     return
                 for line in response.iter_lines():
-                    item = _event(line)
+                    item = event_of(line)
                     if item is not None:
                         yield item
         except httpx.HTTPError as e:
@@ -108,18 +108,19 @@ class APIClient:
         return EngineError(f"no answer from {self.url}: {str(error) or type(error).__name__}; is the server running, and is the address right?")
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    """The JSON of one line of a stream (with or without `data:`); None for blanks and the end mark."""
+def event_of(line: str) -> dict[str, Any] | None:
+    """The JSON of one line of a stream (with or without `data:`); None for blanks, comments, other SSE fields and the end mark. Raises a server's error."""
     text = line.removeprefix("data:").strip()
-    if not text or text == "[DONE]":
+    if not text or text == "[DONE]" or text.startswith((":", "event:", "id:", "retry:")):
         return None
-    item = _object(text)
+    item = object_of(text)
     if "error" in item and item["error"]:
-        raise _error(500, text)
+        raise error_of(500, text)
     return item
 
 
-def _object(text: str) -> dict[str, Any]:
+def object_of(text: str) -> dict[str, Any]:
+    """The JSON object in a text; raises EngineError when there is none."""
     try:
         value = json.loads(text)
     except ValueError as e:
@@ -129,7 +130,8 @@ def _object(text: str) -> dict[str, Any]:
     return value
 
 
-def _error(status: int, text: str) -> Exception:
+def error_of(status: int, text: str) -> Exception:
+    """The exception for a server's error: its status and its body's text."""
     try:
         error = json.loads(text)["error"]
         message, code, param = str(error["message"]), error.get("code"), error.get("param")
