@@ -76,6 +76,13 @@ class Service:
             logger.info("%s", notice)
         return prepared
 
+    async def token_ids(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a text without a template, or checked ids, for requests that compute a prompt alone."""
+        self._log_prompt(prompt)
+        if len(prompt) < _LONG_PROMPT:
+            return self.frontend.encode_prompt(prompt, do_preprocess=False)
+        return await asyncio.to_thread(self.frontend.encode_prompt, prompt, do_preprocess=False)
+
     def _log_prompt(self, prompt: Prompt) -> None:
         if self.config.max_log_len:
             logger.info("prompt %r", str(prompt)[: self.config.max_log_len])

@@ -95,3 +95,76 @@ def test_the_answers_of_one_request_are_limited(server: RunningServer) -> None:
     reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 100, "n": 100, "max_tokens": 1})
     assert reply.status_code == 400
     assert "10000" in reply.json()["error"]["message"] and "512" in reply.json()["error"]["message"]
+
+
+def test_best_of_returns_the_likeliest_of_the_answers_that_n_would_give(client: OpenAI) -> None:
+    ask = {"temperature": 1.5, "top_p": 1.0, "seed": 11, "logprobs": 0, "max_tokens": 8}
+    every = complete(client, "Once upon a time", n=5, **ask).choices
+    ranked = sorted(every, key=lambda c: -sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs))
+    answer = complete(client, "Once upon a time", n=2, extra_body={"best_of": 5}, **ask)
+    assert [c.text for c in answer.choices] == [c.text for c in ranked[:2]]
+    assert [c.index for c in answer.choices] == [0, 1]
+    assert answer.usage.completion_tokens == sum(len(c.logprobs.tokens) for c in every), "all five were computed"
+    unasked = complete(client, "Once upon a time", n=2, extra_body={"best_of": 5}, **{**ask, "logprobs": None})
+    assert [c.text for c in unasked.choices] == [c.text for c in ranked[:2]] and unasked.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"best_of": 2, "n": 3}, ["best_of=2", "n=3"]),
+        ({"best_of": 3, "stream": True}, ["best_of", "streamed"]),
+        ({"best_of": 129}, ["best_of", "128"]),
+        ({"best_of": 100, "prompt": ["a"] * 6}, ["best_of=100", "600", "512"]),
+        ({"suffix": "the end"}, ["suffix", "not available"]),
+        ({"max_tokens": 0}, ["max_tokens=0", "echo"]),
+        ({"logprobs": 21}, ["logprobs", "20"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said(fields: dict[str, Any], words: list[str], server: RunningServer) -> None:
+    reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1, **fields})
+    assert reply.status_code == 400
+    assert all(word in reply.json()["error"]["message"] for word in words), reply.text
+
+
+def test_a_stream_with_echo_and_logprobs_adds_up_to_the_whole_answer(client: OpenAI) -> None:
+    ask = {"prompt": ["The sky is", "Hello"], "echo": True, "logprobs": 2, "n": 2}
+    whole = complete(client, **ask).choices
+    texts = dict.fromkeys(range(4), "")
+    parts: dict[int, dict[str, list[Any]]] = {i: {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []} for i in range(4)}
+    for chunk in complete(client, **ask, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            for name, values in parts[choice.index].items():
+                values += getattr(choice.logprobs, name) if choice.logprobs else []
+    for choice in whole:
+        assert texts[choice.index] == choice.text
+        for name, values in parts[choice.index].items():
+            assert values == getattr(choice.logprobs, name), name
+
+
+def test_text_offsets_point_into_the_echoed_text(client: OpenAI) -> None:
+    choice = complete(client, "The sky is", logprobs=0, echo=True).choices[0]
+    for token, offset in list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))[2:]:
+        assert choice.text[offset : offset + len(token)] == token
+
+
+def test_no_tokens_and_echo_score_the_prompt(client: OpenAI, server: RunningServer) -> None:
+    scored = complete(client, "The sky is blue.", max_tokens=0, echo=True, logprobs=1)
+    longer = complete(client, "The sky is blue.", max_tokens=3, echo=True, logprobs=1).choices[0].logprobs.token_logprobs
+    (choice,) = scored.choices
+    assert (choice.text, choice.finish_reason, scored.usage.completion_tokens) == ("The sky is blue.", "length", 0)
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(longer[1:-3], abs=1e-4)
+
+
+def test_every_chunk_can_carry_the_counts_so_far(client: OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [c.usage.completion_tokens for c in complete(client, "The sky is", stream=True, stream_options=options)]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 6
+
+
+def test_values_that_mean_nothing_are_accepted(server: RunningServer) -> None:
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "max_tokens", "logprobs", "echo", "best_of", "suffix", "seed", "user", "stream_options", "stop"))
+    reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": "a", **nothing, "max_completion_tokens": 1})
+    assert reply.status_code == 200, reply.text

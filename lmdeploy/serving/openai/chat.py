@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
-from lmdeploy.serving.openai.protocol import ChatRequest
+from lmdeploy.serving.openai.protocol import ChatRequest, StreamOptions
 from lmdeploy.serving.openai.stream import ChatChunks, stream_answer
 from lmdeploy.serving.service import Service, service_of
 
@@ -31,11 +31,15 @@ async def chat_completions(request: Request) -> Response:
         gen = convert.chat_config(body, service.defaults)
         prepared = await service.prepare(prompt, gen, do_preprocess=templated, template_kwargs=convert.template_kwargs(body))
         if body.stream:
-            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            options = body.stream_options or StreamOptions()
             chunks = ChatChunks(
-                service.model_name, prepared.n, include_usage=usage, tokenizer=service.frontend.tokenizer, token_ids=bool(body.return_token_ids)
+                service.model_name,
+                prepared.n,
+                include_usage=bool(options.include_usage),
+                tokenizer=service.frontend.tokenizer,
+                token_ids=bool(body.return_token_ids),
             )
-            chunks.top_logprobs = body.top_logprobs or 0
+            chunks.top_logprobs, chunks.continuous_usage = body.top_logprobs or 0, bool(options.continuous_usage_stats)
             return await stream_answer(request, service, service.increments(prepared), chunks, held.pop_all())
         answers = (await service.collect(request, [prepared]))[0]
     return JSONResponse(_completion(service, body, answers))

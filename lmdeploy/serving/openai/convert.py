@@ -42,7 +42,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "adapter_name": (),
     "suffix": ("",),
-    "best_of": (1,),
     "image_url": ([], ""),
 }
 
@@ -97,7 +96,7 @@ def _schema(value: dict[str, Any] | str) -> Any:
 
 def _max_new_tokens(request: Sampling) -> int | None:
     wanted = getattr(request, "max_completion_tokens", None)
-    return wanted if wanted is not None else getattr(request, "max_tokens", None)
+    return (wanted if wanted is not None else getattr(request, "max_tokens", None)) or None
 
 
 def chat_config(request: ChatRequest, defaults: dict[str, Any]) -> GenerationConfig:
@@ -109,10 +108,20 @@ def chat_config(request: ChatRequest, defaults: dict[str, Any]) -> GenerationCon
 
 
 def completion_config(request: CompletionRequest, defaults: dict[str, Any]) -> GenerationConfig:
-    """GenerationConfig of a completions request."""
-    prompt_logprobs = request.logprobs if request.echo else None
+    """GenerationConfig of a completions request; with best_of more answers than are asked for, and what ranks them."""
+    n, best_of = request.n or 1, request.best_of or 0
+    if best_of and best_of < n:
+        raise RequestError(f"best_of={best_of} is less than n={n}; it is the number of answers to choose n from", param="best_of")
+    if best_of > n and request.stream:
+        raise RequestError("best_of cannot be streamed: the best answer is known at the end; use n, or stream=false", param="best_of")
     return generation_config(
-        request, defaults, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs, random_seed=_seed(request.seed), logit_bias=_logit_bias(request)
+        request,
+        defaults,
+        n=max(n, best_of),
+        logprobs=0 if best_of > n and request.logprobs is None else request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+        random_seed=_seed(request.seed),
+        logit_bias=_logit_bias(request),
     )
 
 
@@ -236,12 +245,12 @@ def _token(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def completion_logprobs(ids: list[int], entries: list[dict[int, float] | None], top: int, tokenizer: Tokenizer, offset: int = 0) -> dict[str, Any]:
-    """The older form of /v1/completions; the first prompt token (echo) has no log-probability."""
+    """The older form of /v1/completions; the first prompt token (echo) has no log-probability. Tokens before the text (offset < 0) are at 0."""
     tokens, chosen, tops, offsets = [], [], [], []
     for token, entry in zip(ids, entries, strict=True):
         text = tokenizer.token_bytes(token).decode("utf-8", "replace")
         tokens.append(text)
-        offsets.append(offset)
+        offsets.append(max(offset, 0))
         offset += len(text)
         chosen.append(None if entry is None else finite(entry[token]))
         best = sorted(entry.items(), key=lambda item: -item[1])[: max(top, 1)] if entry and top else []

@@ -143,6 +143,9 @@ class ChatRequest(OpenAISampling):
     web_search_options: Bag | None = None
     verbosity: Name | None = None
     prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+    prompt_cache_options: Bag | None = None
+    moderation: Bag | None = None
     safety_identifier: Name | None = None
 
 
@@ -156,6 +159,7 @@ class CompletionRequest(OpenAISampling):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     suffix: Text | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=MAX_TOKENS)] | None = None  # 0 with echo: the prompt's log-probabilities alone
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Flag = False
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None

@@ -63,13 +63,15 @@ class Chunks:
         self.usage = Usage(n)
         self.tokenizer, self.token_ids = tokenizer, token_ids
         self._include_usage = include_usage
+        self.continuous_usage = False  # every chunk tells the counts so far
         self._head = _encode({"id": convert.new_id(self.prefix), "object": self.object_name, "created": convert.now(), "model": model})[:-1]
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def encode(self, response: Response) -> bytes:
         """The event(s) of one increment."""
         self.usage.feed(response)
-        return b"".join(b"data: " + self._head + b',"choices":[' + choice + self._tail for choice in self.choices(response))
+        tail = b'],"usage":' + _encode(self.usage.as_dict()) + b"}\n\n" if self.continuous_usage else self._tail
+        return b"".join(b"data: " + self._head + b',"choices":[' + choice + tail for choice in self.choices(response))
 
     def choices(self, response: Response) -> Iterator[bytes]:
         """JSON of the choice of each event."""
@@ -101,38 +103,6 @@ class ChatChunks(Chunks):
             yield index + _encode(response.text) + b"}" + extra + b',"finish_reason":null}'
         if response.finish_reason is not None:
             yield index + b'""},"finish_reason":"%s","stop_reason":%s}' % (response.finish_reason.encode(), _encode(response.stop_reason))
-
-
-class CompletionChunks(Chunks):
-    """text_completion"""
-
-    object_name = "text_completion"
-    prefix = "cmpl"
-    top_logprobs = 0
-    echo: list[str] = []  # by prompt: text that precedes the answer
-
-    def __init__(self, model: str, n: int, *, include_usage: bool, tokenizer: Tokenizer, token_ids: bool = False) -> None:
-        super().__init__(model, n, include_usage=include_usage, tokenizer=tokenizer, token_ids=token_ids)
-        self._n = n
-        self._echoed: set[int] = set()
-        self._offsets: dict[int, int] = {}
-
-    def choices(self, response: Response) -> Iterator[bytes]:
-        """One chunk per increment; the last one carries the finish reason."""
-        text = response.text
-        if self.echo and response.index not in self._echoed:
-            self._echoed.add(response.index)
-            text = self.echo[response.index // self._n] + text
-        choice: dict[str, Any] = {"index": response.index, "text": text, "logprobs": None, "finish_reason": response.finish_reason}
-        if response.logprobs is not None:
-            offset = self._offsets.get(response.index, 0)
-            choice["logprobs"] = convert.completion_logprobs(response.token_ids, list(response.logprobs), self.top_logprobs, self.tokenizer, offset)
-            self._offsets[response.index] = offset + len(response.text)
-        if self.token_ids:
-            choice["token_ids"] = response.token_ids
-        if response.finish_reason is not None:
-            choice["stop_reason"] = response.stop_reason
-        yield _encode(choice)
 
 
 class EventStream(HttpResponse):
