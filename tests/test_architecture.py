@@ -23,7 +23,7 @@ LAYERS = (
     ("errors", "log", "version", "kv_layer"),
     ("grammar",),
     ("config", "spec", "messages", "inputs", "parallel"),
-    ("kernels", "checkpoint", "text"),
+    ("kernels", "checkpoint", "text", "vision"),
     ("formats",),
     ("layers",),
     ("models",),
@@ -31,7 +31,7 @@ LAYERS = (
     ("answer",),
     ("frontend",),
     ("calls",),
-    ("pipeline",),
+    ("pipeline", "vl"),
     ("lite",),
     ("serving",),
     ("cli",),
@@ -40,7 +40,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 #: not part of the layers: the door itself
 DOOR = {"__init__.py", "__main__.py"}
 #: packages that may be missing, and so may be imported where they are used
-OPTIONAL = {"gradio", "opentelemetry", "ray", "readline", "triton"}
+OPTIONAL = {"PIL", "gradio", "opentelemetry", "ray", "readline", "triton"}
 MAX_FILE, MAX_FUNCTION, MAX_LINE = 500, 60, 180
 
 
