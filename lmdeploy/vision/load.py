@@ -30,7 +30,7 @@ def load_image(source: Any, policy: MediaPolicy | None = None) -> Image:
     """
     pil = _pil()
     if isinstance(source, pil.Image):
-        return source.convert("RGB")
+        return _rgb(source)
     if not isinstance(source, (str, Path)):
         raise refused(f"a picture is a path, a URL or a PIL image, not {type(source).__name__}")
     limits = policy or MediaPolicy()
@@ -50,7 +50,7 @@ def decode(data: bytes, policy: MediaPolicy) -> Image:
     if width * height > policy.max_pixels:
         raise refused(f"the picture has {width} x {height} pixels; at most {policy.max_pixels} are accepted")
     try:
-        return picture.convert("RGB")
+        return _rgb(picture)
     except Exception as e:  # decoders raise whatever they like on broken data
         raise refused(f"the picture is broken: {type(e).__name__}") from e
 
@@ -90,6 +90,11 @@ def _data_url(source: str, policy: MediaPolicy) -> bytes:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as e:
         raise refused("the data: URL is not valid base64") from e
+
+
+def _rgb(picture: Any) -> Image:
+    converted: Image = picture.convert("RGB")
+    return converted
 
 
 def _pil() -> Any:
