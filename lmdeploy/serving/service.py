@@ -64,14 +64,22 @@ class Service:
         finally:
             self._sessions.discard(session_id)
 
-    async def prepare(self, prompt: Prompt, gen: GenerationConfig, *, do_preprocess: bool = True, template_kwargs: dict[str, Any] | None = None) -> Prepared:
+    async def prepare(
+        self,
+        prompt: Prompt,
+        gen: GenerationConfig,
+        *,
+        do_preprocess: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> Prepared:
         """Check and tokenise one prompt."""
         self._log_prompt(prompt)
         size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) if isinstance(m, dict) else 1 for m in prompt)
         if size < _LONG_PROMPT:
-            prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess, template_kwargs=template_kwargs)
+            prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
         else:
-            prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, do_preprocess=do_preprocess, template_kwargs=template_kwargs)
+            prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
         for notice in prepared.notices:
             logger.info("%s", notice)
         return prepared

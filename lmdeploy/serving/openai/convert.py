@@ -13,7 +13,6 @@ from typing import Any
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
-from lmdeploy.messages import Response
 from lmdeploy.serving.openai.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, InteractiveRequest, OpenAISampling, Sampling
 from lmdeploy.text.tokenizer import Tokenizer
 
@@ -261,17 +260,3 @@ def completion_logprobs(ids: list[int], entries: list[dict[int, float] | None], 
 def finite(logprob: float) -> float:
     """JSON has no infinity; OpenAI's floor of -9999 stands for a token that cannot come."""
     return max(logprob, -9999.0)
-
-
-def chat_choice(answer: Response, top: int, tokenizer: Tokenizer, *, token_ids: bool) -> dict[str, Any]:
-    """One choice of a complete chat answer."""
-    choice: dict[str, Any] = {
-        "index": answer.index,
-        "message": {"role": "assistant", "content": answer.text, "reasoning_content": None, "tool_calls": None},
-        "logprobs": chat_logprobs(answer.token_ids, answer.logprobs, top, tokenizer),
-        "finish_reason": answer.finish_reason,
-        "stop_reason": answer.stop_reason,
-    }
-    if token_ids:
-        choice["token_ids"] = answer.token_ids
-    return choice
