@@ -8,17 +8,27 @@ all of them (QuaRot, arXiv 2404.00456); queries are rotated alike and the weight
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Tensor = torch.Tensor
 #: Of a key or value: the activations' own type, unsigned integers, or float8_e4m3fn.
 Width = Literal["16", "8", "4", "fp8"]
 
 _NAMES: dict[tuple[Width, Width], str] = {("16", "16"): "none", ("8", "8"): "int8", ("4", "4"): "int4", ("8", "4"): "k8v4", ("fp8", "fp8"): "fp8"}
 SCALE_BYTES = 4  # scale and offset of a row, bfloat16 each
 ALIGNMENT = 64
+
+
+class NumberType(Protocol):
+    """What sizes need to know of a type of numbers; a torch.dtype is one."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +72,19 @@ class KVFormat:
         """As the start-up lines call it: 'none', 'int8', 'k8v4', 'rotated int4', 'fp8'."""
         return ("rotated " if self.rotated else "") + _NAMES.get((self.key, self.value), f"k{self.key}v{self.value}")
 
-    def bytes_per_row(self, head_dim: int, dtype: torch.dtype) -> int:
+    def bytes_per_row(self, head_dim: int, dtype: NumberType) -> int:
         """Bytes of a key and a value of one head and token, scales included."""
         return sum(number_bytes(width, head_dim, dtype) + scale_bytes(width) for width in (self.key, self.value))
 
-    def layer_bytes(self, blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
+    def layer_bytes(self, blocks: int, heads: int, block_size: int, head_dim: int, dtype: NumberType) -> int:
         """Bytes of one layer's cache, the parts aligned."""
         rows = blocks * heads * block_size
         return sum(_aligned(size) for width in (self.key, self.value) for size in (rows * number_bytes(width, head_dim, dtype), rows * scale_bytes(width)))
 
     def layer(self, memory: Tensor, blocks: int, heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> KVLayer:
         """The cache of one layer as views of `memory`, uint8 [layer_bytes]: key, its scales, value, its scales."""
+        import torch
+
         shape, start = (blocks, heads, block_size), 0
         parts: list[Tensor | None] = []
         for width in (self.key, self.value):
@@ -91,10 +103,12 @@ class KVFormat:
 
 def number_dtype(width: Width, dtype: torch.dtype) -> torch.dtype:
     """Type of the stored numbers."""
+    import torch
+
     return {"16": dtype, "8": torch.uint8, "4": torch.uint8, "fp8": torch.float8_e4m3fn}[width]
 
 
-def number_bytes(width: Width, head_dim: int, dtype: torch.dtype) -> int:
+def number_bytes(width: Width, head_dim: int, dtype: NumberType) -> int:
     """Bytes of the numbers of a row."""
     return {"16": head_dim * dtype.itemsize, "8": head_dim, "4": head_dim // 2, "fp8": head_dim}[width]
 
@@ -114,6 +128,8 @@ def rotation_matrix(head_dim: int) -> Tensor:
     Sylvester's Hadamard matrix H / sqrt(n) and the Householder reflection I - 2/m J are both symmetric and orthogonal, hence so is their Kronecker
     product; dim i = block * n + place, `block` of m mixed by the reflection, `place` of n by Hadamard.
     """
+    import torch
+
     power = head_dim & -head_dim
     odd = head_dim // power
     hadamard = torch.ones(1, 1)

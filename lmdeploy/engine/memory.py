@@ -10,15 +10,14 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
-from lmdeploy.engine.kv_cache import gib
+from lmdeploy.engine.host_memory import host_free
+from lmdeploy.engine.sizing import gib
 from lmdeploy.messages import MemoryBill
 
-CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
 MMAP_THRESHOLD, TRIM_THRESHOLD = 128 << 10, 1 << 20
 
@@ -28,7 +27,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([psutil.virtual_memory().available, *cgroup_rooms(Path("/proc/self/cgroup"), CGROUPS)])
+    return host_free()
 
 
 def taken_bytes(device: torch.device) -> int:
@@ -37,39 +36,6 @@ def taken_bytes(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         return int(total - free)
     return int(psutil.Process().memory_info().rss)
-
-
-def cgroup_rooms(membership: Path, root: Path) -> list[int]:
-    """Bytes left below every memory limit of the groups that this process is in; empty without limits."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    rooms: list[int] = []
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            rooms += _rooms(root, path, "memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            rooms += _rooms(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    return rooms
-
-
-def _rooms(root: Path, path: str, limit_name: str, usage_name: str, cache_name: str) -> list[int]:
-    """A limit of any ancestor counts; file pages that nobody uses are as good as free."""
-    rooms = []
-    group = Path(path.strip("/"))
-    for folder in (root / group, *(root / parent for parent in group.parents)):
-        try:
-            limit = (folder / limit_name).read_text().strip()
-            if limit == "max" or int(limit) >= 1 << 60:
-                continue
-            usage = int((folder / usage_name).read_text())
-            cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines()).get(cache_name, "0")
-            rooms.append(max(0, int(limit) - usage + int(cache)))
-        except (OSError, ValueError):
-            continue
-    return list(dict.fromkeys(rooms))
 
 
 def hold_steady() -> None:

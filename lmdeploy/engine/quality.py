@@ -18,10 +18,11 @@ import torch
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables
 from lmdeploy.engine.key_centers import KeySample, key_centers
-from lmdeploy.engine.kv_cache import FORMATS, PLAIN_LAYOUT, KVCache, KVLayout
+from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.plan import NewSequence, PlanItem
 from lmdeploy.engine.runner import Model
 from lmdeploy.engine.scores import rows_per_chunk
+from lmdeploy.engine.sizing import FORMATS
 from lmdeploy.errors import ConfigError, LmdeployError
 from lmdeploy.inputs import Scratch
 from lmdeploy.kv_layer import KVFormat

@@ -14,11 +14,12 @@ import torch
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
-from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout, PoolRequest, bytes_per_token, size_pool
+from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
+from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, size_pool
 from lmdeploy.inputs import ForwardInputs, Scratch
 from lmdeploy.kernels.row_buckets import buckets
 from lmdeploy.log import get_logger

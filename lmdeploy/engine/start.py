@@ -18,10 +18,10 @@ from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
-from lmdeploy.engine.kv_cache import PoolRequest, choose_format, gib
 from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.engine.sizing import choose_format, gib, pool_request, unset_limits
 from lmdeploy.errors import ConfigError
 from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.select import pads_rows, select
@@ -32,9 +32,6 @@ from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec, RopeSpec, load_spec
 
 logger = get_logger(__name__)
-
-CPU_BATCH, CUDA_BATCH = 32, 256
-CPU_PREFILL_TOKENS = 1024
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -51,13 +48,8 @@ def resolve_config(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     """A copy in which nothing is 'auto' or None any more; what the caller gave stays, or is an error."""
     cpu = device.type == "cpu"
     changes: dict[str, Any] = {"device_type": device.type, "dtype": _resolve_dtype(config.dtype, spec, device)}
-    if config.max_batch_size is None:
-        changes["max_batch_size"] = CPU_BATCH if cpu else CUDA_BATCH
-    if cpu and "max_prefill_token_num" not in config.given:
-        changes["max_prefill_token_num"] = CPU_PREFILL_TOKENS
-    if config.session_len is None:
-        changes["session_len"] = spec.max_position
-    elif config.session_len > spec.max_position and not _stretches(spec):
+    changes |= unset_limits(config, spec, cpu=cpu)
+    if config.session_len is not None and config.session_len > spec.max_position and not _stretches(spec):
         logger.warning(
             "session_len=%d is beyond the %d positions that the model was made for; answers may become incoherent there (see rope_scaling_factor)",
             config.session_len,
@@ -96,15 +88,6 @@ def adapt_spec(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
         rope = RopeSpec("dynamic", old.theta, old.rotary_dim, config.rope_scaling_factor, spec.max_position)
         spec = dataclasses.replace(spec, rope=rope)
     return dataclasses.replace(spec, use_logn=True) if config.use_logn_attn else spec
-
-
-def pool_request(config: EngineConfig, resolved: EngineConfig) -> PoolRequest:
-    """How large the KV pool may be; `config` is what the user gave."""
-    assert resolved.session_len is not None and resolved.max_batch_size is not None
-    size = resolved.cache_block_seq_len
-    capped = resolved.device_type == "cpu" and "cache_max_entry_count" not in config.given
-    cap = resolved.max_batch_size * -(-resolved.session_len // size) if capped else None
-    return PoolRequest(config.cache_max_entry_count, size, resolved.session_len, cap, keep_session=config.session_len is not None)
 
 
 def build_engine(model_path: Path, config: EngineConfig) -> Engine:

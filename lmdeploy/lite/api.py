@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.checkpoint.writer import ShardWriter
-from lmdeploy.engine.kv_cache import gib
 from lmdeploy.engine.memory import free_bytes
+from lmdeploy.engine.sizing import gib
 from lmdeploy.errors import CheckpointError, ConfigError, LmdeployError
 from lmdeploy.kernels.select import select
 from lmdeploy.lite.awq import LayerResult, LayerWeights, LinearWeight

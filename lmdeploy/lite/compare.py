@@ -26,8 +26,8 @@ from tqdm import tqdm
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.kv_cache import gib
 from lmdeploy.engine.memory import free_bytes
+from lmdeploy.engine.sizing import gib
 from lmdeploy.engine.start import choose_device
 from lmdeploy.errors import CheckpointError, ConfigError, LmdeployError
 from lmdeploy.lite.compare_options import CompareConfig, Policy

@@ -7,8 +7,9 @@ import gc
 import pytest
 import torch
 
-from lmdeploy.engine.kv_cache import KVCache, PoolRequest, bytes_per_token, gib, size_pool
+from lmdeploy.engine.kv_cache import KVCache
 from lmdeploy.engine.memory import taken_bytes
+from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, gib, size_pool
 from lmdeploy.errors import ConfigError
 from lmdeploy.spec import ModelSpec, RopeSpec
 

@@ -16,8 +16,9 @@ import torch
 from lmdeploy import TurbomindEngineConfig, pipeline
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.key_centers import KeySample, common_key, key_centers, storage_error
-from lmdeploy.engine.kv_cache import FORMATS, KVLayout
+from lmdeploy.engine.kv_cache import KVLayout
 from lmdeploy.engine.quality import MAX_KL, MAX_RISE, Probe, Reading, describe, examine, judge, spread_ids, startup_text, text_ids
+from lmdeploy.engine.sizing import FORMATS
 from lmdeploy.engine.start import build_engine
 from lmdeploy.errors import ConfigError
 from lmdeploy.kernels.cpu import cpu_kernels

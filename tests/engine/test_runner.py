@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lmdeploy.config import TurbomindEngineConfig
-from lmdeploy.engine.kv_cache import PoolRequest
 from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan
 from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.messages import SamplingParams
 from tests.helpers import Harness, load_model, write_llama
 

@@ -14,7 +14,8 @@ import torch
 from lmdeploy.config import EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.memory import taken_bytes
-from lmdeploy.engine.start import adapt_spec, build_engine, choose_device, pool_request, resolve_config
+from lmdeploy.engine.sizing import pool_request
+from lmdeploy.engine.start import adapt_spec, build_engine, choose_device, resolve_config
 from lmdeploy.errors import ConfigError, EngineError, RequestError
 from lmdeploy.messages import EngineRequest, SamplingParams
 from lmdeploy.spec import ModelSpec, RopeSpec
