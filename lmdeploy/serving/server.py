@@ -31,20 +31,8 @@ logger = get_logger(__name__)
 ABORT_SECONDS = 3
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn that returns from `run` after a signal, instead of dying of it, so that the engine can be closed.
-
-    Answers that still run `shutdown_seconds` later are aborted: their readers get what there is, with finish_reason 'abort'.
-    """
-
-    def __init__(self, config: uvicorn.Config, frontend: Frontend, shutdown_seconds: float) -> None:
-        super().__init__(config)
-        self._frontend, self._shutdown_seconds = frontend, shutdown_seconds
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, wait for the answers that run."""
-        asyncio.get_running_loop().call_later(self._shutdown_seconds, self._frontend.abort_all)
-        await super().shutdown(sockets)
+class SignalServer(uvicorn.Server):
+    """uvicorn that returns from `run` after a signal, instead of dying of it, so that the engine can be closed."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,6 +49,19 @@ class HttpServer(uvicorn.Server):
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.handle_exit(number, frame)
+
+
+class HttpServer(SignalServer):
+    """The API's server. Answers that still run `shutdown_seconds` later are aborted: their readers get what there is, with finish_reason 'abort'."""
+
+    def __init__(self, config: uvicorn.Config, frontend: Frontend, shutdown_seconds: float) -> None:
+        super().__init__(config)
+        self._frontend, self._shutdown_seconds = frontend, shutdown_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, wait for the answers that run."""
+        asyncio.get_running_loop().call_later(self._shutdown_seconds, self._frontend.abort_all)
+        await super().shutdown(sockets)
 
 
 def reserve_port(config: ServerConfig) -> socket.socket:
