@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: flags of the public surface that the server cannot obey yet: name -> its neutral values
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "qos_config_path": ("",), "tool_call_parser": (), "reasoning_parser": (), "vision_max_batch_size": ("1",), "proxy_url": (),
-    "enable_abort_handling": (False,), "allowed_media_domains": (),
+    "allowed_media_domains": (),
 }  # fmt: skip
 
 
@@ -49,11 +49,15 @@ def add_api_server_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
-    """The ServerConfig of the flags; key and certificate come from the environment, as they always did."""
+    """The ServerConfig of the flags; keys and certificates may come from the environment instead, where `ps` does not show them."""
     refuse_unsupported(args, UNSUPPORTED)
     values = config_values(args, ServerConfig)
     if values.get("ssl"):
-        values |= {"ssl_keyfile": os.environ.get("SSL_KEYFILE"), "ssl_certfile": os.environ.get("SSL_CERTFILE")}
+        values = {"ssl_keyfile": os.environ.get("SSL_KEYFILE"), "ssl_certfile": os.environ.get("SSL_CERTFILE"), **values}
+    if keys := os.environ.get("LMDEPLOY_API_KEYS"):
+        values["api_key_lines"] = keys.replace(",", "\n").splitlines()
+    if "admin_key_file" not in values and (key := os.environ.get("LMDEPLOY_ADMIN_KEY")):
+        values.setdefault("admin_key", key)
     return ServerConfig(**values)
 
 

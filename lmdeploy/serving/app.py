@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import LmdeployError
 from lmdeploy.frontend import Frontend
-from lmdeploy.serving import encode, generate, interactive
+from lmdeploy.serving import admin, encode, generate, interactive
 from lmdeploy.serving.metrics import CONTENT_TYPE
 from lmdeploy.serving.middleware import Gate
 from lmdeploy.serving.openai import chat, completions, models
@@ -62,17 +61,16 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     app.state.service = service
     app.state.created = int(time.time())
     app.state.conversations = interactive.Conversations(config.max_sessions)
-    for module in (models, chat, completions, generate, encode, interactive):
+    for module in (models, chat, completions, generate, encode, interactive, admin):
         app.include_router(module.router)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 while the engine works, else 503")
     if not config.disable_metrics:
         app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], summary="Prometheus figures")
-    if config.allow_terminate_by_client:
-        app.add_api_route("/terminate", terminate, methods=["GET"], tags=["server"], summary="Stop the server")
     if not config.disable_fastapi_docs:
         _add_docs(app, service)
     _add_errors(app)
-    app.add_middleware(Gate, config=config, metrics=service.metrics)
+    admin_paths = [route.path for route in admin.router.routes if isinstance(route, Route)]
+    app.add_middleware(Gate, config=config, metrics=service.metrics, keys=service.keys, admin_paths=admin_paths)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allow_origins,
@@ -103,12 +101,6 @@ async def metrics(request: Request) -> Response:
     return Response(await asyncio.to_thread(service_of(request).metrics.text), media_type=CONTENT_TYPE)
 
 
-async def terminate() -> Response:
-    """Ends the server as SIGTERM would."""
-    os.kill(os.getpid(), signal.SIGTERM)
-    return Response()
-
-
 def _add_errors(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -125,7 +117,7 @@ def _add_docs(app: FastAPI, service: Service) -> None:
 
     async def openapi() -> Response:
         if not schema:
-            schema.update(openapi_schema(app, service.model_name, keys=bool(service.config.api_keys)))
+            schema.update(openapi_schema(app, service.model_name, keys=service.keys.needed))
         return JSONResponse(schema)
 
     async def page() -> Response:

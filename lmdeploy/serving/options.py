@@ -16,6 +16,11 @@ from lmdeploy.log import LEVELS
 DEFAULT_PORT = 23333
 
 
+def _secret(help: str, *, flag: bool = True) -> Any:
+    """An option that is never shown."""
+    return field(default=None, repr=False, metadata={"help": help, "check": None, "choices": None, "flag": flag})
+
+
 def _words(help: str) -> Any:
     """An option that is a list and means everything when not given."""
     everything: Callable[[], list[str]] = lambda: ["*"]  # noqa: E731
@@ -34,8 +39,13 @@ class ServerConfig(_Checked):
     allow_methods: list[str] = _words("HTTP methods for those pages")
     allow_headers: list[str] = _words("HTTP headers for those pages")
     model_name: str | None = option(None, "the model's name in the API; default: the path as given")
-    api_keys: list[str] | None = option(None, "accepted keys (Authorization: Bearer KEY); default: no key needed")
-    ssl: bool = option(False, "serve https; needs the environment variables SSL_KEYFILE and SSL_CERTFILE")
+    api_keys: list[str] | None = _secret("accepted keys (Authorization: Bearer KEY, or x-api-key: KEY); default: no key needed")
+    api_keys_file: str | None = option(None, "file of more keys, one a line, as NAME:KEY or KEY; SIGHUP reads it again")
+    admin_key: str | None = _secret("key of the admin routes (sleep, weights, terminate); default: nobody may call them")
+    admin_key_file: str | None = option(None, "file that holds the admin key instead; SIGHUP reads it again")
+    ssl: bool = option(False, "serve https; needs --ssl-keyfile and --ssl-certfile, or the environment variables SSL_KEYFILE and SSL_CERTFILE")
+    ssl_keyfile: str | None = option(None, "private key of --ssl, PEM without a password")
+    ssl_certfile: str | None = option(None, "certificate chain of --ssl, PEM")
     log_level: str = option("WARNING", "how much is logged", choices=LEVELS)
     max_log_len: int | None = option(
         None, "with --log-level INFO, log this many characters of each prompt; default: prompts are never logged", check=at_least(0)
@@ -45,21 +55,25 @@ class ServerConfig(_Checked):
     max_concurrent_requests: int | None = option(
         None, "requests worked on at a time; more wait in the server; default: no limit but the engine's --max-waiting", check=at_least(1)
     )
-    allow_terminate_by_client: bool = option(False, "let clients stop the server by GET /terminate")
+    allow_terminate_by_client: bool = option(False, "let clients without the admin key stop the server by GET /terminate")
+    enable_abort_handling: bool = option(False, "let clients without the admin key stop requests by POST /abort_request")
     generation_config: str = option(
         "auto", "sampling defaults: auto = the model's generation_config.json, lmdeploy = the library's", choices=("auto", "lmdeploy")
     )
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
     shutdown_seconds: float = option(5.0, "time that running requests get at shutdown", check=above(0))
-    ssl_keyfile: str | None = option(None, "private key", flag=False)
-    ssl_certfile: str | None = option(None, "certificate", flag=False)
+    api_key_lines: list[str] | None = _secret("lines as in api_keys_file, from the environment", flag=False)
 
     def __post_init__(self) -> None:
         self._check(lambda _, text: ConfigError(f"{type(self).__name__}: {text}"))
         if self.ssl and not (self.ssl_keyfile and self.ssl_certfile):
-            raise ConfigError("ssl needs a key and a certificate: set the environment variables SSL_KEYFILE and SSL_CERTFILE")
+            raise ConfigError("ssl needs a key and a certificate: give --ssl-keyfile and --ssl-certfile, or set SSL_KEYFILE and SSL_CERTFILE")
         if self.api_keys is not None and not all(isinstance(k, str) and k for k in self.api_keys):
             raise ConfigError("api_keys must be non-empty strings")
+        if self.admin_key == "":
+            raise ConfigError("admin_key is empty; leave it out to have no admin routes")
+        if self.admin_key and self.admin_key_file:
+            raise ConfigError("admin_key and admin_key_file are both given; one is enough")
         if self.allow_credentials and "*" in self.allow_origins:
             raise ConfigError("allow_credentials with allow_origins='*' would let any web page act for a user; name the origins")

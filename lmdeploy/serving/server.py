@@ -105,6 +105,7 @@ def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
             access_log=False,
             log_config=None,
             lifespan="off",
+            ws="none",
             timeout_keep_alive=5,
             timeout_graceful_shutdown=round(config.shutdown_seconds) + ABORT_SECONDS,
             ssl_keyfile=config.ssl_keyfile if config.ssl else None,

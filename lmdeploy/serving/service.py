@@ -21,6 +21,7 @@ from lmdeploy.errors import SessionBusyError
 from lmdeploy.frontend import Frontend
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
+from lmdeploy.serving.keys import KeyRing
 from lmdeploy.serving.metrics import Metrics
 from lmdeploy.serving.openai.convert import Prompt
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_failed
@@ -42,6 +43,7 @@ class Service:
         path = frontend.model_path.rstrip("/")
         self.served_names = tuple(dict.fromkeys((self.model_name, frontend.model_path, path, path.rsplit("/", 1)[-1])))
         self.metrics = Metrics(frontend, self.model_name)
+        self.keys = KeyRing(config)
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
         self._sessions: set[int] = set()
 
