@@ -86,6 +86,7 @@ class Answer:
             error_code=(output.error_code or "engine_error") if output.error else None,
             error_message=output.error,
             prompt_logprobs=None if output.prompt_logprobs is None else [None if e is None else as_dict(e) for e in output.prompt_logprobs],
+            embedding=output.embedding,
         )
 
     def _text(self, ids: list[int]) -> str:
@@ -138,7 +139,17 @@ class Merger:
             rows = getattr(part, name)
             if rows is not None:
                 self._rows[part.index].setdefault(name, []).append(rows)
-        for name in ("generate_token_len", "input_token_len", "cached_tokens", "finish_reason", "stop_reason", "session_id", "error_code", "error_message"):
+        for name in (
+            "generate_token_len",
+            "input_token_len",
+            "cached_tokens",
+            "finish_reason",
+            "stop_reason",
+            "session_id",
+            "error_code",
+            "error_message",
+            "embedding",
+        ):
             setattr(whole, name, getattr(part, name))
         if part.finish_reason is not None:
             self._join(part.index)

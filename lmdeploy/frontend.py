@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmdeploy.answer import Answer, Merger, Prepared, answers_to, merge_increments
 from lmdeploy.checkpoint.hub import resolve_model
@@ -191,6 +191,10 @@ class Frontend:
         """A request that only computes its prompt (log-probabilities, logits); may be as long as session_len."""
         sampling = self._sampling(gen, 0)
         return Prepared(self._checked_ids(token_ids), sampling, 1, [], True, True, False)
+
+    def prepare_embedding(self, token_ids: list[int], pooling: Literal["mean", "last"]) -> Prepared:
+        """A request for the pooled last hidden state of its prompt, scaled to length 1; the prompt may be as long as session_len."""
+        return Prepared(self._checked_ids(token_ids), SamplingParams(max_new_tokens=0, embed=pooling), 1, [], True, True, False)
 
     def encode_prompt(
         self, prompt: Prompt, *, do_preprocess: bool = True, tools: list[dict[str, Any]] | None = None, template_kwargs: dict[str, Any] | None = None

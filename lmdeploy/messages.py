@@ -40,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     output_logits: Literal["all", "generation"] | None = None  # raw float32 logits; in-process engines only
     output_last_hidden_state: Literal["all", "generation"] | None = None
+    embed: Literal["mean", "last"] | None = None  # pool the prompt's last hidden states; with max_new_tokens=0
     grammar: Grammar | None = None  # checked; see engine/guided.py
 
 
@@ -83,6 +84,7 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     error_code: str | None = None  # machine-readable reason, as RequestError.code
     logits: Any = None  # torch [n, V] float32, in-process only
     last_hidden_state: Any = None
+    embedding: bytes | None = None  # float32 [M], of length 1; with the last output of a request that embeds
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
@@ -178,6 +180,7 @@ class Response:
     error_code: str | None = None
     error_message: str | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    embedding: bytes | None = None  # float32 [M], native byte order
 
     def __str__(self) -> str:
         """The text, then one `name=value` line for each field that says something; of tensors the shape."""

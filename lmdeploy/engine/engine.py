@@ -163,6 +163,8 @@ def check_request(request: EngineRequest, vocab_size: int, max_tokens: int) -> N
         limit = min(MAX_LOGPROBS, vocab_size)
         if value is not None and not 0 <= value <= limit:
             raise RequestError(f"{name}={value} must be in [0, {limit}]", param=name)
+    if sampling.embed and (sampling.max_new_tokens or request.n != 1):
+        raise RequestError(f"an embedding is of the prompt alone: max_new_tokens={sampling.max_new_tokens} must be 0, n={request.n} must be 1", param="n")
     if sampling.max_new_tokens < 0:
         raise RequestError(f"max_new_tokens={sampling.max_new_tokens} must be >= 0", param="max_new_tokens")
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)

@@ -1,12 +1,14 @@
 """`EngineOutput`s of a sequence: what one result, or its end, tells the caller.
 
-Prompt log-probabilities are collected over the chunks of a prompt and go out whole, with the first token (or the end of a request
-without tokens). Logits and hidden states go out chunk by chunk. A row that was handed on before a pre-emption never comes twice.
+Prompt log-probabilities and pooled hidden states are collected over the chunks of a prompt and go out whole, with the first token (or
+the end of a request without tokens). Logits and hidden states go out chunk by chunk. A row that was handed on before a pre-emption never comes twice.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from lmdeploy.engine.plan import PlanItem, SlotResult
 from lmdeploy.engine.sequence import Sequence
@@ -15,6 +17,8 @@ from lmdeploy.messages import EngineOutput, FinishReason
 
 def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishReason | None) -> EngineOutput | None:
     """What this result brought, or None for a chunk in the middle of a prompt that brought nothing."""
+    if slot.embedding is not None:
+        _pool(seq, item, slot.embedding)
     if slot.token_id is None and reason is None and not seq.wants_rows:
         return None
     output = EngineOutput(
@@ -31,6 +35,8 @@ def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishR
             output.logprobs = [slot.logprobs]
         if reason == "stop":
             output.stop_token_id = slot.token_id
+    if seq.embedding is not None and reason is not None:
+        output.embedding = (seq.embedding / max(float(np.linalg.norm(seq.embedding)), 1e-30)).astype(np.float32).tobytes()
     if seq.wants_rows or slot.logits is not None or slot.last_hidden_state is not None:
         _take_rows(seq, item, slot, output)
     brings = output.token_ids or reason is not None or output.logits is not None or output.last_hidden_state is not None
@@ -49,6 +55,12 @@ def final_output(seq: Sequence, reason: FinishReason, error: str | None = None) 
         error=error,
         error_code=None if error is None else "step_failed",
     )
+
+
+def _pool(seq: Sequence, item: PlanItem, part: bytes) -> None:
+    """Add what a chunk brought. A sequence that was pre-empted starts again at 0, and so does its sum. Only the direction matters: a sum is a mean."""
+    row = np.frombuffer(part)
+    seq.embedding = row if item.start == 0 or seq.embedding is None else seq.embedding + row
 
 
 def _take_rows(seq: Sequence, item: PlanItem, slot: SlotResult, output: EngineOutput) -> None:

@@ -55,6 +55,7 @@ class SlotResult(msgspec.Struct, array_like=True):
     error: str | None = None
     logits: object = None  # float32 [n, V] on request: rows of this chunk ('all') or its sampled row ('generation')
     last_hidden_state: object = None
+    embedding: bytes | None = None  # float64 [M] of a request that embeds: the sum over this chunk's hidden rows, or the prompt's last row
 
 
 class StepResult(msgspec.Struct, array_like=True):

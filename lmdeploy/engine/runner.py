@@ -129,7 +129,7 @@ class ModelRunner:
             self.sampling.set(slot, params, new.prompt_len)
         except ValueError as error:
             self._broken[slot] = str(error)
-        more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state
+        more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state or params.embed
         self._wants[slot] = params if more else None
 
     def _compute(self, items: list[PlanItem], results: list[SlotResult]) -> None:
@@ -178,7 +178,8 @@ class ModelRunner:
         if want is None:
             return False
         scores = want.prompt_logprobs is not None and self._prompt_targets(item) > 0
-        return scores or "all" in (want.output_logits, want.output_last_hidden_state)
+        pooled = want.embed == "mean" or (want.embed == "last" and item.start + item.num_tokens == self.sampling.prompt_len[item.slot])
+        return scores or pooled or "all" in (want.output_logits, want.output_last_hidden_state)
 
     def _add_rows(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult]) -> None:
         for item, result, first, count in zip(batch.items, results, batch.first_row, batch.num_rows, strict=True):
@@ -186,6 +187,8 @@ class ModelRunner:
             if want is None or not count:
                 continue
             rows = hidden[first : first + count]
+            if want.embed:
+                result.embedding = _pooled(rows, want.embed)
             if want.prompt_logprobs is not None and (targets := self._prompt_targets(item)):
                 result.prompt_logprobs = self._score_prompt(item, rows[:targets], want.prompt_logprobs)
             if want.output_logits and (part := _part(rows, want.output_logits, item)) is not None:
@@ -226,6 +229,12 @@ class ModelRunner:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _pooled(rows: Tensor, how: str) -> bytes:
+    """float64, so that how a prompt was cut into chunks does not show in the float32 result."""
+    row = rows.double().sum(0) if how == "mean" else rows[-1].double()
+    return row.cpu().numpy().tobytes()
 
 
 def _part(rows: Tensor, which: str, item: PlanItem) -> Tensor | None:

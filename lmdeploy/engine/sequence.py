@@ -7,6 +7,9 @@ Three counts move in order: `num_done <= num_computed <= num_tokens`. `num_done`
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lmdeploy.engine.prefix_cache import Node
 from lmdeploy.messages import EngineRequest, SamplingParams, TokenLogprobs
 
@@ -17,7 +20,7 @@ class Sequence:
     __slots__ = (
         *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
         *("num_done", "num_computed", "num_pending", "blocks", "slot", "epoch", "retry_version", "siblings"),
-        *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs"),
+        *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
     )
 
     def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int) -> None:
@@ -45,6 +48,7 @@ class Sequence:
         self.wants_rows = self.wants_all_rows or sampling.prompt_logprobs is not None
         self.rows_done = 0  # positions whose output rows (prompt log-probabilities, logits) have been handed on
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.embedding: NDArray[np.float64] | None = None  # [M], pooled so far
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +63,8 @@ class Sequence:
     @property
     def max_reusable(self) -> int:
         """Leading tokens that may come from a cache: the last one is computed, for its logits, and so is any whose output row is owed."""
+        if self.sampling.embed == "mean":
+            return 0  # the sum is over all rows, in the order of the positions
         last = self.num_tokens - 1
         if not self.wants_rows or (not self.wants_all_rows and self.rows_done >= self.prompt_len - 1):
             return last

@@ -27,9 +27,21 @@ from lmdeploy.frontend import Frontend
 from lmdeploy.serving import admin, encode, generate, interactive
 from lmdeploy.serving.metrics import CONTENT_TYPE
 from lmdeploy.serving.middleware import Gate
-from lmdeploy.serving.openai import chat, completions, models
+from lmdeploy.serving.openai import chat, completions, embeddings, models
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, error_response
-from lmdeploy.serving.openai.protocol import EXAMPLES, Body, ChatRequest, CompletionRequest, EncodeRequest, GenerateRequest, InteractiveRequest
+from lmdeploy.serving.openai.protocol import (
+    EXAMPLES,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    EncodeRequest,
+    GenerateRequest,
+    InteractiveRequest,
+    PerplexityRequest,
+    TokenizeRequest,
+)
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.service import Service, service_of
 from lmdeploy.version import __version__
@@ -50,6 +62,10 @@ _BODIES: dict[str, type[Body]] = {
     "/v1/chat/interactive": InteractiveRequest,
     "/generate": GenerateRequest,
     "/v1/encode": EncodeRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/get_ppl": PerplexityRequest,
 }
 
 
@@ -61,7 +77,7 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     app.state.service = service
     app.state.created = int(time.time())
     app.state.conversations = interactive.Conversations(config.max_sessions)
-    for module in (models, chat, completions, generate, encode, interactive, admin):
+    for module in (models, chat, completions, embeddings, generate, encode, interactive, admin):
         app.include_router(module.router)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 while the engine works, else 503")
     if not config.disable_metrics:

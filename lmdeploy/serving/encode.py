@@ -1,21 +1,26 @@
-"""POST /v1/encode: text -> token ids."""
+"""Text <-> token ids: POST /v1/encode, /tokenize, /detokenize. And POST /get_ppl: how likely a text is."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lmdeploy.config import GenerationConfig
+from lmdeploy.errors import RequestError
+from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
-from lmdeploy.serving.openai.protocol import EncodeRequest
-from lmdeploy.serving.service import Service, service_of
+from lmdeploy.serving.openai.protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, TokenizeRequest
+from lmdeploy.serving.service import Service, service_of, unless_gone
 
 router = APIRouter(tags=["lmdeploy"])
 
 
-@router.post("/v1/encode", summary="Tokenise")
+@router.post("/v1/encode", summary="Tokenise one text or many")
 async def encode(request: Request) -> Response:
     """`do_preprocess` applies the chat template first. A list of texts gives a list of id lists."""
     service = service_of(request)
@@ -33,3 +38,61 @@ def _encode(service: Service, texts: list[str], do_preprocess: bool, add_bos: bo
     if do_preprocess:
         return [frontend.encode_prompt(text, do_preprocess=True) for text in texts]
     return [frontend.tokenizer.encode(text, add_bos=add_bos) for text in texts]
+
+
+@router.post("/tokenize", summary="Tokenise a text or a conversation")
+async def tokenize(request: Request) -> Response:
+    """Exactly one of `prompt` and `messages`; what /v1/completions or /v1/chat/completions would compute, however long it is."""
+    service = service_of(request)
+    body = await read_body(request, TokenizeRequest)
+    service.check_model(body.model or service.model_name)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give exactly one of prompt and messages", param="prompt")
+    ids = await asyncio.to_thread(_tokenize, service, body)
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.frontend.info.session_len}
+    if body.return_token_strs:
+        answer["token_strs"] = [service.frontend.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+    return JSONResponse(answer)
+
+
+def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
+    tokenizer, template = service.frontend.tokenizer, service.frontend.template
+    if body.prompt is not None:
+        return tokenizer.encode(body.prompt, add_bos=body.add_special_tokens is not False)
+    text = template.render(
+        convert.messages_of(body.messages or []),
+        tools=body.tools or None,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        template_kwargs=body.chat_template_kwargs,
+        guard_special=True,
+    )
+    return tokenizer.encode(text, add_bos=True)
+
+
+@router.post("/detokenize", summary="The text of token ids")
+async def detokenize(request: Request) -> Response:
+    """Special tokens are shown unless `skip_special_tokens`."""
+    service = service_of(request)
+    body = await read_body(request, DetokenizeRequest)
+    service.check_model(body.model or service.model_name)
+    tokenizer = service.frontend.tokenizer
+    limit = service.frontend.info.vocab_size
+    if (largest := max(body.tokens, default=0)) >= limit:
+        raise RequestError(f"tokens: token id {largest} is not in [0, {limit - 1}]", param="tokens")
+    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=bool(body.skip_special_tokens))})
+
+
+@router.post("/get_ppl", summary="Mean cross-entropy of a text")
+async def get_ppl(request: Request) -> Response:
+    """`ppl` is the mean of -log p over all tokens but the first, in nats; exp(ppl) is the perplexity."""
+    service = service_of(request)
+    body = await read_body(request, PerplexityRequest)
+    service.check_model(body.model or service.model_name)
+    ids = await service.token_ids(body.input)
+    if len(ids) < 2:
+        raise RequestError("the input has one token; at least 2 are needed, as the first has no probability", param="input")
+    prepared = service.frontend.prepare_score(ids, GenerationConfig(prompt_logprobs=0))
+    answer = await unless_gone(request, service.answer(prepared))
+    entries = answer.prompt_logprobs or []
+    losses = [-convert.finite(entry[token]) for token, entry in zip(ids, entries, strict=True) if entry is not None]
+    return JSONResponse({"ppl": math.fsum(losses) / len(losses), "tokens": len(ids)})

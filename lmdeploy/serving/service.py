@@ -115,11 +115,7 @@ class Service:
     async def _collect_all(self, prepared: list[Prepared]) -> list[list[Response]]:
         if len(prepared) == 1:
             return [await self._collect(prepared[0])]
-        tasks = [asyncio.ensure_future(self._collect(p)) for p in prepared]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            await _cancel(tasks)
+        return await together([self._collect(p) for p in prepared])
 
     async def _collect(self, prepared: Prepared) -> list[Response]:
         merged = Merger(prepared.n)
@@ -128,6 +124,10 @@ class Service:
                 raise_if_failed(response, self.frontend.failure)
                 merged.add(response)
         return merged.answers
+
+    async def answer(self, prepared: Prepared) -> Response:
+        """The one answer to one request, complete. Raises HttpError when it fails."""
+        return (await self._collect(prepared))[0]
 
     async def merged(self, prepared: list[Prepared]) -> AsyncGenerator[Response, None]:
         """Increments of several prompts as they come; `index` counts over all of them (place * n + answer)."""
@@ -184,6 +184,15 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         raise ClientGone
     finally:
         await _cancel([task, watch])
+
+
+async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order; the first failure cancels the others and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
 
 
 async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:

@@ -17,6 +17,7 @@ MAX_NAME = 1024
 MAX_MESSAGES = 10_000
 MAX_STOPS = 64
 MAX_PROMPTS = 128
+MAX_INPUTS = 2048
 MAX_IDS = 1 << 22
 MAX_TOKENS = 1 << 31
 
@@ -186,6 +187,54 @@ class EncodeRequest(Body):
     add_bos: Flag = True
 
 
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings."""
+
+    model: Name
+    input: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    pooling: Literal["mean", "last"] | None = "mean"
+    user: Name | None = None
+
+
+class PoolingRequest(EmbeddingRequest):
+    """POST /pooling."""
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: Flag = True
+    add_generation_prompt: Flag = True
+    tools: Annotated[list[Bag], Field(max_length=128)] | None = None
+    chat_template_kwargs: Bag | None = None
+    return_token_strs: Flag = False
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_IDS)]
+    skip_special_tokens: Flag = False
+
+
+class PerplexityRequest(Body):
+    """POST /get_ppl."""
+
+    model: Name | None = None
+    input: Text | TokenIds
+
+
 class InteractiveRequest(Body):
     """POST /v1/chat/interactive: a conversation whose history the server keeps."""
 
@@ -229,5 +278,9 @@ EXAMPLES: dict[type[Body], dict[str, Any]] = {
     CompletionRequest: {"model": "MODEL", "prompt": "The sky is", "max_tokens": 32, "temperature": 0.7, "top_p": 1.0, "stream": False},
     GenerateRequest: {"prompt": "The sky is", "max_tokens": 32, "stream": False},
     EncodeRequest: {"input": "The sky is", "do_preprocess": False, "add_bos": True},
+    EmbeddingRequest: {"model": "MODEL", "input": ["The sky is blue.", "The sea is deep."], "encoding_format": "float"},
+    TokenizeRequest: {"messages": [{"role": "user", "content": "Hello! Who are you?"}], "add_generation_prompt": True},
+    DetokenizeRequest: {"tokens": [1, 2, 3]},
+    PerplexityRequest: {"input": "The sky is blue."},
     InteractiveRequest: {"prompt": "Hello!", "session_id": -1, "interactive_mode": False, "stream": False},
 }
