@@ -51,7 +51,7 @@ class Gate:
             self._check(scope)
             await self._run(scope, call)
         except HttpError as e:
-            await error_response(e)(scope, receive, call.send)
+            await error_response(e, scope["path"])(scope, receive, call.send)
         finally:
             call.log()
 

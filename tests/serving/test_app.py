@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from lmdeploy.serving.openai.protocol import EXAMPLES
+from lmdeploy.serving.page import EXAMPLES
 from tests.serving.running import RunningServer
 
 QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "Count from 1 to 5."}], "temperature": 0, "max_tokens": 8}
@@ -51,7 +51,7 @@ def test_every_example_of_the_page_works_as_it_stands(server: RunningServer) -> 
             if body is not None:
                 assert server.http.post(path, json=body).status_code == 200, path
                 tried += 1
-    assert tried == len(EXAMPLES) == 9
+    assert tried == len(EXAMPLES) == 11
 
 
 def test_the_schema_refers_only_to_what_it_has(server: RunningServer) -> None:

@@ -15,12 +15,20 @@ from starlette.responses import JSONResponse, Response
 
 from lmdeploy import messages
 from lmdeploy.errors import EngineError, OverloadedError, RequestError, SessionBusyError
+from lmdeploy.log import get_logger
 from lmdeploy.serving.openai.protocol import Body
 
 B = TypeVar("B", bound=Body)
 
+logger = get_logger(__name__)
+
 RETRY_SECONDS = "5"
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+#: routes whose errors have Anthropic's form, the gate's included
+_ANTHROPIC = ("/v1/messages", "/anthropic/")
 #: code of a failed answer -> HTTP status; all others are the request's fault
 _CODE_STATUS = {"engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "session_busy": 409}
 MAX_SHOWN = 80
@@ -45,13 +53,20 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
     return {"error": flat, "object": "error", **flat}
 
 
-def error_response(error: Exception) -> Response:
-    """The answer for any exception of a route."""
+def anthropic_error(error: HttpError) -> dict[str, Any]:
+    """The JSON of an error as Anthropic's clients expect it."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def error_response(error: Exception, path: str = "") -> Response:
+    """The answer for any exception of the route at `path`, in the form of its protocol."""
     e = as_http_error(error)
     headers = {"Retry-After": RETRY_SECONDS} if e.status in (429, 503) else {}
     if e.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(e.status, e.message, e.code, e.param), status_code=e.status, headers=headers)
+    body = anthropic_error(e) if path.startswith(_ANTHROPIC) else error_body(e.status, e.message, e.code, e.param)
+    return JSONResponse(body, status_code=e.status, headers=headers)
 
 
 def as_http_error(error: Exception) -> HttpError:
@@ -94,9 +109,12 @@ async def read_body(request: Request, model: type[B]) -> B:
     except ClientDisconnect:
         raise ClientGone from None
     try:
-        return model.model_validate_json(body)
+        checked = model.model_validate_json(body)
     except ValidationError as e:
         raise _validation_error(e, model) from None
+    if checked.model_extra:  # only an OpenBody takes any
+        logger.info("%s: ignored fields: %s", request.url.path, ", ".join(sorted(checked.model_extra))[:200])
+    return checked
 
 
 def _validation_error(error: ValidationError, model: type[Body]) -> HttpError:

@@ -40,6 +40,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class OpenBody(Body):
+    """A body of a protocol whose clients are ahead of us: unknown top-level fields are logged and ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class ContentPart(BaseModel):
     """One part of a message; only text can be obeyed by a text model, others are refused with a reason in `convert`."""
 
@@ -253,34 +259,3 @@ class InteractiveRequest(Body):
     skip_special_tokens: Flag = True
     cancel: Flag = False
     adapter_name: Name | None = None
-
-
-#: what the Swagger page offers to send: every example must get a 200 as it stands (MODEL is replaced by the served name)
-EXAMPLES: dict[type[Body], dict[str, Any]] = {
-    ChatRequest: {
-        "model": "MODEL",
-        "messages": [{"role": "user", "content": "Hello! Who are you?"}],
-        "temperature": 0.7,
-        "top_p": 1.0,
-        "top_k": 40,
-        "n": 1,
-        "max_tokens": None,
-        "stop": None,
-        "stream": False,
-        "presence_penalty": 0,
-        "frequency_penalty": 0,
-        "user": "string",
-        "repetition_penalty": 1.0,
-        "session_id": -1,
-        "ignore_eos": False,
-        "skip_special_tokens": True,
-    },
-    CompletionRequest: {"model": "MODEL", "prompt": "The sky is", "max_tokens": 32, "temperature": 0.7, "top_p": 1.0, "stream": False},
-    GenerateRequest: {"prompt": "The sky is", "max_tokens": 32, "stream": False},
-    EncodeRequest: {"input": "The sky is", "do_preprocess": False, "add_bos": True},
-    EmbeddingRequest: {"model": "MODEL", "input": ["The sky is blue.", "The sea is deep."], "encoding_format": "float"},
-    TokenizeRequest: {"messages": [{"role": "user", "content": "Hello! Who are you?"}], "add_generation_prompt": True},
-    DetokenizeRequest: {"tokens": [1, 2, 3]},
-    PerplexityRequest: {"input": "The sky is blue."},
-    InteractiveRequest: {"prompt": "Hello!", "session_id": -1, "interactive_mode": False, "stream": False},
-}
