@@ -20,7 +20,7 @@ from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.layers.build import BuildContext
 from lmdeploy.lite.datasets import CalibrationText, Windows, cut_windows, load_text
 from lmdeploy.lite.folder import check_room, check_work_dir
-from lmdeploy.lite.language import Language, find_language
+from lmdeploy.models.language import Language, find_language
 from lmdeploy.lite.method import Method
 from lmdeploy.lite.options import LiteConfig
 from lmdeploy.lite.plan import LayerPlan, plan_layers

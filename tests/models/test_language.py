@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmdeploy.lite import auto_awq, auto_gptq, smooth_quant
-from lmdeploy.lite.language import find_language
+from lmdeploy.models.language import find_language
 from tests.helpers import LLAMA_CONFIG, Harness, as_internlm2, llama_tensors, load_model, write_folder
 from tests.lite.tiny import checksums, write_text, write_tokenizer
 from tests.lite.unpacking import dense_copy, read_folder
