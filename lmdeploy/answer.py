@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmdeploy.messages import EngineOutput, Response, SamplingParams, TokenLogprobs
+from lmdeploy.messages import EngineOutput, Picture, Response, SamplingParams, TokenLogprobs
 from lmdeploy.text.detokenizer import IncrementalDetokenizer
 from lmdeploy.text.stops import StopMatcher
 from lmdeploy.text.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ class Prepared:
     include_stop: bool
     rope_length: int = 0
     cache_salt: str = ""
+    pictures: list[Picture] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)  # what the caller should be told, e.g. a shortened max_new_tokens
 
 

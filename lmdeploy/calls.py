@@ -9,8 +9,8 @@ from typing import Any
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
-from lmdeploy.frontend import Prompt
 from lmdeploy.log import get_logger
+from lmdeploy.prompts import Prompt
 
 logger = get_logger(__name__)
 
@@ -53,7 +53,7 @@ def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
     if isinstance(prompts, str):
         return [prompts], True
     if isinstance(prompts, tuple):
-        raise RequestError("(text, image) prompts need a vision-language model; this model reads text only", param="prompts", code="unsupported")
+        return [as_messages(prompts)], True
     if not isinstance(prompts, list) or not prompts:
         raise RequestError(f"prompts must be a text, messages, token ids, or a non-empty list of these, not {prompts!r:.80}", param="prompts")
     first = prompts[0]
@@ -65,8 +65,18 @@ def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
     if isinstance(first, (str, list)):
         return prompts, False
     if isinstance(first, tuple):
-        raise RequestError("(text, image) prompts need a vision-language model; this model reads text only", param="prompts", code="unsupported")
+        return [as_messages(p) for p in prompts], False
     raise RequestError(f"a prompt must be a text, messages or token ids, not {kind.__name__}", param="prompts")
+
+
+def as_messages(pair: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """One user message of (text, image) or (text, [images]), in either order; an image is a PIL image, a path or a URL."""
+    if len(pair) != 2 or not any(isinstance(part, str) for part in pair):
+        raise RequestError(f"a prompt with pictures is (text, image) or (text, [images]), not {pair!r:.80}", param="prompts")
+    text, images = pair if isinstance(pair[0], str) else (pair[1], pair[0])
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    return [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]}]
 
 
 def id_batch(input_ids: Any) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import queue
@@ -30,19 +31,19 @@ from lmdeploy.errors import CheckpointError, EngineError, RequestError
 from lmdeploy.grammar import Grammar, grammar_of
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
-from lmdeploy.spec import ModelSpec, load_spec
+from lmdeploy.models.language import language_spec
+from lmdeploy.prompts import Prompt, PromptEncoder, too_long
+from lmdeploy.spec import ModelSpec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
 from lmdeploy.text.fit import check_fit
 from lmdeploy.text.tokenizer import Tokenizer
+from lmdeploy.vision.policy import MediaPolicy
+from lmdeploy.vision.spec import VisionSpec, load_vision_spec
 
 logger = get_logger(__name__)
 
-Prompt = str | list[int] | list[dict[str, Any]]
-
 #: generation_config.json key -> GenerationConfig field: what a model's maker recommends, used by the server
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-#: texts shorter than this are simply tokenised; longer ones are first checked against the longest token of the vocabulary
-_LONG_TEXT = 1 << 16
 
 
 class _AsyncSink:
@@ -67,7 +68,9 @@ class Frontend:
         model_path: str,
         generation_defaults: dict[str, Any] | None = None,
         max_waiting: int = 4096,
+        vision: VisionSpec | None = None,
     ) -> None:
+        self.prompts = PromptEncoder(tokenizer, template, vision, vocab_size=client.info.vocab_size, session_len=client.info.session_len)
         self.client, self.tokenizer, self.template, self.spec = client, tokenizer, template, spec
         self.model_name, self.model_path = model_name, model_path
         self.generation_defaults = generation_defaults or {}
@@ -76,7 +79,6 @@ class Frontend:
         self._counting = threading.RLock()  # re-entrant: a forgotten generator may be collected, and drop its request, at any point
         self._in_flight = 0  # answers of all submitted requests
         self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
-        self._longest_token: int | None = None
         # weak: the engine's thread must not keep a frontend alive that nobody uses any more. A forgotten `close` then happens when
         # the frontend is collected, and at the latest before the interpreter ends: it must not end under a running step.
         client.start(weak_listener(self._on_outputs))
@@ -96,13 +98,14 @@ class Frontend:
         folder = resolve_model(model_path, config.download_dir, config.revision)
         if chat_template_config is None and config.model_name is not None:
             chat_template_config = template_by_name(config.model_name)
-        spec = load_spec(folder, config.hf_overrides)
+        spec, vision = language_spec(folder, config.hf_overrides), load_vision_spec(folder)
+        whole = spec if vision is None else dataclasses.replace(spec, model_type=f"{vision.family} {spec.model_type}")  # what its template was made for
         defaults = read_generation_defaults(folder)
         with ThreadPoolExecutor(1) as pool:  # the tokenizer loads while the engine reads its weights
             starting = pool.submit(_start_client, folder, config, separate_process)
             try:
                 tokenizer = Tokenizer(folder)
-                template = load_chat_template(folder, spec, tokenizer, chat_template_config)
+                template = load_chat_template(folder, whole, tokenizer, chat_template_config)
             except BaseException:
                 with contextlib.suppress(Exception):
                     starting.result().close()
@@ -122,6 +125,7 @@ class Frontend:
             model_path=str(model_path or folder),
             generation_defaults=defaults,
             max_waiting=config.max_waiting,
+            vision=vision,
         )
 
     # ------------------------------------------------------------------ what the engine says of itself
@@ -130,6 +134,11 @@ class Frontend:
     def info(self) -> EngineInfo:
         """Facts of the started engine: lengths, memory bill, kernels."""
         return self.client.info
+
+    @property
+    def sees(self) -> bool:
+        """Whether messages may hold pictures."""
+        return self.prompts.vision is not None
 
     @property
     def failure(self) -> str | None:
@@ -152,20 +161,14 @@ class Frontend:
         template_kwargs: dict[str, Any] | None = None,
         rope_length: int = 0,
         cache_salt: str = "",
+        media: MediaPolicy | None = None,
     ) -> Prepared:
         """Check and tokenise one prompt: text, OpenAI messages, or token ids. Raises RequestError naming field, value and limit."""
-        ids = self.encode_prompt(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
+        ids, pictures = self.prompts.encode(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs, media=media)
         session_len, pool = self.info.session_len, self.info.memory.num_blocks * self.info.memory.block_size
         room = min(session_len, pool) - len(ids)
         if room < 1:
-            is_long, larger = f"(session_len) is {session_len}", f"session_len >= {len(ids) + 1}"
-            if pool < session_len:
-                is_long, larger = f"is {pool}, all that the KV cache holds,", "a larger cache_max_entry_count"
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, but the context length {is_long} and an answer needs at least 1; shorten the prompt or start with {larger}",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            raise too_long(ids, pictures, session_len, pool)
         notices = []
         wanted = gen.max_new_tokens
         if wanted is not None and wanted > room:
@@ -184,64 +187,24 @@ class Frontend:
             include_stop=gen.include_stop_str_in_output,
             rope_length=rope_length,
             cache_salt=cache_salt,
+            pictures=pictures,
             notices=notices,
         )
 
     def prepare_score(self, token_ids: list[int], gen: GenerationConfig) -> Prepared:
         """A request that only computes its prompt (log-probabilities, logits); may be as long as session_len."""
         sampling = self._sampling(gen, 0)
-        return Prepared(self._checked_ids(token_ids), sampling, 1, [], True, True, False)
+        return Prepared(self.prompts.checked_ids(token_ids), sampling, 1, [], True, True, False)
 
     def prepare_embedding(self, token_ids: list[int], pooling: Literal["mean", "last"]) -> Prepared:
         """A request for the pooled last hidden state of its prompt, scaled to length 1; the prompt may be as long as session_len."""
-        return Prepared(self._checked_ids(token_ids), SamplingParams(max_new_tokens=0, embed=pooling), 1, [], True, True, False)
+        return Prepared(self.prompts.checked_ids(token_ids), SamplingParams(max_new_tokens=0, embed=pooling), 1, [], True, True, False)
 
     def encode_prompt(
         self, prompt: Prompt, *, do_preprocess: bool = True, tools: list[dict[str, Any]] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         """Token ids of a prompt, template applied unless `do_preprocess` is False or ids are given."""
-        if not isinstance(prompt, (str, list)) or not len(prompt):
-            problem = "empty" if isinstance(prompt, (str, list)) else f"of type {type(prompt).__name__}"
-            raise RequestError(f"the prompt is {problem}; give text, a list of messages or token ids", param="prompt")
-        if isinstance(prompt, list) and isinstance(prompt[0], int):
-            return self._checked_ids(prompt)
-        if isinstance(prompt, str):
-            text = self.template.render([{"role": "user", "content": prompt}], guard_special=True) if do_preprocess else prompt
-        else:
-            if not do_preprocess:
-                raise RequestError("do_preprocess=False needs a text or token ids, not messages", param="messages")
-            # guard: special tokens that users and tools write stay text, so that they cannot forge turns
-            text = self.template.render(prompt, tools=tools, template_kwargs=template_kwargs, guard_special=True)
-        self._refuse_hopeless(text)
-        ids = self.tokenizer.encode(text, add_bos=True)
-        if ids and max(ids) >= self.info.vocab_size:
-            token = max(ids)
-            raise RequestError(
-                f"the prompt contains {self.tokenizer.token_text(token)!r}: that is token id {token}, but the model has {self.info.vocab_size} tokens",
-                param="prompt",
-            )
-        return ids
-
-    def _checked_ids(self, ids: list[Any]) -> list[int]:
-        vocab = self.info.vocab_size
-        for position, token in enumerate(ids):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise RequestError(f"token id {token!r} at position {position} is not in [0, {vocab - 1}]", param="input_ids")
-        return list(ids)
-
-    def _refuse_hopeless(self, text: str) -> None:
-        """Refuse a text that cannot fit whatever its tokens are, before spending seconds on tokenising it."""
-        if len(text) < _LONG_TEXT:
-            return
-        if self._longest_token is None:
-            self._longest_token = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
-        least = len(text.encode("utf-8", "replace")) // max(self._longest_token, 1)
-        if least >= self.info.session_len:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, at least {least} tokens, but the context length (session_len) is {self.info.session_len}; shorten it",
-                param="messages",
-                code="context_length_exceeded",
-            )
+        return self.prompts.encode(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)[0]
 
     def _sampling(self, gen: GenerationConfig, max_new_tokens: int) -> SamplingParams:
         eos = self.tokenizer.eos_token_id
@@ -393,6 +356,7 @@ class Frontend:
                     n=prepared.n,
                     rope_length=prepared.rope_length,
                     cache_salt=prepared.cache_salt,
+                    pictures=prepared.pictures,
                 )
             )
         except BaseException:

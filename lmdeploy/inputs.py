@@ -7,7 +7,7 @@ treat the leading `num_decode` rows as decode and the rest as (chunked) prefill.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -71,4 +71,5 @@ class ForwardInputs:
     cos: torch.Tensor | None = None  # float32 [T, R/2]: filled once by the model from its rope, shared by all layers
     sin: torch.Tensor | None = None
     q_scale: torch.Tensor | None = None  # float32 [T] logn scale of queries, or None
-    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # a model's own inputs (image rows, later)
+    replaced_rows: torch.Tensor | None = None  # int64 [P]: rows of the step that stand for parts of pictures
+    replacements: torch.Tensor | None = None  # [P, M]: what they have instead of an embedding

@@ -44,6 +44,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None  # checked; see engine/guided.py
 
 
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture of a prompt. The tokens `start .. start + count` stand for it; their ids say nothing."""
+
+    start: int
+    count: int
+    tiles: int
+    size: int  # pixels of a tile's side
+    pixels: bytes  # uint8 [tiles, size, size, 3]
+    grid: tuple[int, int] = (1, 1)  # anyres: tiles across and down, without the first, which is the whole picture
+    original: tuple[int, int] = (1, 1)  # width, height
+    digest: str = ""  # of everything that its features depend on: stands for its tokens in the prefix cache
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt. `n` answers share its KV blocks; their seeds are `sampling.seed + index`."""
 
@@ -53,6 +66,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     rope_length: int = 0  # the length that fixes a dynamic rope's base; 0 = len(token_ids). Sessions keep their first one
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
+    pictures: list[Picture] = []  # in order, their tokens apart from each other
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

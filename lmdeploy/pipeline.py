@@ -24,8 +24,9 @@ from lmdeploy.answer import Merger, Prepared
 from lmdeploy.calls import GenConfigs, Prompts, as_batch, as_config, as_turn, id_batch
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
-from lmdeploy.frontend import Frontend, Prompt
+from lmdeploy.frontend import Frontend
 from lmdeploy.messages import EngineInfo, MemoryBill, Response
+from lmdeploy.prompts import Prompt
 from lmdeploy.text.tokenizer import Tokenizer
 
 logger = log.get_logger(__name__)

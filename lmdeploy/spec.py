@@ -438,34 +438,35 @@ def load_spec(folder: str | Path, overrides: Mapping[str, Any] | None = None) ->
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(explain_not_a_model(folder))
-    raw = _read_json(folder / "config.json")
+    raw = read_json_object(folder / "config.json")
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(f"hf_overrides={_short(overrides)} must be a table of config.json keys and values")
     generation = folder / "generation_config.json"
-    merged = _merged(_with_quantization(raw, folder), overrides or {})
-    return ModelSpec.from_config(merged, _read_json(generation) if generation.is_file() else None, str(folder / "config.json"))
+    return ModelSpec.from_config(
+        merged(with_quantization(raw, folder), overrides or {}), read_json_object(generation) if generation.is_file() else None, str(folder / "config.json")
+    )
 
 
-def _with_quantization(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_quantization(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """config.json with `quantization_config` from the file of its own that older tools wrote."""
     if "quantization_config" in raw:
         return raw
     for name, method in QUANTIZATION_FILES.items():
         if (folder / name).is_file():
-            return {**raw, "quantization_config": {"quant_method": method, **_read_json(folder / name)}}
+            return {**raw, "quantization_config": {"quant_method": method, **read_json_object(folder / name)}}
     return raw
 
 
-def _merged(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def merged(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of the tables with the overrides put in."""
     out = dict(raw)
     for key, value in overrides.items():
         old = out.get(key)
-        out[key] = _merged(old if isinstance(old, Mapping) else {}, value) if isinstance(value, Mapping) else value
+        out[key] = merged(old if isinstance(old, Mapping) else {}, value) if isinstance(value, Mapping) else value
     return out
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file that may be broken, huge or something else."""
     try:
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:

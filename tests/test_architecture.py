@@ -28,7 +28,7 @@ LAYERS = (
     ("layers",),
     ("models",),
     ("engine",),
-    ("answer",),
+    ("answer", "prompts"),
     ("frontend",),
     ("calls",),
     ("pipeline", "vl"),

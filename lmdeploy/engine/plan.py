@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lmdeploy.messages import SamplingParams, TokenLogprobs
+from lmdeploy.messages import Picture, SamplingParams, TokenLogprobs
 
 
 class NewSequence(msgspec.Struct, array_like=True):
@@ -20,6 +20,7 @@ class NewSequence(msgspec.Struct, array_like=True):
     prompt_len: int
     sampling: SamplingParams  # seed already offset by the answer's index
     rope_length: int
+    pictures: list[Picture] = []
 
 
 class PlanItem(msgspec.Struct, array_like=True):

@@ -16,6 +16,7 @@ from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
+from lmdeploy.engine.pictures import PictureSlots
 from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
@@ -24,6 +25,7 @@ from lmdeploy.inputs import ForwardInputs, Scratch
 from lmdeploy.kernels.row_buckets import buckets
 from lmdeploy.log import get_logger
 from lmdeploy.messages import SamplingParams, TokenLogprobs
+from lmdeploy.models.vision import VisionEncoder
 from lmdeploy.spec import ModelSpec
 
 logger = get_logger(__name__)
@@ -60,16 +62,20 @@ class ModelRunner:
         *,
         kv_layout: KVLayout = PLAIN_LAYOUT,
         pads_rows: bool = False,
+        vision: VisionEncoder | None = None,
     ) -> None:
         assert config.max_batch_size is not None
         self.model, self.device, self.dtype = model, device, dtype
         self.max_batch_size, self.max_tokens = config.max_batch_size, config.max_prefill_token_num
         self.scratch = Scratch(self.max_tokens, dtype, device)
+        self.pictures = PictureSlots(vision)
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
             self._run_largest_step()
+            if vision is not None:
+                vision.warm_up()
             if pads_rows:
                 self._run_buckets()
             self.kv.free()
@@ -83,7 +89,9 @@ class ModelRunner:
         trim()
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
         shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_layout.format.name)
-        self.memory = make_bill(device, (model.weight_bytes, self.kv.nbytes, workspace), shape, size.session_len, size.note)
+        self.memory = make_bill(
+            device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note
+        )
 
     def _make_tables(self, session_len: int) -> None:
         spec = self.model.spec
@@ -96,7 +104,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop weights, pool and buffers."""
-        del self.model, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
+        del self.model, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
         trim()
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -107,6 +115,7 @@ class ModelRunner:
         start = time.perf_counter()
         for slot in plan.released:
             self._wants[slot] = None
+            self.pictures.drop(slot)
             self._broken.pop(slot, None)
         for new in plan.new:
             self._set_up(new)
@@ -127,6 +136,7 @@ class ModelRunner:
                 raise ValueError(f"the prompt has token ids outside the vocabulary 0..{vocab - 1}")
             self.tables.set(new)
             self.sampling.set(slot, params, new.prompt_len)
+            self.pictures.set(slot, new.pictures, new.prompt_len)
         except ValueError as error:
             self._broken[slot] = str(error)
         more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state or params.embed
@@ -137,6 +147,7 @@ class ModelRunner:
         wants_more = any(special)
         all_rows = [self._wants_all(item, want) for item, want in zip(items, special, strict=True)] if wants_more else None
         batch = self.batches.build(items, all_rows)
+        self.pictures.fill(batch.inputs, batch.items)
         hidden = self.model.forward(batch.inputs)
         ordered = [results[i] for i in batch.order]
         if wants_more:

@@ -207,7 +207,7 @@ class Scheduler:
         if seq.retry_version == pool.version:
             return False  # nothing was released since
         shares = bool(seq.blocks)
-        hits, node = ([], None) if shares or self.cache is None else self.cache.match(self._root_key(seq), seq.token_ids, seq.max_reusable)
+        hits, node = ([], None) if shares or self.cache is None else self.cache.match(self._root_key(seq), seq.cache_ids, seq.max_reusable)
         missing = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits)
         room = pool.num_free - sum(pool.references(block) == 0 for block in hits)
         if self._running and room < missing + len(self._running):
@@ -277,7 +277,7 @@ class Scheduler:
     def _new_on_rank(self, seq: Sequence) -> NewSequence:
         assert seq.num_pending == 0
         rope_length = seq.request.rope_length or len(seq.request.token_ids)
-        return NewSequence(seq.slot, seq.token_ids.copy(), seq.prompt_len, seq.sampling, rope_length)
+        return NewSequence(seq.slot, seq.token_ids.copy(), seq.prompt_len, seq.sampling, rope_length, seq.request.pictures)
 
     def _root_key(self, seq: Sequence) -> RootKey:
         request = seq.request
@@ -313,7 +313,7 @@ class Scheduler:
             reason: FinishReason | None = "length" if seq.sampling.max_new_tokens == 0 and seq.num_done == seq.prompt_len else None
         else:
             seq.num_pending -= 1
-            seq.token_ids.append(slot.token_id)
+            seq.append(slot.token_id)
             self.counts.generated_tokens += 1
             reason = self._finish_reason(seq, slot.token_id)
         output = step_output(seq, item, slot, reason)
@@ -332,7 +332,7 @@ class Scheduler:
         size, key = self.limits.block_size, self._root_key(seq)
         while seq.num_published < seq.num_done // size:
             i = seq.num_published
-            node = cache.publish(key, seq.node, tuple(seq.token_ids[i * size : (i + 1) * size]), seq.blocks[i])
+            node = cache.publish(key, seq.node, tuple(seq.cache_ids[i * size : (i + 1) * size]), seq.blocks[i])
             # its prefix was someone else's copy and has been evicted: publish our own from the start
             seq.node, seq.num_published = node, (0 if node is None else i + 1)
 

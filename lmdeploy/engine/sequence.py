@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdeploy.engine.prefix_cache import Node
-from lmdeploy.messages import EngineRequest, SamplingParams, TokenLogprobs
+from lmdeploy.messages import EngineRequest, Picture, SamplingParams, TokenLogprobs
 
 
 class Sequence:
@@ -20,7 +20,7 @@ class Sequence:
     __slots__ = (
         *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
         *("num_done", "num_computed", "num_pending", "blocks", "slot", "epoch", "retry_version", "siblings"),
-        *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
+        *("cache_ids", "node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
     )
 
     def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int) -> None:
@@ -32,6 +32,7 @@ class Sequence:
         self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
         self.token_ids = list(request.token_ids)  # prompt and known generated tokens
         self.prompt_len = len(request.token_ids)
+        self.cache_ids = with_digests(self.token_ids, request.pictures) if request.pictures else self.token_ids  # what the prefix cache compares
         self.num_done = 0
         self.num_computed = 0
         self.num_pending = 0
@@ -49,6 +50,12 @@ class Sequence:
         self.rows_done = 0  # positions whose output rows (prompt log-probabilities, logits) have been handed on
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.embedding: NDArray[np.float64] | None = None  # [M], pooled so far
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.token_ids.append(token_id)
+        if self.cache_ids is not self.token_ids:
+            self.cache_ids.append(token_id)
 
     @property
     def num_tokens(self) -> int:
@@ -69,3 +76,12 @@ class Sequence:
         if not self.wants_rows or (not self.wants_all_rows and self.rows_done >= self.prompt_len - 1):
             return last
         return min(last, self.rows_done)
+
+
+def with_digests(token_ids: list[int], pictures: list[Picture]) -> list[int]:
+    """A copy in which a picture's tokens are numbers that no other picture's have: its digest, far above all token ids, and their place in it."""
+    ids = list(token_ids)
+    for picture in pictures:
+        first = int(picture.digest, 16) << 64
+        ids[picture.start : picture.start + picture.count] = range(first, first + picture.count)
+    return ids

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lmdeploy.checkpoint.random_source import RandomSource
+from lmdeploy.checkpoint.rename import RenamedSource
 from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
@@ -27,9 +28,13 @@ from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.select import pads_rows, select
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo
+from lmdeploy.models.decoder import Decoder
+from lmdeploy.models.language import find_language, language_spec
 from lmdeploy.models.registry import build_model
+from lmdeploy.models.vision import UNREAD, VisionEncoder
 from lmdeploy.parallel import Parallel
-from lmdeploy.spec import ModelSpec, RopeSpec, load_spec
+from lmdeploy.spec import ModelSpec, RopeSpec
+from lmdeploy.vision.spec import load_vision_spec
 
 logger = get_logger(__name__)
 
@@ -94,7 +99,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     """Load the model of a folder and start an engine for it. Raises ConfigError or CheckpointError before any request is accepted."""
     start = time.perf_counter()
     device = choose_device(config)
-    spec = adapt_spec(load_spec(model_path, config.hf_overrides), config)
+    spec = adapt_spec(language_spec(model_path, config.hf_overrides), config)
     formats = choose_formats(
         spec.quantization, config.model_format, str(model_path), head_bits=config.head_bits, quantise_activations=config.quantise_activations
     )
@@ -106,13 +111,18 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         hold_steady()
     dtype: torch.dtype = getattr(torch, resolved.dtype)
     kernels = select(resolved.backend, device.type, dtype, head_dim=spec.head_dim, threads=resolved.cpu_threads)
-    model = build_model(spec, dtype, device, kernels, Parallel(), formats)
-    model.load(_weights(model_path, config))
+    vision = load_vision_spec(model_path)
+    encoder = None if vision is None else VisionEncoder(vision, spec.hidden_size, dtype, device, resolved.vision_max_batch_size)
+    model = build_model(
+        spec, dtype, device, kernels, Parallel(), formats if encoder is None else dataclasses.replace(formats, unused=(*formats.unused, *UNREAD))
+    )
+    _load(model, encoder, model_path, config)
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     examined = examine(model, model_path, resolved, kv_format, device, dtype)
     if examined.quality is not None:
         judge(examined.quality, resolved.strict_quality)
-    runner = ModelRunner(model, resolved, pool_request(config, resolved), device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels))
+    pool = pool_request(config, resolved)
+    runner = ModelRunner(model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder)
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
@@ -137,6 +147,16 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _load(model: Decoder, encoder: VisionEncoder | None, model_path: Path, config: EngineConfig) -> None:
+    """Pull all weights; in a vision-language folder the decoder's have other names."""
+    source = _weights(model_path, config)
+    if encoder is not None:
+        encoder.load(source, model_path)
+        if not config.random_weights:
+            source = RenamedSource(source, find_language(model_path).rules)
+    model.load(source)
 
 
 def _weights(model_path: Path, config: EngineConfig) -> WeightSource:

@@ -20,12 +20,12 @@ from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.layers.build import BuildContext
 from lmdeploy.lite.datasets import CalibrationText, Windows, cut_windows, load_text
 from lmdeploy.lite.folder import check_room, check_work_dir
-from lmdeploy.models.language import Language, find_language
 from lmdeploy.lite.method import Method
 from lmdeploy.lite.options import LiteConfig
 from lmdeploy.lite.plan import LayerPlan, plan_layers
 from lmdeploy.log import get_logger
 from lmdeploy.models.decoder import SmoothingGroup
+from lmdeploy.models.language import Language, find_language
 from lmdeploy.models.registry import model_class
 from lmdeploy.parallel import Parallel
 from lmdeploy.text.tokenizer import Tokenizer

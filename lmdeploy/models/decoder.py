@@ -153,6 +153,9 @@ class Decoder:
             inputs.q_scale = logn_scale(inputs.positions, self.spec.rope.original_max_position)
         step = StepBuffers.take(inputs.scratch, self.shape, inputs.token_ids.shape[0])
         self.embedding.forward(inputs.token_ids, step.residual)
+        if inputs.replaced_rows is not None:
+            assert inputs.replacements is not None
+            step.residual.index_copy_(0, inputs.replaced_rows, inputs.replacements)
         self.layers[0].input_norm.forward(step.residual, step.normed)
         for layer, after in zip(self.layers[:-1], self.layers[1:], strict=True):
             layer.attention.forward(inputs, step)

@@ -15,7 +15,7 @@ from typing import Any
 from lmdeploy.checkpoint.rename import Rename, RenamedSource, checkpoint_name
 from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.models.registry import MODEL_TYPES, model_class
-from lmdeploy.spec import LANGUAGE_KEYS, ModelSpec, load_spec
+from lmdeploy.spec import LANGUAGE_KEYS, ModelSpec, load_spec, merged, read_json_object, with_quantization
 
 #: Architectures that are a language model with a vision tower added, in one flat config.
 FLAT = {"LlavaLlamaForCausalLM": "LlamaForCausalLM", "LlavaMistralForCausalLM": "MistralForCausalLM", "LlavaQwenForCausalLM": "Qwen2ForCausalLM"}
@@ -60,13 +60,21 @@ class _LanguageSource(RenamedSource):
         return self._own
 
 
+def language_spec(folder: Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
+    """The facts of the folder's language model, from its config.json alone. Raises CheckpointError as `load_spec` does."""
+    nested = _nested(_raw(folder))
+    if nested is None:
+        return load_spec(folder, overrides)
+    generation = folder / "generation_config.json"
+    more = read_json_object(generation) if generation.is_file() else None
+    return ModelSpec.from_config(merged(with_quantization(nested, folder), overrides or {}), more, str(folder / "config.json"))
+
+
 def find_language(folder: Path) -> Language:
     """The language model of a folder. Raises CheckpointError as `load_spec` and `open_source` do."""
-    raw = _raw(folder)
-    nested = _nested(raw)
-    if nested is None:
-        return Language(load_spec(folder))
-    spec = ModelSpec.from_config(nested, None, str(folder / "config.json"))
+    spec = language_spec(folder)
+    if _nested(_raw(folder)) is None:
+        return Language(spec)
     names = open_source(folder).names()
     rules: tuple[Rename, ...] = ()
     if any(name.startswith(BELOW) for name in names):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.errors import CheckpointError
+from lmdeploy.messages import Picture
 from lmdeploy.models.vision_tower import Linear, Norm, Weights, build_tower
-from lmdeploy.vision.picture import Picture, unpadded
+from lmdeploy.vision.picture import unpadded
 from lmdeploy.vision.spec import VisionSpec
 
 Tensor = torch.Tensor
@@ -95,7 +96,7 @@ class VisionEncoder:
         """The picture's rows [count, M]."""
         shape = (picture.tiles, picture.size, picture.size, 3)
         pixels = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8).view(shape).to(self.device)
-        rows = torch.cat([self._features(part) for part in pixels.split(self.batch)])  # [tiles, tokens of a tile, M]
+        rows = torch.cat([self._features(part) for part in torch.split(pixels, self.batch)])  # [tiles, tokens of a tile, M]
         out = self._unpadded(rows, picture) if self.spec.aspect == "anyres" else rows.flatten(0, 1)
         assert out.shape[0] == picture.count, f"{out.shape[0]} rows for {picture.count} tokens"
         return out
@@ -111,7 +112,7 @@ class VisionEncoder:
     def _shuffled(self, features: Tensor) -> Tensor:
         """[N, side^2, C] -> [N, (side/2)^2, 4 C]: neighbouring patches side by side (pixel shuffle; version 1 leaves the axes swapped)."""
         side, factor = self.spec.tower.side, int(1 / self.spec.downsample)
-        x = features.unflatten(1, (side // factor, factor, side // factor, factor))  # [N, rows, r, columns, c, C]
+        x = features.reshape(-1, side // factor, factor, side // factor, factor, features.shape[-1])  # [N, rows, r, columns, c, C]
         x = x.permute(0, 1, 3, 2, 4, 5) if self.spec.swap_axes else x.permute(0, 3, 1, 2, 4, 5)
         return x.flatten(3).flatten(1, 2)
 
@@ -119,7 +120,7 @@ class VisionEncoder:
         """LLaVA-1.6: the whole picture, then the canvas without its padding, a newline after each row."""
         assert self.newline is not None
         side, (across, down) = self.spec.tower.side, picture.grid
-        canvas = rows[1:].unflatten(0, (down, across)).unflatten(2, (side, side)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [H, W, M]
+        canvas = rows[1:].view(down, across, side, side, -1).permute(0, 2, 1, 3, 4).reshape(down * side, across * side, -1)  # [H, W, M]
         top, bottom, left, right = unpadded(picture.original, across * side, down * side)
         canvas = canvas[top:bottom, left:right]
         newline = self.newline.expand(canvas.shape[0], 1, -1)

@@ -143,8 +143,8 @@ class _Layer:
         query, key, value = self.qkv(x)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
-        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in (query, key, value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ClipTower(Tower):

@@ -9,27 +9,13 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from lmdeploy.messages import Picture
 from lmdeploy.vision.spec import VisionSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]  # width, height
-
-
-class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """One picture of a prompt. Tokens `start .. start + count` of the prompt stand for it (their ids say nothing)."""
-
-    start: int
-    count: int
-    tiles: int
-    size: int  # pixels of a tile's side
-    pixels: bytes  # uint8 [tiles, size, size, 3]
-    grid: Size = (1, 1)  # anyres: tiles across and down, without the first, which is the whole picture
-    original: Size = (1, 1)
-    digest: str = ""  # of everything that its features depend on: stands for its tokens in the prefix cache
 
 
 def cut(image: Image, spec: VisionSpec) -> Picture:

@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from lmdeploy.errors import RequestError
+from lmdeploy.messages import Picture
 from lmdeploy.vision.load import load_image
-from lmdeploy.vision.picture import Picture, cut
+from lmdeploy.vision.picture import cut
 from lmdeploy.vision.policy import MediaPolicy
 from lmdeploy.vision.spec import VisionSpec
 

@@ -175,7 +175,9 @@ def _tower(facts: Mapping[str, Any], kind: Literal["clip", "intern_vit"]) -> Tow
             raise CheckpointError(f"config.json: {name}={value!r} of the vision tower must be a whole number in [1, 65536]")
     width, layers, heads, inner, size, patch = (int(n) for n in numbers if n is not None)
     if width % heads or size % patch:
-        raise CheckpointError(f"config.json: the vision tower's hidden_size={width} must be a multiple of its {heads} heads, image_size={size} of patch_size={patch}")
+        raise CheckpointError(
+            f"config.json: the vision tower's hidden_size={width} must be a multiple of its {heads} heads, image_size={size} of patch_size={patch}"
+        )
     clip = kind == "clip"
     return TowerSpec(
         kind,

@@ -137,7 +137,7 @@ def test_a_folder_that_the_engine_cannot_load_is_written_and_its_report_says_so(
     out = quantised("awq", folder, tmp_path / "out", write_text(tmp_path))
     report = json.loads((out / "quantisation_report.json").read_text())
     assert report["perplexity_after"] is None
-    assert "InternVLChatModel" in report["perplexity_note"]
+    assert "vision tower" in report["perplexity_note"]  # whose config says too little
 
 
 def test_a_nested_config_may_leave_out_what_transformers_takes_for_granted(tmp_path: Path) -> None:
