@@ -21,7 +21,7 @@ MODULES = [p for p in FILES if p.read_text(encoding="utf-8").strip()]
 #: lowest first; parts on one line do not import each other
 LAYERS = (
     ("errors", "log", "version", "kv_layer"),
-    ("grammar",),
+    ("checked", "grammar"),
     ("config", "spec", "messages", "inputs", "parallel"),
     ("kernels", "checkpoint", "text", "vision"),
     ("formats",),

@@ -18,7 +18,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, QuantPolicy, TurbomindEngineConfig, kv_policy
+from lmdeploy.checked import QuantPolicy, kv_policy
+from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import LEVELS, get_logger
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmdeploy.checked import CheckedOptions, above, between, option, remembers_given
 from lmdeploy.config import (
     BACKENDS,
     DTYPES,
@@ -12,11 +13,6 @@ from lmdeploy.config import (
     EngineConfig,
     PytorchEngineConfig,
     TurbomindEngineConfig,
-    _Checked,
-    above,
-    between,
-    option,
-    remembers_given,
 )
 from lmdeploy.errors import ConfigError
 
@@ -45,7 +41,7 @@ class Policy:
 
 @remembers_given
 @dataclass
-class CompareConfig(_Checked):
+class CompareConfig(CheckedOptions):
     """What to compare, on which text, and where the results go. Raises ConfigError naming field, value and limit."""
 
     policies: str = option("0,8,k8v4,4", "KV cache policies, separated by commas, as --quant-policy names them; 4-plain is int4 without rotation")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmdeploy.config import DTYPES, _Checked, at_least, between, option, remembers_given
+from lmdeploy.checked import CheckedOptions, at_least, between, option, remembers_given
+from lmdeploy.config import DTYPES
 from lmdeploy.errors import ConfigError
 
 DATASETS = ("ptb", "wikitext2", "c4", "pileval")
@@ -13,7 +14,7 @@ QUANT_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn", "float8_e4m3fn": "float8
 
 
 @dataclass
-class LiteConfig(_Checked):
+class LiteConfig(CheckedOptions):
     """What every command has. Raises ConfigError naming field, value and limit."""
 
     work_dir: str = option("./work_dir", "folder that is written")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmdeploy.config import _Checked, above, at_least, between, option, remembers_given
+from lmdeploy.checked import CheckedOptions, above, at_least, between, option, remembers_given
 from lmdeploy.errors import ConfigError
 from lmdeploy.log import LEVELS
 
@@ -29,7 +29,7 @@ def _words(help: str) -> Any:
 
 @remembers_given
 @dataclass(frozen=True)
-class ServerConfig(_Checked):
+class ServerConfig(CheckedOptions):
     """How to serve one model over HTTP. Raises ConfigError naming option, value and limit."""
 
     server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 = every network of this machine")
