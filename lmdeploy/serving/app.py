@@ -18,7 +18,7 @@ from lmdeploy.serving import admin, encode, generate, interactive
 from lmdeploy.serving.anthropic import routes as anthropic
 from lmdeploy.serving.metrics import CONTENT_TYPE
 from lmdeploy.serving.middleware import Gate
-from lmdeploy.serving.openai import chat, completions, embeddings, models
+from lmdeploy.serving.openai import chat, completions, embeddings, models, responses
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, error_response
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.page import add_docs
@@ -37,7 +37,7 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     app.state.service = service
     app.state.created = int(time.time())
     app.state.conversations = interactive.Conversations(config.max_sessions)
-    for module in (models, chat, completions, embeddings, anthropic, generate, encode, interactive, admin):
+    for module in (models, chat, completions, embeddings, responses, anthropic, generate, encode, interactive, admin):
         app.include_router(module.router)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 while the engine works, else 503")
     if not config.disable_metrics:

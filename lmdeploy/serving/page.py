@@ -29,13 +29,14 @@ from lmdeploy.serving.openai.protocol import (
     PerplexityRequest,
     TokenizeRequest,
 )
+from lmdeploy.serving.openai.responses_protocol import ResponsesRequest
 from lmdeploy.serving.service import Service
 
 STATIC = Path(__file__).parent / "static"
 
 #: fields of requests that GenerationConfig calls otherwise
 _WIRE_NAMES = {
-    "stop": "stop_words", "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "request_output_len": "max_new_tokens",
+    "stop": "stop_words", "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "max_output_tokens": "max_new_tokens", "request_output_len": "max_new_tokens",
     "seed": "random_seed", "stop_sequences": "stop_words",
 }  # fmt: skip
 
@@ -49,6 +50,7 @@ BODIES: dict[str, type[Body]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/get_ppl": PerplexityRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountRequest,
 }
@@ -81,6 +83,7 @@ EXAMPLES: dict[type[Body], dict[str, Any]] = {
     DetokenizeRequest: {"tokens": [1, 2, 3]},
     PerplexityRequest: {"input": "The sky is blue."},
     InteractiveRequest: {"prompt": "Hello!", "session_id": -1, "interactive_mode": False, "stream": False},
+    ResponsesRequest: {"model": "MODEL", "instructions": "You are a helpful assistant.", "input": "Hello! Who are you?", "max_output_tokens": 64},
     MessagesRequest: {"model": "MODEL", "max_tokens": 64, "system": "You are a helpful assistant.", "messages": [{"role": "user", "content": "Hello!"}]},
     CountRequest: {"model": "MODEL", "messages": [{"role": "user", "content": "Hello!"}]},
 }

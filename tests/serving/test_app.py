@@ -51,7 +51,7 @@ def test_every_example_of_the_page_works_as_it_stands(server: RunningServer) -> 
             if body is not None:
                 assert server.http.post(path, json=body).status_code == 200, path
                 tried += 1
-    assert tried == len(EXAMPLES) == 11
+    assert tried == len(EXAMPLES) == 12
 
 
 def test_the_schema_refers_only_to_what_it_has(server: RunningServer) -> None:

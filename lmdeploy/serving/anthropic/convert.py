@@ -169,7 +169,7 @@ def _unsupported(block: Block, where: str) -> RequestError:
 def message(model: str, content: list[dict[str, Any]], usage: dict[str, Any], stop: tuple[str | None, str | None] = (None, None)) -> dict[str, Any]:
     """Anthropic's message object."""
     return {
-        "id": new_id("msg"),
+        "id": new_id("msg", "_"),
         "type": "message",
         "role": "assistant",
         "model": model,

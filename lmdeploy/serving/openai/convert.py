@@ -206,9 +206,9 @@ def _content(message: ChatMessage, place: int) -> str:
 # ---------------------------------------------------------------------- answers
 
 
-def new_id(prefix: str) -> str:
-    """A fresh answer id."""
-    return f"{prefix}-{uuid.uuid4().hex[:22]}"
+def new_id(prefix: str, joint: str = "-") -> str:
+    """A fresh id; newer protocols join with '_'."""
+    return f"{prefix}{joint}{uuid.uuid4().hex[:22]}"
 
 
 def now() -> int:
