@@ -37,6 +37,7 @@ COMMANDS = (
     Command("chat", "lmdeploy.cli.chat", "talk with a model in the terminal"),
     Command("serve api_server", "lmdeploy.cli.serve", "serve a model over HTTP (OpenAI-style API)"),
     Command("serve api_client", "lmdeploy.cli.serve", "talk with a model that api_server serves"),
+    Command("serve gradio", "lmdeploy.cli.ui", "chat with a model, or with a server's, in a browser"),
     Command("lite auto_awq", "lmdeploy.cli.lite", "write a 4-bit copy of a model (AWQ)"),
     Command("lite auto_gptq", "lmdeploy.cli.lite", "write a 4-bit copy of a model (GPTQ)"),
     Command("lite smooth_quant", "lmdeploy.cli.lite", "write a copy of a model with 8-bit weights and activations"),
