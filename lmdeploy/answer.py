@@ -15,6 +15,11 @@ from lmdeploy.text.detokenizer import IncrementalDetokenizer
 from lmdeploy.text.stops import StopMatcher
 from lmdeploy.text.tokenizer import Tokenizer
 
+#: fields of an increment that tell how the whole answer stands
+_STANDING = (
+    "generate_token_len", "input_token_len", "cached_tokens", "finish_reason", "stop_reason", "session_id", "error_code", "error_message", "embedding",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -121,6 +126,25 @@ def as_dict(entry: TokenLogprobs) -> dict[int, float]:
     return {entry.token_id: entry.logprob, **dict(entry.top)}
 
 
+def joined(increments: list[Response]) -> list[Response]:
+    """Increments in the order they came, those of each answer as one; ones with tensors stay as they are. May change the first of each answer."""
+    out: list[Response] = []
+    open_answers: dict[int, Response] = {}
+    for part in increments:
+        whole = open_answers.get(part.index)
+        if whole is None or part.logits is not None or part.last_hidden_state is not None:
+            out.append(part)
+            open_answers[part.index] = part
+            continue
+        whole.text += part.text
+        whole.token_ids += part.token_ids
+        if part.logprobs is not None:
+            whole.logprobs = (whole.logprobs or []) + part.logprobs
+        for name in _STANDING:
+            setattr(whole, name, getattr(part, name))
+    return out
+
+
 class Merger:
     """Joins the increments of n answers into complete ones; each part is copied once, whatever the length."""
 
@@ -140,17 +164,7 @@ class Merger:
             rows = getattr(part, name)
             if rows is not None:
                 self._rows[part.index].setdefault(name, []).append(rows)
-        for name in (
-            "generate_token_len",
-            "input_token_len",
-            "cached_tokens",
-            "finish_reason",
-            "stop_reason",
-            "session_id",
-            "error_code",
-            "error_message",
-            "embedding",
-        ):
+        for name in _STANDING:
             setattr(whole, name, getattr(part, name))
         if part.finish_reason is not None:
             self._join(part.index)

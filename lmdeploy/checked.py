@@ -13,7 +13,7 @@ import numbers
 import os
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lmdeploy.errors import ConfigError
 
@@ -114,7 +114,8 @@ def shown(value: Any) -> str:
 def remembers_given(cls: type[C]) -> type[C]:
     """Class decorator: `config.given` is the set of field names that the caller passed. Unknown names raise ConfigError."""
     original = cls.__init__
-    names = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    cls._fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type, attr-defined]
+    names = list(cls._fields)  # type: ignore[attr-defined]
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -144,6 +145,7 @@ class CheckedOptions:
     Attributes may be assigned, because users' scripts do it (`gen_config.top_p = 0.9`); the engine works on its own copy.
     """
 
+    _fields: ClassVar[dict[str, dataclasses.Field[Any]]]  # by name: dataclasses.fields() makes a tuple anew at every call
     given: frozenset[str]  # set at the end of the constructor
 
     @classmethod
@@ -153,10 +155,9 @@ class CheckedOptions:
 
     @classmethod
     def _known(cls, name: str) -> None:
-        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names)}"
+        if name not in cls._fields:
+            near = difflib.get_close_matches(name, cls._fields, 3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(cls._fields)}"
             raise ConfigError(f"{cls.__name__} has no option '{name}'{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -177,7 +178,9 @@ class CheckedOptions:
         """Check all fields."""
 
     def _check(self, error: Callable[[str, str], Exception]) -> None:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+        for f in self._fields.values():
+            if getattr(self, f.name) is f.default:
+                continue  # defaults are right
             value, meta = self._typed(f, error), f.metadata
             if meta.get("choices") and value is not None and value not in meta["choices"]:
                 raise error(f.name, f"{f.name}={shown(value)} is not one of {', '.join(map(str, meta['choices']))}")

@@ -8,7 +8,6 @@ never on the engine's thread.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -18,14 +17,15 @@ import secrets
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from lmdeploy.answer import Answer, Merger, Prepared, answers_to, merge_increments
+from lmdeploy.answer import Answer, Merger, Prepared, answers_to, joined, merge_increments
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from lmdeploy.delivery import AsyncSink, Sink, deliver
 from lmdeploy.engine.client import EngineClient, weak_listener
 from lmdeploy.errors import CheckpointError, EngineError, RequestError
 from lmdeploy.grammar import Grammar, grammar_of
@@ -44,14 +44,6 @@ logger = get_logger(__name__)
 
 #: generation_config.json key -> GenerationConfig field: what a model's maker recommends, used by the server
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-class _AsyncSink:
-    """Where the outputs of one async request go: a queue of one event loop."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[EngineOutput] = asyncio.Queue()
 
 
 class Frontend:
@@ -75,7 +67,7 @@ class Frontend:
         self.model_name, self.model_path = model_name, model_path
         self.generation_defaults = generation_defaults or {}
         self._ids = itertools.count(1)
-        self._sinks: dict[int, tuple[queue.SimpleQueue[EngineOutput] | _AsyncSink, int]] = {}  # and the number of answers
+        self._sinks: dict[int, tuple[Sink, int]] = {}  # and the number of answers
         self._counting = threading.RLock()  # re-entrant: a forgotten generator may be collected, and drop its request, at any point
         self._in_flight = 0  # answers of all submitted requests
         self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
@@ -299,18 +291,26 @@ class Frontend:
         with contextlib.closing(self.stream(prepared)) as increments:  # type: ignore[type-var]  # Ctrl-C aborts at once
             return merge_increments(increments, prepared.n)
 
-    async def astream(self, prepared: Prepared) -> AsyncIterator[Response]:
-        """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks."""
-        sink = _AsyncSink()
+    async def astream(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
+        """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks.
+
+        To a reader that is slower than the engine, what has come meanwhile is given as one increment per answer.
+        """
+        sink = AsyncSink()
         answers = answers_to(prepared, self.tokenizer)
         request_id = self._submit(prepared, sink)
         finished = False
         try:
             while answers:
-                output = await sink.queue.get()
-                response = self._advance(output, answers)
-                finished = not answers and output.finish_reason is not None
-                if response is not None:
+                increments: list[Response] = []
+                for output in await sink.take():
+                    response = self._advance(output, answers)
+                    if response is not None:
+                        increments.append(response)
+                    if not answers:
+                        finished = output.finish_reason is not None
+                        break  # what follows is late output of answers that stop words ended
+                for response in increments if len(increments) < 2 else joined(increments):
                     yield response
         finally:
             self._drop(request_id, finished=finished)
@@ -318,7 +318,7 @@ class Frontend:
     async def agenerate(self, prepared: Prepared) -> list[Response]:
         """The n complete answers."""
         merged = Merger(prepared.n)
-        async with contextlib.aclosing(self.astream(prepared)) as increments:  # type: ignore[type-var]  # an async generator
+        async with contextlib.aclosing(self.astream(prepared)) as increments:
             async for response in increments:
                 merged.add(response)
         return merged.answers
@@ -340,7 +340,7 @@ class Frontend:
 
     # ------------------------------------------------------------------ inside
 
-    def _submit(self, prepared: Prepared, sink: queue.SimpleQueue[EngineOutput] | _AsyncSink) -> int:
+    def _submit(self, prepared: Prepared, sink: Sink) -> int:
         if self.client.failure:
             raise EngineError(f"the engine has stopped: {self.client.failure}")
         request_id = next(self._ids)
@@ -389,24 +389,9 @@ class Frontend:
 
     def _on_outputs(self, outputs: list[EngineOutput]) -> None:
         """Listener, on the engine client's thread: one wake-up per event loop and step."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_AsyncSink, EngineOutput]]] = {}
-        for output in outputs:
-            sink, _ = self._sinks.get(output.request_id, (None, 0))
-            if isinstance(sink, _AsyncSink):
-                by_loop.setdefault(sink.loop, []).append((sink, output))
-            elif sink is not None:
-                sink.put(output)
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the loop was closed: nobody waits for these
-                for request_id in {output.request_id for _, output in batch}:
-                    self._drop(request_id, finished=False)
-
-
-def _deliver(batch: list[tuple[_AsyncSink, EngineOutput]]) -> None:
-    for sink, output in batch:
-        sink.queue.put_nowait(output)
+        addressed = [(entry[0], output) for output in outputs if (entry := self._sinks.get(output.request_id)) is not None]
+        for request_id in deliver(addressed):
+            self._drop(request_id, finished=False)
 
 
 def template_by_name(name: str) -> ChatTemplateConfig | None:

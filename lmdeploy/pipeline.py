@@ -229,7 +229,7 @@ class Pipeline:
                 self._prepare(messages, gen, do_preprocess, adapter_name) if alone else self._prepare_turn(session, turn, gen, do_preprocess, adapter_name)
             )
             merged = Merger(prepared.n)
-            async with contextlib.aclosing(self.frontend.astream(prepared)) as increments:  # type: ignore[type-var]
+            async with contextlib.aclosing(self.frontend.astream(prepared)) as increments:
                 async for response in increments:
                     merged.add(response)
                     if response.finish_reason is not None and not alone:

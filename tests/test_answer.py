@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdeploy.answer import Answer, Merger, as_dict, merge_increments
+from lmdeploy.answer import Answer, Merger, as_dict, joined, merge_increments
 from lmdeploy.messages import EngineOutput, Response, TokenLogprobs
 from lmdeploy.text.stops import StopMatcher
 
@@ -166,3 +166,19 @@ def test_the_chosen_token_is_first_among_its_logprobs(chosen: int) -> None:
     entry = as_dict(TokenLogprobs(chosen, -3.0, [(7, -0.1), (8, -0.2)]))
     assert next(iter(entry)) == chosen
     assert set(entry) == {chosen, 7, 8}
+
+
+def test_increments_that_waited_together_become_one_per_answer() -> None:
+    def part(text: str, index: int, count: int, **more: object) -> Response:
+        return Response(text, count, 2, index=index, token_ids=[count], logprobs=[{count: -1.0}], **more)  # type: ignore[arg-type]
+
+    made = [part("a", 0, 1, prompt_logprobs=[None]), part("x", 1, 1), part("b", 0, 2), part("c", 0, 3, finish_reason="stop", stop_reason=7)]
+    first, second = joined(made)
+    assert (first.text, first.index, first.token_ids, first.logprobs) == ("abc", 0, [1, 2, 3], [{1: -1.0}, {2: -1.0}, {3: -1.0}])
+    assert (first.generate_token_len, first.finish_reason, first.stop_reason, first.prompt_logprobs) == (3, "stop", 7, [None])
+    assert (second.text, second.index, second.finish_reason) == ("x", 1, None)
+
+
+def test_increments_with_tensors_are_not_joined() -> None:
+    made = [Response("a", 1, 2, token_ids=[1], logits=torch.zeros(1, 3)), Response("b", 2, 2, token_ids=[2], logits=torch.ones(1, 3))]
+    assert [p.text for p in joined(made)] == ["a", "b"]

@@ -28,7 +28,7 @@ LAYERS = (
     ("layers",),
     ("models",),
     ("engine",),
-    ("answer", "prompts"),
+    ("answer", "delivery", "prompts"),
     ("frontend",),
     ("calls",),
     ("pipeline", "vl"),

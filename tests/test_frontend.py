@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from lmdeploy.answer import merge_increments
 from lmdeploy.config import GenerationConfig, TurbomindEngineConfig
 from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.frontend import Frontend
+from lmdeploy.messages import Response
 from lmdeploy.pipeline import Pipeline
 
 COUNT = "Count from 1 to 20."
@@ -105,7 +107,7 @@ def test_a_forgotten_generator_aborts_when_it_is_collected(frontend: Frontend) -
 
 def test_an_async_reader_that_leaves_or_is_cancelled_aborts(frontend: Frontend) -> None:
     async def leave() -> None:
-        async with contextlib.aclosing(frontend.astream(frontend.prepare(COUNT, ENDLESS))) as parts:  # type: ignore[type-var]
+        async with contextlib.aclosing(frontend.astream(frontend.prepare(COUNT, ENDLESS))) as parts:
             async for _ in parts:
                 break
         assert not frontend._sinks
@@ -121,6 +123,23 @@ def test_an_async_reader_that_leaves_or_is_cancelled_aborts(frontend: Frontend) 
 
     asyncio.run(leave())
     asyncio.run(cancelled())
+
+
+def test_a_slow_async_reader_gets_the_same_text_in_fewer_increments(frontend: Frontend) -> None:
+    whole = frontend.generate(frontend.prepare(COUNT, GenerationConfig(max_new_tokens=60, ignore_eos=True, n=2)))
+
+    async def read() -> list[Response]:
+        parts = []
+        async with contextlib.aclosing(frontend.astream(frontend.prepare(COUNT, GenerationConfig(max_new_tokens=60, ignore_eos=True, n=2)))) as stream:
+            async for part in stream:
+                parts.append(part)
+                time.sleep(0.02)  # the event loop is busy: nothing is delivered meanwhile
+        return parts
+
+    parts = asyncio.run(read())
+    assert len(parts) < 100, "2 x 60 tokens came"
+    merged = merge_increments(parts, 2)
+    assert [(a.text, a.token_ids, a.finish_reason) for a in merged] == [(a.text, a.token_ids, a.finish_reason) for a in whole]
 
 
 def test_a_closed_event_loop_ends_its_requests(frontend: Frontend) -> None:

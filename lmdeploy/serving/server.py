@@ -23,6 +23,7 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.frontend import Frontend
 from lmdeploy.log import get_logger
 from lmdeploy.serving.app import create_app
+from lmdeploy.serving.http_protocol import BoundedHttpProtocol
 from lmdeploy.serving.options import ServerConfig
 
 logger = get_logger(__name__)
@@ -110,7 +111,7 @@ def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
             timeout_graceful_shutdown=round(config.shutdown_seconds) + ABORT_SECONDS,
             ssl_keyfile=config.ssl_keyfile if config.ssl else None,
             ssl_certfile=config.ssl_certfile if config.ssl else None,
-            h11_max_incomplete_event_size=1 << 16,
+            http=BoundedHttpProtocol,
         ),
         frontend,
         config.shutdown_seconds,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -101,7 +101,7 @@ class Service:
         """The frontend's increments, counted; closing this generator aborts the request."""
         observed = self.metrics.request()
         try:
-            async with aclosing(_as_generator(self.frontend.astream(prepared))) as answers:
+            async with aclosing(self.frontend.astream(prepared)) as answers:
                 async for response in answers:
                     observed.feed(response)
                     yield response
@@ -199,10 +199,3 @@ async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _as_generator(answers: AsyncIterator[Response]) -> AsyncGenerator[Response, None]:
-    """`astream` is an async generator by contract; say so to the type checker."""
-    async with aclosing(answers) as closing:  # type: ignore[type-var]
-        async for response in closing:
-            yield response

@@ -161,7 +161,7 @@ def test_no_tokens_and_echo_score_the_prompt(client: OpenAI, server: RunningServ
 def test_every_chunk_can_carry_the_counts_so_far(client: OpenAI) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     counts = [c.usage.completion_tokens for c in complete(client, "The sky is", stream=True, stream_options=options)]
-    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 6
+    assert counts == sorted(counts) and 1 <= counts[0] < counts[-1] == 6  # increments that wait together are one chunk
 
 
 def test_values_that_mean_nothing_are_accepted(server: RunningServer) -> None:

@@ -39,18 +39,17 @@ class Usage:
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._prompts: dict[int, tuple[int, int]] = {}  # prompt's place -> tokens, cached tokens
-        self._generated: dict[int, int] = {}
+        self._last: dict[int, Response] = {}  # of each answer: counts are running totals, so the last increment's stand
 
     def feed(self, response: Response) -> None:
-        """Counts are running totals of an answer, so the last one stands."""
-        self._prompts[response.index // self._n] = (response.input_token_len, response.cached_tokens)
-        self._generated[response.index] = response.generate_token_len
+        """Take note of one increment."""
+        self._last[response.index] = response
 
     def as_dict(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        prompt, cached = (sum(part) for part in zip(*self._prompts.values(), strict=True))
-        return convert.usage(prompt, sum(self._generated.values()), cached)
+        prompts = {index // self._n: (r.input_token_len, r.cached_tokens) for index, r in self._last.items()}
+        prompt, cached = (sum(part) for part in zip(*prompts.values(), strict=True))
+        return convert.usage(prompt, sum(r.generate_token_len for r in self._last.values()), cached)
 
 
 class Chunks:
@@ -66,6 +65,8 @@ class Chunks:
         self.continuous_usage = False  # every chunk tells the counts so far
         self._head = _encode({"id": convert.new_id(self.prefix), "object": self.object_name, "created": convert.now(), "model": model})[:-1]
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._starts: dict[int, bytes] = {}  # by answer: an event up to its text
+        self._plain_end = b'},"finish_reason":null}' + self._tail
 
     def encode(self, response: Response) -> bytes:
         """The event(s) of one increment."""
@@ -90,6 +91,16 @@ class ChatChunks(Chunks):
     object_name = "chat.completion.chunk"
     prefix = "chatcmpl"
     top_logprobs = 0
+
+    def encode(self, response: Response) -> bytes:
+        """The event(s) of one increment; nearly all are text and nothing else."""
+        if response.finish_reason is None and response.text and response.logprobs is None and not self.token_ids and not self.continuous_usage:
+            self.usage.feed(response)
+            start = self._starts.get(response.index)
+            if start is None:
+                start = self._starts[response.index] = b'data: %s,"choices":[{"index":%d,"delta":{"role":"assistant","content":' % (self._head, response.index)
+            return start + _encode(response.text) + self._plain_end
+        return super().encode(response)
 
     def choices(self, response: Response) -> Iterator[bytes]:
         """The text, and after the last text a chunk with the finish reason."""
