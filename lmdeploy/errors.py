@@ -45,4 +45,8 @@ class OverloadedError(RequestError):
 
 
 class EngineError(LmdeployError, RuntimeError):
-    """The engine failed, stopped or was closed."""
+    """The engine failed, stopped, sleeps or was closed. `code` is the machine-readable reason."""
+
+    def __init__(self, message: str, *, code: str = "engine_error") -> None:
+        super().__init__(message)
+        self.code = code

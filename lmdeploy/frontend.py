@@ -27,6 +27,7 @@ from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from lmdeploy.delivery import AsyncSink, Sink, deliver
 from lmdeploy.engine.client import EngineClient, weak_listener
+from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
 from lmdeploy.errors import CheckpointError, EngineError, RequestError
 from lmdeploy.grammar import Grammar, grammar_of
 from lmdeploy.log import get_logger
@@ -85,8 +86,12 @@ class Frontend:
         *,
         separate_process: bool = False,
         model_name: str | None = None,
+        supervision: Supervision | None = None,
     ) -> Frontend:
-        """Load a model folder, hub id or (None) the embedded model. Raises ConfigError, CheckpointError or EngineError."""
+        """Load a model folder, hub id or (None) the embedded model. Raises ConfigError, CheckpointError or EngineError.
+
+        An engine in a separate process is restarted when it fails, as `supervision` says.
+        """
         folder = resolve_model(model_path, config.download_dir, config.revision)
         if chat_template_config is None and config.model_name is not None:
             chat_template_config = template_by_name(config.model_name)
@@ -94,7 +99,7 @@ class Frontend:
         whole = spec if vision is None else dataclasses.replace(spec, model_type=f"{vision.family} {spec.model_type}")  # what its template was made for
         defaults = read_generation_defaults(folder)
         with ThreadPoolExecutor(1) as pool:  # the tokenizer loads while the engine reads its weights
-            starting = pool.submit(_start_client, folder, config, separate_process)
+            starting = pool.submit(_start_client, folder, config, separate_process, supervision)
             try:
                 tokenizer = Tokenizer(folder)
                 template = load_chat_template(folder, whole, tokenizer, chat_template_config)
@@ -136,6 +141,11 @@ class Frontend:
     def failure(self) -> str | None:
         """Why the engine is dead, or None."""
         return self.client.failure
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are refused at the moment, or None: the engine is dead, or being restarted."""
+        return self.client.trouble
 
     def stats(self) -> EngineStats:
         """The engine's counters and gauges."""
@@ -418,11 +428,9 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _start_client(folder: Path, config: EngineConfig, separate_process: bool) -> EngineClient:
+def _start_client(folder: Path, config: EngineConfig, separate_process: bool, supervision: Supervision | None) -> EngineClient:
     if separate_process:
-        from lmdeploy.engine.process import EngineProcess
-
-        return EngineProcess(folder, config)
+        return SupervisedEngine(folder, config, supervision)
     from lmdeploy.engine.client import EngineThread
     from lmdeploy.engine.start import build_engine
 

@@ -120,6 +120,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
     last_step_time: float = 0.0  # time.monotonic() at the end of the last step (loop heart-beat), 0 before the first
     step_seconds: float = 0.0  # duration of the last step
     tokens_per_second: float = 0.0  # generated tokens over about the last 5 seconds
+    busy: bool = False  # the engine's loop has something to do
+    beat: int = 0  # times that the engine's loop came round: busy with the same beat for long = it hangs
+    restarts: int = 0  # times that a failed engine process was replaced
 
 
 class MemoryBill(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +175,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: dict[str, str]  # op -> chosen kernel, for the start-up lines
     dtype: str
     start_seconds: float
+    step_seconds: float = 0.0  # what the largest step took at start-up
     kv_quality: KVQuality | None = None  # None: no part of the KV cache has 4 bits
 
 

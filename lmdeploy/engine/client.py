@@ -41,6 +41,11 @@ class EngineClient(Protocol):
         """Why the engine does not work any more, or None while it does."""
         ...
 
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be taken at the moment, or None; differs from `failure` while a failed engine is replaced."""
+        ...
+
     def start(self, listener: Listener) -> None:
         """Begin to work; called once, before the first `submit`."""
         ...
@@ -84,6 +89,7 @@ class EngineThread:
         self._lock = threading.Lock()  # guards _open and _failure: nothing is accepted after the loop has ended
         self._open: dict[int, set[int]] = {}  # request id -> answers that still need a final output
         self._failure: str | None = None
+        self._busy, self._beat = False, 0  # not waiting for work; times that the loop came round
         self._listener: Listener | None = None
         self._started = threading.Event()
         built: Future[Engine] = Future()
@@ -99,6 +105,11 @@ class EngineThread:
     @property
     def failure(self) -> str | None:
         """Why the loop ended, or None while it runs."""
+        return self._failure
+
+    @property
+    def trouble(self) -> str | None:
+        """The same: a thread is not replaced."""
         return self._failure
 
     def start(self, listener: Listener) -> None:
@@ -123,7 +134,9 @@ class EngineThread:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now; requests still in the inbox are not counted."""
-        return self._engine.stats()
+        stats = self._engine.stats()
+        stats.busy, stats.beat = self._busy, self._beat
+        return stats
 
     def close(self) -> None:
         """End the loop after the step in flight, fail what is unfinished, close the engine, join."""
@@ -156,6 +169,7 @@ class EngineThread:
                 return
             if engine.has_work:
                 outputs += engine.step()
+            self._beat += 1
             if outputs:
                 self._deliver(outputs)
 
@@ -163,10 +177,12 @@ class EngineThread:
         """Take in everything that has arrived, waiting only when there is nothing else to do; False = close."""
         block = not engine.has_work
         while True:
+            self._busy = not block
             try:
                 message = self._inbox.get(block)
             except queue.Empty:
                 return True
+            self._busy = True
             if message is None:
                 return False
             if isinstance(message, tuple):

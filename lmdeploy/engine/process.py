@@ -1,69 +1,104 @@
 """An engine in a process of its own, so that JSON, templates, tokenising and HTTP never delay a step.
 
-`EngineProcess` is the parent's side: an `EngineClient` that sends messages (`wire`) over a private socket pair. `main` is the
-child: it builds the engine, forwards, and exits at once when the pair closes, so a dead parent leaves no orphan. The child
+`EngineProcess` is the parent's side: an `EngineClient` that sends messages (`wire`) over a private socket pair to `child.main`. The child
 starts in a session of its own: Ctrl-C in the terminal reaches the parent only. Memory of a server = this child's; its
 `EngineInfo.memory` says so. Every request that was submitted gets its last output, also when the child crashes or hangs.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import logging
-import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from lmdeploy import errors, log
-from lmdeploy.config import EngineConfig, PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy import errors
+from lmdeploy.config import EngineConfig
 from lmdeploy.engine import wire
-from lmdeploy.engine.client import EngineThread
+from lmdeploy.engine.client import Listener
 from lmdeploy.errors import EngineError, LmdeployError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
 
 logger = get_logger(__name__)
 
-Listener = Callable[[list[EngineOutput]], None]
-
-#: seconds between two pings, and how many may stay unanswered; counted in pings so that a suspended parent kills nobody
-PING_SECONDS = 2.0
-MAX_UNANSWERED = 30
+#: seconds between two looks at the child. Time is counted in looks, so that a suspended parent kills nobody
+LOOK_SECONDS = 2.0
+#: no sign of life for this long, or for this many of the largest steps as measured at start-up, whichever is more, means that the engine
+#: hangs. A step at the end of a very long prompt takes up to ten times what the measured one takes, on a busy machine some times more
+STALL_SECONDS, STALL_STEPS = 120.0, 50.0
 #: how long `stats` waits for an answer before it returns the last known figures
 STATS_SECONDS = 1.0
+#: pings that may be under way; a child that hangs is not sent more
+MAX_PINGS = 8
 STOP_SECONDS = 5.0
 
 
-class EngineProcess:
-    """`EngineClient` whose engine is another process. Raises at construction what the engine's start raises there."""
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A child that was started, and our end of the pair."""
 
-    def __init__(self, model_path: Path, config: EngineConfig, *, ping_seconds: float = PING_SECONDS, max_unanswered: int = MAX_UNANSWERED) -> None:
-        self._ping_seconds, self._max_unanswered = ping_seconds, max_unanswered
+    process: subprocess.Popen[bytes]
+    channel: wire.Channel[wire.ToParent]
+
+
+def launch() -> Launched:
+    """Start a child; it waits for `wire.Start`."""
+    ours, theirs = socket.socketpair()
+    try:
+        child = subprocess.Popen([*child_command(), "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Launched(child, wire.to_child(ours))
+
+
+def child_command() -> list[str]:
+    """The program of the child: it imports the same package as we do, and nothing from the current folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    return [sys.executable, "-c", f"import sys; r = {root!r}; sys.path[:1] = [] if r in sys.path[1:] else [r]; from lmdeploy.engine.child import main; main()"]
+
+
+class EngineProcess:
+    """`EngineClient` whose engine is another process. Raises at construction what the engine's start raises there.
+
+    `launched`: a child to use (the caller may kill it while we wait for it). `stall_seconds`: see STALL_SECONDS, its default.
+    """
+
+    def __init__(self, model_path: Path, config: EngineConfig, *, launched: Launched | None = None, stall_seconds: float | None = None) -> None:
         self._lock = threading.Lock()
+        self._delivering = threading.Lock()  # nothing is delivered after the last outputs that a failure makes
         self._open: dict[int, set[int]] = {}  # request id -> answers that have not ended
-        self._tickets = itertools.count(1)
-        self._answered = 0  # highest ticket that came back
-        self._new_stats = threading.Condition()
+        self._pings = _Pings()
         self._last_stats = EngineStats()
         self._listener: Listener | None = None
         self._failure: str | None = None
+        self._ready = False
         self._closing = threading.Event()
+        self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._child, self._channel = _spawn()
+        launched = launched or launch()
+        self._child, self._channel = launched.process, launched.channel
+        self._outbox: queue.SimpleQueue[wire.ToChild | None] = queue.SimpleQueue()
         try:
+            self._thread(self._write, "engine-writer")
             self.info = self._wait_until_ready(model_path, config)
+            self._ready = True
         except BaseException:
             self.close()
             raise
         self._limit = config.max_waiting + self.info.max_batch_size
+        self._stall_seconds = stall_seconds if stall_seconds is not None else max(STALL_SECONDS, STALL_STEPS * self.info.step_seconds)
 
     # ------------------------------------------------------------------ EngineClient
 
@@ -77,14 +112,17 @@ class EngineProcess:
         """Why the engine is dead, or None."""
         return self._failure
 
+    @property
+    def trouble(self) -> str | None:
+        """The same: see `supervisor` for one that is replaced."""
+        return self._failure
+
     def start(self, listener: Listener) -> None:
         """Deliver outputs to `listener`, once per step, on a thread of this client."""
         assert self._listener is None, "start() is called once"
         self._listener = listener
-        for target, name in ((self._read, "engine-reader"), (self._watch, "engine-watch")):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._thread(self._read, "engine-reader")
+        self._thread(self._watch, "engine-watch")
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises EngineError when the engine is gone, OverloadedError when its queue is full."""
@@ -100,36 +138,39 @@ class EngineProcess:
                     f"{len(self._open)} requests are running or waiting, the limit (max_waiting + max_batch_size) is {self._limit}; try again later"
                 )
             self._open[request.request_id] = set(range(request.n))
-        try:
-            self._channel.send(wire.Submit(request))
-        except OSError:
-            # The reader sees the end of the child too, and ends this request like all others.
-            logger.warning("request %d was submitted to a dead engine", request.request_id)
+        self._outbox.put(wire.Submit(request))
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """Stop a request, or its answer `index` alone; unknown and finished ids are ignored."""
         if request_id in self._open:
-            self._send(wire.Abort(request_id, index))
+            self._outbox.put(wire.Abort(request_id, index))
 
     def stats(self) -> EngineStats:
-        """Figures of now; the last known ones when the engine does not answer within a second."""
-        self._wait_for(self._ping(), STATS_SECONDS)
+        """Figures of now; the last known ones when the engine has not answered for a second."""
+        ticket = self._ping()
+        self._pings.wait_for(ticket, STATS_SECONDS - self._pings.silence())
         return self._last_stats
 
+    def wait(self) -> None:
+        """Return when the engine has failed, its open requests ended, or it was closed."""
+        self._ended.wait()
+
     def close(self) -> None:
-        """Stop the child: asked first, killed after some seconds. Open requests end with 'abort'."""
+        """Stop the child: asked first, killed after some seconds, or at once when it has failed or is still loading. Open requests end with 'abort'."""
         with self._lock:
             if self._closing.is_set():
                 return
             self._closing.set()
-        self._send(wire.Stop())
+        if self._failure is not None or not self._ready:
+            self._child.kill()
+        self._outbox.put(wire.Stop())
         try:
             self._child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        with self._new_stats:
-            self._new_stats.notify_all()
+        self._outbox.put(None)
+        self._pings.end()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(STOP_SECONDS)
@@ -138,10 +179,15 @@ class EngineProcess:
 
     # ------------------------------------------------------------------ inside
 
+    def _thread(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
     def _wait_until_ready(self, model_path: Path, config: EngineConfig) -> EngineInfo:
         level = logging.getLevelName(logging.getLogger("lmdeploy").getEffectiveLevel())
         options = {name: getattr(config, name) for name in sorted(config.given)}
-        self._send(wire.Start(str(model_path), config.backend, options, level))
+        self._outbox.put(wire.Start(str(model_path), config.backend, options, level))
         message = self._channel.receive()
         if isinstance(message, wire.Ready):
             return message.info
@@ -149,21 +195,22 @@ class EngineProcess:
             raise error_of(message)
         raise EngineError(f"the engine process ended while it was loading {model_path}: {self._cause_of_death()}")
 
-    def _send(self, message: wire.ToChild) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the socket was closed by close()
-            self._channel.send(message)
+    def _write(self) -> None:
+        """Thread: everything for the child, so that one that does not read makes nobody wait."""
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._channel.send(message)
+            except wire.WireError as e:
+                assert isinstance(message, wire.Submit), "only requests can be too large"
+                self._deliver([_failed(message.request.request_id, i, str(e), "invalid_value") for i in range(message.request.n)])
+            except (OSError, ValueError):
+                return  # the child is gone; the reader sees that too
 
     def _ping(self) -> int:
-        with self._new_stats:
-            ticket = next(self._tickets)
-        self._send(wire.GetStats(ticket))
+        ticket, is_new = self._pings.next()
+        if is_new:
+            self._outbox.put(wire.GetStats(ticket))
         return ticket
-
-    def _wait_for(self, ticket: int, seconds: float) -> bool:
-        """Wait until the child has answered the ping `ticket`; False when it does not."""
-        with self._new_stats:
-            over = self._new_stats.wait_for(lambda: self._answered >= ticket or self._failure is not None or self._closing.is_set(), seconds)
-            return over and self._answered >= ticket
 
     def _read(self) -> None:
         """Thread: everything that the child says, until it is gone."""
@@ -173,9 +220,8 @@ class EngineProcess:
                 if isinstance(message, wire.Outputs):
                     self._deliver(message.outputs)
                 elif isinstance(message, wire.Stats):
-                    with self._new_stats:
-                        self._last_stats, self._answered = message.stats, max(message.ticket, self._answered)
-                        self._new_stats.notify_all()
+                    self._last_stats = message.stats
+                    self._pings.answered(message.ticket)
                 elif isinstance(message, wire.Failed):
                     reason = message.message
         except (OSError, ValueError, EngineError) as e:
@@ -184,36 +230,43 @@ class EngineProcess:
             self._fail(reason or f"the engine process ended: {self._cause_of_death()}")
 
     def _watch(self) -> None:
-        """Thread: a child that answers no ping for long is stuck; kill it, the reader does the rest."""
-        unanswered = 0
-        while not self._closing.wait(self._ping_seconds):
-            if self._failure is not None:
-                return
-            unanswered = 0 if self._wait_for(self._ping(), self._ping_seconds) else unanswered + 1
-            if unanswered >= self._max_unanswered:
-                self._fail(f"the engine process {self.pid} did not answer {unanswered} pings and was killed")
+        """Thread: a child whose loop computes on one step for ever, or that answers no ping, hangs; kill it, the reader does the rest."""
+        seconds = min(LOOK_SECONDS, self._stall_seconds / 4)
+        quiet, beat = 0.0, -1
+        while not self._closing.wait(seconds) and self._failure is None:
+            if not self._pings.wait_for(self._ping(), seconds):
+                quiet, what = quiet + 2 * seconds, "it answers no ping"
+            elif self._last_stats.busy and self._last_stats.beat == beat:
+                quiet, what = quiet + seconds, "no step ends"
+            else:
+                quiet, beat = 0.0, self._last_stats.beat
+            if quiet >= self._stall_seconds:
+                self._fail(f"the engine process {self.pid} hung ({what} for {quiet:.0f} s) and was killed")
                 self._child.kill()
                 return
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
-        for output in outputs:
-            if output.finish_reason is not None:
-                with self._lock:
-                    answers = self._open.get(output.request_id)
-                    if answers is not None:
-                        answers.discard(output.index)
-                        if not answers:
-                            del self._open[output.request_id]
-        if self._listener is not None:
-            self._listener(outputs)
+        with self._delivering:
+            if self._failure is not None:
+                return
+            for output in outputs:
+                if output.finish_reason is not None:
+                    with self._lock:
+                        answers = self._open.get(output.request_id)
+                        if answers is not None:
+                            answers.discard(output.index)
+                            if not answers:
+                                del self._open[output.request_id]
+            if self._listener is not None:
+                self._listener(outputs)
 
     def _fail(self, reason: str) -> None:
-        with self._lock:
-            if self._failure is None:
-                self._failure = reason
-                logger.error("the engine has failed: %s", reason)
-        with self._new_stats:
-            self._new_stats.notify_all()
+        with self._delivering, self._lock:
+            first = self._failure is None
+            self._failure = self._failure or reason
+        if first:
+            logger.error("the engine has failed: %s", reason)
+        self._pings.end()
         self._end_all("error", self._failure, "engine_failed")
 
     def _end_all(self, finish_reason: FinishReason, error: str | None, code: str | None) -> None:
@@ -226,6 +279,7 @@ class EngineProcess:
         ]
         if outputs and self._listener is not None:
             self._listener(outputs)
+        self._ended.set()
 
     def _cause_of_death(self) -> str:
         try:
@@ -238,21 +292,48 @@ class EngineProcess:
         return f"exit status {code}; its messages are above"
 
 
-def _spawn() -> tuple[subprocess.Popen[bytes], wire.Channel[wire.ToParent]]:
-    ours, theirs = socket.socketpair()
-    package_root = str(Path(__file__).resolve().parents[2])
-    # the child imports the same package as we do, and nothing from the current folder
-    code = f"import sys; r = {package_root!r}; sys.path[:1] = [] if r in sys.path[1:] else [r]; from lmdeploy.engine.process import main; main()"
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return child, wire.to_child(ours)
+class _Pings:
+    """Tickets of the pings that were sent, and which of them came back."""
+
+    def __init__(self) -> None:
+        self._tickets = itertools.count(1)
+        self._sent = self._back = 0
+        self._heard = time.monotonic()  # when the oldest ping that is under way was sent, or an older one came back
+        self._changed = threading.Condition()
+        self._over = False
+
+    def next(self) -> tuple[int, bool]:
+        """(ticket to wait for, whether it has to be sent)."""
+        with self._changed:
+            if self._sent - self._back >= MAX_PINGS:
+                return self._sent, False
+            if self._sent == self._back:
+                self._heard = time.monotonic()
+            self._sent = next(self._tickets)
+            return self._sent, True
+
+    def answered(self, ticket: int) -> None:
+        """The child has answered."""
+        with self._changed:
+            self._back, self._heard = max(ticket, self._back), time.monotonic()
+            self._changed.notify_all()
+
+    def silence(self) -> float:
+        """For how many seconds the child has owed an answer."""
+        with self._changed:
+            return time.monotonic() - self._heard if self._sent > self._back else 0.0
+
+    def wait_for(self, ticket: int, seconds: float) -> bool:
+        """Wait until the child has answered; False when it does not."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._back >= ticket or self._over, max(seconds, 0))
+            return self._back >= ticket
+
+    def end(self) -> None:
+        """Nobody will answer any more."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
 
 
 def error_of(failed: wire.Failed) -> LmdeployError:
@@ -263,96 +344,5 @@ def error_of(failed: wire.Failed) -> LmdeployError:
     return EngineError(f"{failed.kind}: {failed.message}")
 
 
-# ---------------------------------------------------------------------- the child
-
-
-class _Child:
-    """The engine's side. A reader thread fills the inbox from the start on, so that a dead parent is seen while loading too."""
-
-    def __init__(self, channel: wire.Channel[wire.ToChild]) -> None:
-        self._channel = channel
-        self._inbox: queue.SimpleQueue[wire.ToChild] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="parent-reader", daemon=True).start()
-
-    def run(self) -> None:
-        """Load, announce, then serve until Stop. An error of the start goes to the parent as its class and its one line."""
-        start = self._inbox.get()
-        assert isinstance(start, wire.Start), "the first message is Start"
-        log.setup(start.log_level)
-        try:
-            client = _load(start)
-        except Exception as e:
-            kind = type(e).__name__ if isinstance(e, LmdeployError) else "EngineError"
-            logger.debug("the engine could not start", exc_info=True)
-            self._channel.send(wire.Failed(kind, str(e) if isinstance(e, LmdeployError) else f"the engine could not start: {type(e).__name__}: {e}"))
-            return
-        try:
-            client.start(self._forward)
-            self._channel.send(wire.Ready(client.info))
-            self._serve(client)
-        finally:
-            client.close()
-
-    def _serve(self, client: EngineThread) -> None:
-        while True:
-            try:
-                message = self._inbox.get(timeout=0.5)
-            except queue.Empty:
-                message = None
-            if client.failure is not None:
-                self._channel.send(wire.Failed("EngineError", client.failure))
-                return
-            if isinstance(message, wire.Submit):
-                self._submit(client, message.request)
-            elif isinstance(message, wire.Abort):
-                client.abort(message.request_id, message.index)
-            elif isinstance(message, wire.GetStats):
-                self._channel.send(wire.Stats(message.ticket, client.stats()))
-            elif isinstance(message, wire.Stop):
-                return
-
-    def _submit(self, client: EngineThread, request: EngineRequest) -> None:
-        try:
-            client.submit(request)
-        except LmdeployError as e:
-            self._forward([_refusal(request.request_id, i, e) for i in range(request.n)])
-
-    def _read(self) -> None:
-        try:
-            while (message := self._channel.receive()) is not None:
-                self._inbox.put(message)
-        except (OSError, ValueError, EngineError) as e:
-            logger.error("the engine process lost its parent: %s", e)
-        os._exit(1)  # the parent is gone: whatever this process is doing, nobody wants it
-
-    def _forward(self, outputs: list[EngineOutput]) -> None:
-        try:
-            self._channel.send(wire.Outputs(outputs))
-        except OSError:
-            os._exit(1)
-
-
-def _refusal(request_id: int, index: int, error: LmdeployError) -> EngineOutput:
-    code = error.code if isinstance(error, RequestError) else "engine_failed"
-    return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=str(error), error_code=code)
-
-
-def _load(start: wire.Start) -> EngineThread:
-    from lmdeploy.engine.start import build_engine
-
-    config_class = PytorchEngineConfig if start.backend == "pytorch" else TurbomindEngineConfig
-    config = config_class(**start.options)
-    return EngineThread(lambda: build_engine(Path(start.model_path), config))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry of the child process."""
-    parser = argparse.ArgumentParser(prog="lmdeploy-engine")
-    parser.add_argument("--fd", type=int, required=True, help="the child's end of the socket pair")
-    fd = parser.parse_args(arguments).fd
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _Child(wire.to_parent(socket.socket(fileno=fd))).run()
-
-
-if __name__ == "__main__":
-    main()
+def _failed(request_id: int, index: int, message: str, code: str) -> EngineOutput:
+    return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=message, error_code=code)

@@ -73,9 +73,11 @@ class ModelRunner:
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
+            start = time.perf_counter()
             self._run_largest_step()
             if vision is not None:
                 vision.warm_up()
+            self.step_seconds = time.perf_counter() - start
             if pads_rows:
                 self._run_buckets()
             self.kv.free()

@@ -134,6 +134,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         kernels=dict(kernels.names),
         dtype=resolved.dtype,
         start_seconds=time.perf_counter() - start,
+        step_seconds=runner.step_seconds,
         kv_quality=examined.quality,
     )
     return Engine(

@@ -63,6 +63,12 @@ class ServerConfig(CheckedOptions):
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
     shutdown_seconds: float = option(5.0, "time that running requests get at shutdown", check=above(0))
+    engine_stall_seconds: float | None = option(
+        None,
+        "restart the engine when it computes on one step for so long, in seconds; default: 120, or 50 times the largest step measured at start-up if that is more",
+        check=above(0),
+    )
+    max_engine_restarts: int = option(5, "restarts of a failed engine within ten minutes; then the server ends with status 1", check=at_least(0))
     api_key_lines: list[str] | None = _secret("lines as in api_keys_file, from the environment", flag=False)
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def as_http_error(error: Exception) -> HttpError:
     if isinstance(error, ClientGone):
         return HttpError(499, "Client disconnected", code="client_disconnected")
     if isinstance(error, EngineError):
-        return HttpError(503, _one_line(str(error)), code="engine_error")
+        return HttpError(503, _one_line(str(error)), code=error.code)
     return HttpError(500, "internal error; the server's log has the details", code="internal_error")
 
 

@@ -1,0 +1,117 @@
+"""The engine's own process: it builds the engine, takes messages from its parent and sends what steps bring, until Stop.
+
+It exits at once when the socket pair closes, so a dead parent leaves no orphan; Ctrl-C in the terminal reaches the parent only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import signal
+import socket
+import threading
+from pathlib import Path
+
+from lmdeploy import log
+from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.engine import wire
+from lmdeploy.engine.client import EngineThread
+from lmdeploy.errors import EngineError, LmdeployError, RequestError
+from lmdeploy.log import get_logger
+from lmdeploy.messages import EngineOutput, EngineRequest
+
+logger = get_logger(__name__)
+
+
+
+class _Child:
+    """The engine's side. A reader thread fills the inbox from the start on, so that a dead parent is seen while loading too."""
+
+    def __init__(self, channel: wire.Channel[wire.ToChild]) -> None:
+        self._channel = channel
+        self._inbox: queue.SimpleQueue[wire.ToChild] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="parent-reader", daemon=True).start()
+
+    def run(self) -> None:
+        """Load, announce, then serve until Stop. An error of the start goes to the parent as its class and its one line."""
+        start = self._inbox.get()
+        assert isinstance(start, wire.Start), "the first message is Start"
+        log.setup(start.log_level)
+        try:
+            client = _load(start)
+        except Exception as e:
+            kind = type(e).__name__ if isinstance(e, LmdeployError) else "EngineError"
+            logger.debug("the engine could not start", exc_info=True)
+            self._channel.send(wire.Failed(kind, str(e) if isinstance(e, LmdeployError) else f"the engine could not start: {type(e).__name__}: {e}"))
+            return
+        try:
+            client.start(self._forward)
+            self._channel.send(wire.Ready(client.info))
+            self._serve(client)
+        finally:
+            client.close()
+
+    def _serve(self, client: EngineThread) -> None:
+        while True:
+            try:
+                message = self._inbox.get(timeout=0.5)
+            except queue.Empty:
+                message = None
+            if client.failure is not None:
+                self._channel.send(wire.Failed("EngineError", client.failure))
+                return
+            if isinstance(message, wire.Submit):
+                self._submit(client, message.request)
+            elif isinstance(message, wire.Abort):
+                client.abort(message.request_id, message.index)
+            elif isinstance(message, wire.GetStats):
+                self._channel.send(wire.Stats(message.ticket, client.stats()))
+            elif isinstance(message, wire.Stop):
+                return
+
+    def _submit(self, client: EngineThread, request: EngineRequest) -> None:
+        try:
+            client.submit(request)
+        except LmdeployError as e:
+            self._forward([_refusal(request.request_id, i, e) for i in range(request.n)])
+
+    def _read(self) -> None:
+        try:
+            while (message := self._channel.receive()) is not None:
+                self._inbox.put(message)
+        except (OSError, ValueError, EngineError) as e:
+            logger.error("the engine process lost its parent: %s", e)
+        os._exit(1)  # the parent is gone: whatever this process is doing, nobody wants it
+
+    def _forward(self, outputs: list[EngineOutput]) -> None:
+        try:
+            self._channel.send(wire.Outputs(outputs))
+        except OSError:
+            os._exit(1)
+
+
+def _refusal(request_id: int, index: int, error: LmdeployError) -> EngineOutput:
+    code = error.code if isinstance(error, RequestError) else "engine_failed"
+    return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=str(error), error_code=code)
+
+
+def _load(start: wire.Start) -> EngineThread:
+    from lmdeploy.engine.start import build_engine
+
+    config_class = PytorchEngineConfig if start.backend == "pytorch" else TurbomindEngineConfig
+    config = config_class(**start.options)
+    return EngineThread(lambda: build_engine(Path(start.model_path), config))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of the child process."""
+    parser = argparse.ArgumentParser(prog="lmdeploy-engine")
+    parser.add_argument("--fd", type=int, required=True, help="the child's end of the socket pair")
+    fd = parser.parse_args(arguments).fd
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    _Child(wire.to_parent(socket.socket(fileno=fd))).run()
+
+
+if __name__ == "__main__":
+    main()
