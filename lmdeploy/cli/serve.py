@@ -66,13 +66,13 @@ def run_api_server(args: argparse.Namespace) -> int:
     server, engine, template = server_config(args), engine_config(args), template_config(args)
     log.setup(server.log_level)
     from lmdeploy.frontend import Frontend
-    from lmdeploy.serving.server import reserve_port, run_server
+    from lmdeploy.serving.server import reserve_port, run_server, supervision_of
 
     sock = reserve_port(server)
     try:
         if args.model_path is None:
             print(EMBEDDED, flush=True)
-        frontend = Frontend.open(args.model_path, engine, template, separate_process=True, model_name=server.model_name)
+        frontend = Frontend.open(args.model_path, engine, template, separate_process=True, model_name=server.model_name, supervision=supervision_of(server))
     except BaseException:
         sock.close()
         raise

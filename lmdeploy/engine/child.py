@@ -24,7 +24,6 @@ from lmdeploy.messages import EngineOutput, EngineRequest
 logger = get_logger(__name__)
 
 
-
 class _Child:
     """The engine's side. A reader thread fills the inbox from the start on, so that a dead parent is seen while loading too."""
 

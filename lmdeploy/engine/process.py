@@ -7,6 +7,7 @@ starts in a session of its own: Ctrl-C in the terminal reaches the parent only. 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -188,7 +189,9 @@ class EngineProcess:
         level = logging.getLevelName(logging.getLogger("lmdeploy").getEffectiveLevel())
         options = {name: getattr(config, name) for name in sorted(config.given)}
         self._outbox.put(wire.Start(str(model_path), config.backend, options, level))
-        message = self._channel.receive()
+        message = None
+        with contextlib.suppress(OSError, wire.WireError):
+            message = self._channel.receive()
         if isinstance(message, wire.Ready):
             return message.info
         if isinstance(message, wire.Failed):
@@ -224,8 +227,12 @@ class EngineProcess:
                     self._pings.answered(message.ticket)
                 elif isinstance(message, wire.Failed):
                     reason = message.message
-        except (OSError, ValueError, EngineError) as e:
-            reason = str(e)
+        except wire.WireError as e:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(0.5)  # when it died in the middle of a message, that is the reason
+            reason = str(e) if self._child.returncode is None else None
+        except (OSError, ValueError):
+            pass  # it died with something unread
         if not self._closing.is_set():
             self._fail(reason or f"the engine process ended: {self._cause_of_death()}")
 

@@ -19,7 +19,7 @@ from lmdeploy.engine.client import Listener
 from lmdeploy.engine.process import EngineProcess, Launched, launch
 from lmdeploy.errors import EngineError, LmdeployError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason
 
 logger = get_logger(__name__)
 

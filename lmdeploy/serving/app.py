@@ -19,14 +19,11 @@ from lmdeploy.serving.anthropic import routes as anthropic
 from lmdeploy.serving.metrics import CONTENT_TYPE
 from lmdeploy.serving.middleware import Gate
 from lmdeploy.serving.openai import chat, completions, embeddings, models, responses
-from lmdeploy.serving.openai.errors import ClientGone, HttpError, error_response
+from lmdeploy.serving.openai.errors import RETRY_SECONDS, ClientGone, HttpError, error_response
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.page import add_docs
 from lmdeploy.serving.service import Service, service_of
 from lmdeploy.version import __version__
-
-#: with work to do, no step for this long means that the engine is stuck
-STALL_SECONDS = 120.0
 
 
 def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAPI:
@@ -58,18 +55,13 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
 
 
 async def health(request: Request) -> Response:
-    """200 {"status": "healthy"} while the engine can answer; 503 with the reason when it failed or is stuck."""
+    """200 {"status": "healthy"} while the engine can answer; 503 with the reason while it is restarted, and when it was given up."""
     frontend = service_of(request).frontend
-    problem = frontend.failure
+    problem = frontend.trouble
     if problem is None:
-        stats = await asyncio.to_thread(frontend.stats)
-        age = time.monotonic() - stats.last_step_time
-        if stats.running and stats.last_step_time and age > STALL_SECONDS:
-            problem = f"no step for {age:.0f} s with {stats.running} sequences running"
-        problem = frontend.failure or problem
-    if problem:
-        return JSONResponse({"status": "unhealthy", "message": problem}, status_code=503, headers={"Retry-After": "5"})
-    return JSONResponse({"status": "healthy", "message": ""})
+        return JSONResponse({"status": "healthy", "message": ""})
+    status = "unhealthy" if frontend.failure else "restarting"
+    return JSONResponse({"status": status, "message": problem}, status_code=503, headers={"Retry-After": RETRY_SECONDS})
 
 
 async def metrics(request: Request) -> Response:

@@ -127,6 +127,7 @@ def _counters(s: EngineStats) -> list[tuple[str, str, float]]:
         ("generation_tokens", "generated tokens", s.generated_tokens),
         ("cached_tokens", "prompt tokens found in the prefix cache", s.cached_tokens),
         ("steps", "steps of the engine", s.steps),
+        ("engine_restarts", "failed engine processes that were replaced", s.restarts),
         ("preemptions", "sequences put back for want of KV blocks", s.preemptions),
         ("requests_aborted", "requests given up by their clients", s.aborted),
     ]

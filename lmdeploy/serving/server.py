@@ -19,7 +19,8 @@ import uvicorn
 
 from lmdeploy import log
 from lmdeploy.config import ChatTemplateConfig, EngineConfig
-from lmdeploy.errors import ConfigError
+from lmdeploy.engine.supervisor import Supervision
+from lmdeploy.errors import ConfigError, EngineError
 from lmdeploy.frontend import Frontend
 from lmdeploy.log import get_logger
 from lmdeploy.serving.app import create_app
@@ -58,6 +59,10 @@ class HttpServer(SignalServer):
     def __init__(self, config: uvicorn.Config, frontend: Frontend, shutdown_seconds: float) -> None:
         super().__init__(config)
         self._frontend, self._shutdown_seconds = frontend, shutdown_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True stops the server: a signal came, or the engine was given up."""
+        return await super().on_tick(counter) or self._frontend.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, wait for the answers that run."""
@@ -118,8 +123,13 @@ def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
     )
 
 
+def supervision_of(config: ServerConfig) -> Supervision:
+    """When the engine counts as hung, and how often it is restarted."""
+    return Supervision(config.engine_stall_seconds, config.max_engine_restarts)
+
+
 def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | None = None) -> None:
-    """Serve until Ctrl-C or SIGTERM; closes the frontend. `sock` comes from `reserve_port`, called before the model was loaded."""
+    """Serve until Ctrl-C or SIGTERM; closes the frontend. Raises EngineError when the engine was given up. `sock` comes from `reserve_port`, called before the model was loaded."""
     sock = sock or reserve_port(config)
     log.setup(config.log_level)
     logging.getLogger("lmdeploy.access").setLevel(logging.INFO)
@@ -128,9 +138,12 @@ def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | N
         server = build_server(frontend, config)
         _tell(frontend, config, url)
         server.run(sockets=[sock])
+        failure = frontend.failure
     finally:
         frontend.close()
         sock.close()
+    if failure:
+        raise EngineError(f"the server has stopped: {failure}")
 
 
 def _tell(frontend: Frontend, config: ServerConfig, url: str) -> None:
@@ -147,7 +160,14 @@ def serve_model(
     """Port, model (in a process of its own), server: all of `lmdeploy serve api_server`."""
     sock = reserve_port(server_config)
     try:
-        frontend = Frontend.open(model_path, engine_config, chat_template_config, separate_process=True, model_name=server_config.model_name)
+        frontend = Frontend.open(
+            model_path,
+            engine_config,
+            chat_template_config,
+            separate_process=True,
+            model_name=server_config.model_name,
+            supervision=supervision_of(server_config),
+        )
     except BaseException:
         sock.close()
         raise

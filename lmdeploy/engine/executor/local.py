@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import torch
+
 from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.errors import EngineError
@@ -40,6 +42,8 @@ class LocalExecutor:
         if self._runner is None:
             raise EngineError("the engine is closed")
         done = self._done.popleft()
+        if isinstance(done, torch.AcceleratorError):  # an illegal access, a failed assertion: no later call of this process works
+            raise EngineError(f"the device is lost: {str(done).splitlines()[0]}") from done
         if isinstance(done, Exception):
             raise done
         return done
