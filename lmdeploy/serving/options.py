@@ -68,7 +68,7 @@ class ServerConfig(CheckedOptions):
         "restart the engine when it computes on one step for so long, in seconds; default: 120, or 50 times the largest step measured at start-up if that is more",
         check=above(0),
     )
-    max_engine_restarts: int = option(5, "restarts of a failed engine within ten minutes; then the server ends with status 1", check=at_least(0))
+    max_engine_restarts: int = option(5, "restarts of a failed engine within ten minutes; then the server ends with an error", check=at_least(0))
     api_key_lines: list[str] | None = _secret("lines as in api_keys_file, from the environment", flag=False)
 
     def __post_init__(self) -> None:

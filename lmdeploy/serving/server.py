@@ -129,7 +129,10 @@ def supervision_of(config: ServerConfig) -> Supervision:
 
 
 def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | None = None) -> None:
-    """Serve until Ctrl-C or SIGTERM; closes the frontend. Raises EngineError when the engine was given up. `sock` comes from `reserve_port`, called before the model was loaded."""
+    """Serve until Ctrl-C or SIGTERM; closes the frontend. `sock` comes from `reserve_port`, called before the model was loaded.
+
+    Raises EngineError when the engine failed too often and was given up.
+    """
     sock = sock or reserve_port(config)
     log.setup(config.log_level)
     logging.getLogger("lmdeploy.access").setLevel(logging.INFO)

@@ -82,26 +82,6 @@ def test_a_signal_during_an_answer_ends_server_and_engine(number: signal.Signals
     assert "Traceback" not in log, log
 
 
-def test_a_killed_engine_is_told_to_everybody(process: Process) -> None:
-    with process.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as reply:
-        lines = reply.iter_lines()
-        next(lines)
-        os.kill(process.engine.pid, signal.SIGKILL)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert '"error"' in rest[-2] and "signal 9" in rest[-2]
-    health = process.http.get("/health")
-    assert health.status_code == 503
-    assert "signal 9" in health.json()["message"]
-    refused = process.http.post("/v1/completions", json=LONG)
-    assert refused.status_code == 503
-    assert int(refused.headers["retry-after"]) > 0
-    assert process.http.get("/v1/models").status_code == 200
-    assert process.http.get("/metrics").status_code == 200
-    process.popen.send_signal(signal.SIGTERM)
-    assert process.popen.wait(10) == 0
-
-
 def test_a_port_in_use_is_told_before_the_model_is_loaded(server: RunningServer, model_folder: Path) -> None:
     port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"port {port} .*in use"):
