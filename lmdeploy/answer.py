@@ -35,6 +35,7 @@ class Prepared:
     rope_length: int = 0
     cache_salt: str = ""
     pictures: list[Picture] = field(default_factory=list)
+    shown_special: frozenset[int] = frozenset()  # special tokens whose text is shown although skip_special_tokens
     notices: list[str] = field(default_factory=list)  # what the caller should be told, e.g. a shortened max_new_tokens
 
 
@@ -51,9 +52,14 @@ class Answer:
         spaces_between_special_tokens: bool = True,
         include_stop: bool = False,
         min_new_tokens: int = 0,
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
+            tokenizer,
+            prompt_ids,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            shown_special=shown_special,
         )
         self._stops = stops
         self._num_prompt = len(prompt_ids)
@@ -112,6 +118,7 @@ def answers_to(prepared: Prepared, tokenizer: Tokenizer) -> dict[int, Answer]:
             spaces_between_special_tokens=prepared.spaces_between_special_tokens,
             include_stop=prepared.include_stop,
             min_new_tokens=prepared.sampling.min_new_tokens,
+            shown_special=prepared.shown_special,
         )
         for i in range(prepared.n)
     }

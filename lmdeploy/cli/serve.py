@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 #: flags of the public surface that the server cannot obey yet: name -> its neutral values
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "qos_config_path": ("",), "tool_call_parser": (), "reasoning_parser": (), "proxy_url": (),
+    "qos_config_path": ("",), "proxy_url": (),
     "allowed_media_domains": (),
 }  # fmt: skip
 

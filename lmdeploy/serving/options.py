@@ -14,6 +14,9 @@ from lmdeploy.errors import ConfigError
 from lmdeploy.log import LEVELS
 
 DEFAULT_PORT = 23333
+#: names in serving/parsers/registry.py
+TOOL_PARSERS = ("none", "internlm", "intern-s1", "llama3", "llama3_1", "hermes", "qwen", "qwen2d5", "qwen3", "mistral", "json")
+REASONING_PARSERS = ("none", "deepseek-r1", "qwen-qwq", "qwen3", "intern-s1")
 
 
 def _secret(help: str, *, flag: bool = True) -> Any:
@@ -59,6 +62,12 @@ class ServerConfig(CheckedOptions):
     enable_abort_handling: bool = option(False, "let clients without the admin key stop requests by POST /abort_request")
     generation_config: str = option(
         "auto", "sampling defaults: auto = the model's generation_config.json, lmdeploy = the library's", choices=("auto", "lmdeploy")
+    )
+    tool_call_parser: str | None = option(
+        None, f"how the model writes tool calls: {', '.join(TOOL_PARSERS)}; default: as its chat template says; none = calls stay text", choices=TOOL_PARSERS
+    )
+    reasoning_parser: str | None = option(
+        None, f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}; default: as its chat template says", choices=REASONING_PARSERS
     )
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))

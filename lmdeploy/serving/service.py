@@ -26,6 +26,8 @@ from lmdeploy.serving.metrics import Metrics
 from lmdeploy.serving.openai.convert import Prompt
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_failed
 from lmdeploy.serving.options import ServerConfig
+from lmdeploy.serving.parsers.registry import reasoning_format, tool_format
+from lmdeploy.serving.tool_offer import Guarantee
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -45,7 +47,18 @@ class Service:
         self.metrics = Metrics(frontend, self.model_name)
         self.keys = KeyRing(config)
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
+        self.tool_format = tool_format(config.tool_call_parser, frontend.template)
+        self.reasoning_format = reasoning_format(config.reasoning_parser, frontend.template)
+        self.guarantee: Guarantee | None = None
+        self.tag_ids = self._special_tags()  # special tokens that are parts of tags: readers must see them
         self._sessions: set[int] = set()
+
+    def _special_tags(self) -> frozenset[int]:
+        tokenizer = self.frontend.tokenizer
+        forms = self.tool_format.forms if self.tool_format is not None else ()
+        tags = [self.reasoning_format.open, self.reasoning_format.close] if self.reasoning_format is not None else []
+        ids = (i for tag in [*tags, *(form.open for form in forms), *(form.close for form in forms)] for i in tokenizer.encode(tag, add_bos=False))
+        return frozenset(ids) & tokenizer.special_ids
 
     def check_model(self, name: str) -> None:
         """Raise 404 unless `name` is the served model: its given name, its path, or the last part of the path."""

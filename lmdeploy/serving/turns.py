@@ -6,31 +6,29 @@ is nothing to read (`Turn.is_plain`), and a route may pass the frontend's increm
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
 
 from lmdeploy.answer import Prepared
 from lmdeploy.config import GenerationConfig
+from lmdeploy.errors import RequestError
+from lmdeploy.grammar import Grammar, grammar_of
 from lmdeploy.messages import Response
 from lmdeploy.serving.openai.errors import raise_if_failed
+from lmdeploy.serving.parsers.events import CallArguments, CallEnd, CallFailed, CallStart, Content, Event, Reasoning
+from lmdeploy.serving.parsers.reasoning import ReasoningParser
+from lmdeploy.serving.parsers.tools import ToolParser
 from lmdeploy.serving.service import Service
+from lmdeploy.serving.tool_offer import ToolOffer, offer_of, with_code_prompt
+from lmdeploy.serving.turn_call import TurnCall
+from lmdeploy.text.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True, slots=True)
-class TurnCall:
-    """A checked request in a form that belongs to no protocol."""
-
-    messages: list[dict[str, Any]] | str | list[int]  # OpenAI-shaped dicts (content is text), raw text, or token ids
-    gen: GenerationConfig
-    templated: bool = True
-    tools: list[dict[str, Any]] | None = None  # OpenAI's shape {"type": "function", "function": {...}}
-    tool_choice: str = "auto"  # 'none', 'auto', 'required', or 'function:NAME'
-    parallel_tool_calls: bool = True
-    template_kwargs: dict[str, Any] | None = None  # enable_thinking and other variables of the checkpoint's template
+__all__ = ["Delta", "ToolCall", "ToolDelta", "Turn", "TurnAnswer", "TurnCall", "open_turn"]
 
 
 @dataclass(slots=True)
@@ -81,9 +79,70 @@ class TurnAnswer:
 class TurnReader:
     """Reads one answer: `Response` increments in, `Delta`s out."""
 
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None, tokenizer: Tokenizer, close: str) -> None:
+        self._reasoning, self._tools, self._tokenizer = reasoning, tools, tokenizer
+        self._close = close.encode()  # the tag that ends the reasoning
+        self._place = -1  # of the call that is being read
+        self._good_calls = 0
+        self._reasoning_tokens = 0
+
     def read(self, response: Response) -> Delta:
         """The meaning of one increment."""
-        return Delta(response.index, response.text, "", [], response.finish_reason, response)
+        delta = Delta(response.index, "", "", [], response.finish_reason, response)
+        for event in self._split(response):
+            self._add(delta, event)
+        if delta.finish_reason == "stop" and self._good_calls:
+            delta.finish_reason = "tool_calls"
+        delta.reasoning_tokens = self._reasoning_tokens
+        return delta
+
+    def _split(self, response: Response) -> list[Event]:
+        over = response.finish_reason is not None
+        events: list[Event] = [Content(response.text)] if response.text else []
+        if self._reasoning is not None:
+            was_thinking = not self._reasoning.has_content
+            events = self._reasoning.feed(response.text)
+            if was_thinking and self._reasoning.has_thought:
+                self._count(response)
+            if over:
+                events += self._reasoning.finish()
+        if self._tools is None:
+            return events
+        out: list[Event] = []
+        for event in events:
+            out += self._tools.feed(event.text) if isinstance(event, Content) else [event]
+        return out + self._tools.finish(cut=response.finish_reason != "stop") if over else out
+
+    def _count(self, response: Response) -> None:
+        """Reasoning tokens: all so far, less those behind the closing tag."""
+        behind = 0
+        if self._reasoning is not None and self._reasoning.has_content:
+            pieces = [self._tokenizer.token_bytes(token) for token in response.token_ids]
+            place = b"".join(pieces).find(self._close)
+            end = place + len(self._close) if place >= 0 else 0
+            for piece in pieces:
+                behind += end <= 0
+                end -= len(piece)
+            behind = behind if place >= 0 else 0
+        self._reasoning_tokens = response.generate_token_len - behind
+
+    def _add(self, delta: Delta, event: Event) -> None:
+        match event:
+            case Content(text):
+                delta.content += text
+            case Reasoning(text):
+                delta.reasoning += text
+            case CallStart(name):
+                self._place += 1
+                delta.tools.append(ToolDelta(self._place, f"call_{uuid.uuid4().hex[:24]}", name, ""))
+            case CallArguments(text):
+                if not delta.tools or delta.tools[-1].place != self._place:
+                    delta.tools.append(ToolDelta(self._place, None, None, ""))
+                delta.tools[-1].arguments += text
+            case CallEnd():
+                self._good_calls += 1
+            case CallFailed():  # what has gone out has gone out
+                delta.tools = [tool for tool in delta.tools if tool.place != self._place]
 
 
 @dataclass(slots=True)
@@ -92,15 +151,38 @@ class Turn:
 
     service: Service
     prepared: Prepared
-    is_plain: bool = True  # the model's text is the content: nothing to parse
+    call: TurnCall
+    offer: ToolOffer
+    thinking: str = "no"  # 'open': the prompt ends within the reasoning; 'may': the answer may begin with it
     _readers: dict[int, TurnReader] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """The model's text is the content: nothing to read."""
+        return not self._reads_tools and self.thinking == "no"
+
+    @property
+    def _reads_tools(self) -> bool:
+        return bool(self.offer.names) and self.service.tool_format is not None
 
     def read(self, response: Response) -> Delta:
         """The meaning of one increment of any of the answers."""
+        if self.is_plain:
+            return Delta(response.index, response.text, "", [], response.finish_reason, response)
         reader = self._readers.get(response.index)
         if reader is None:
-            reader = self._readers[response.index] = TurnReader()
+            reader = self._readers[response.index] = self._reader()
         return reader.read(response)
+
+    def _reader(self) -> TurnReader:
+        notation, tags = self.service.tool_format, self.service.reasoning_format
+        tools = None
+        if notation is not None and self._reads_tools:
+            tools = ToolParser(notation, self.offer.names, code=self.offer.code, one_call=not self.call.parallel_tool_calls)
+        thoughts = None
+        if tags is not None and self.thinking != "no":
+            thoughts = ReasoningParser(tags, opened=self.thinking == "open", interrupts=notation.tags if notation is not None and tools else ())
+        return TurnReader(thoughts, tools, self.service.frontend.tokenizer, tags.close if tags else "")
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Increments as they come; closing it aborts the request. Raises HttpError when an answer fails."""
@@ -123,5 +205,46 @@ def _answer(delta: Delta) -> TurnAnswer:
 
 async def open_turn(service: Service, call: TurnCall) -> Turn:
     """Check and tokenise the request. Raises RequestError or HttpError."""
-    prepared = await service.prepare(call.messages, call.gen, do_preprocess=call.templated, tools=call.tools, template_kwargs=call.template_kwargs)
-    return Turn(service, prepared)
+    messages = call.messages
+    conversation = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) and call.templated else []
+    if call.tools and not conversation and call.tool_choice != "none":
+        raise RequestError("tools need messages that are a conversation, not a text or token ids", param="tools")
+    offer = offer_of(call.tools, call.tool_choice, service.tool_format)
+    if offer.code:
+        messages = conversation = with_code_prompt(conversation)
+    thinking = _thinking(service, conversation, call.template_kwargs) if conversation else "no"
+    gen = _guided(service, call, offer, thinking)
+    prepared = await service.prepare(messages, gen, do_preprocess=call.templated, tools=offer.shown or None, template_kwargs=call.template_kwargs)
+    turn = Turn(service, prepared, call, offer, thinking)
+    if not turn.is_plain and service.tag_ids:
+        turn.prepared = replace(prepared, shown_special=service.tag_ids)
+    return turn
+
+
+def _thinking(service: Service, conversation: list[dict[str, Any]], kwargs: dict[str, Any] | None) -> str:
+    """Whether the answer begins with reasoning: what the template writes before it tells."""
+    tags, template = service.reasoning_format, service.frontend.template
+    if tags is None:
+        return "no"
+    tail = conversation[-1].get("content") or ""
+    if conversation[-1].get("role") != "assistant":
+        tail = template.render([{"role": "user", "content": "-"}], template_kwargs=kwargs)
+        if tail.rstrip().endswith(tags.close) or (kwargs or {}).get("enable_thinking") is False:
+            return "no"
+        return "open" if tail.rstrip().endswith(tags.open) else "may"
+    return "open" if tail.rfind(tags.open) > tail.rfind(tags.close) else "no"
+
+
+def _guided(service: Service, call: TurnCall, offer: ToolOffer, thinking: str) -> GenerationConfig:
+    """The generation config with the grammar that tools and reasoning ask for."""
+    gen, tags = call.gen, service.reasoning_format
+    wanted = gen.grammar or grammar_of(gen.response_format)
+    if offer.names and service.guarantee is not None:
+        if wanted is not None:
+            raise RequestError("response_format and tools exclude each other; send one, or tool_choice 'none'", param="response_format")
+        after = tags.close if tags is not None and thinking == "open" else ""
+        grammar = service.guarantee.grammar(offer, parallel=call.parallel_tool_calls, after=after)
+        return gen if grammar is None else gen.replace(grammar=grammar)
+    if wanted is not None and tags is not None and thinking != "no" and not wanted.after:
+        return gen.replace(grammar=Grammar(wanted.kind, wanted.text, tags.close), response_format=None)
+    return gen

@@ -53,6 +53,7 @@ def _chatml(meta: str | None, *stops: str, newline: str = "\n", **more: str) -> 
         tool=more.get("tool", "<|im_start|>tool\n"),
         eotool=end,
         tool_style="plugin" if more.get("style") == "plugin" else "tool_call" if more.get("style") == "tool_call" else "none",
+        no_thinking=more.get("no_thinking", ""),
     )
 
 
@@ -102,7 +103,7 @@ def _phi3() -> Parts:
     return Parts(**headers, eosys="<|end|>\n", eoh="<|end|>\n", eoa="<|end|>\n", stop_words=("<|end|>", "<|endoftext|>"))  # type: ignore[arg-type]
 
 
-_MISTRAL = Parts(user="[INST] ", eoh=" [/INST]", eoa="</s>", system_in_user=True)
+_MISTRAL = Parts(user="[INST] ", eoh=" [/INST]", eoa="</s>", system_in_user=True, tool_style="tool_list")
 _GEMMA = Parts(
     user="<start_of_turn>user\n",
     eoh="<end_of_turn>\n",
@@ -132,7 +133,7 @@ BUILTIN: dict[str, Parts] = {
     "phi-3": _phi3(),
     "qwen": _chatml(QWEN_SYSTEM, style="tool_call"),
     "qwen2d5": _chatml(QWEN2D5_SYSTEM, style="tool_call"),
-    "qwen3": _chatml(None, style="tool_call"),
+    "qwen3": _chatml(None, style="tool_call", no_thinking="<think>\n\n</think>\n\n"),
     "vicuna": _vicuna(VICUNA_SYSTEM),
     "yi": _chatml(None, "<|endoftext|>"),
 }

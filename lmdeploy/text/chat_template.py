@@ -22,7 +22,7 @@ from lmdeploy.spec import ModelSpec
 from lmdeploy.text.builtin_templates import BUILTIN, kind_of, list_templates
 from lmdeploy.text.conversation import RESULT_ROLES, Message, messages_to_bounded, tools_to_bounded
 from lmdeploy.text.jinja_sandbox import MAX_SOURCE, BoundedEnvironment, TemplateLimitError, TemplateRefusal
-from lmdeploy.text.parts_template import Parts, continue_parts, render_parts
+from lmdeploy.text.parts_template import INTERPRETER, Parts, ToolStyle, continue_parts, render_parts, short_ids
 from lmdeploy.text.tokenizer import Tokenizer
 from lmdeploy.text.tokenizer_files import read_bounded, read_json
 
@@ -45,6 +45,9 @@ class ChatTemplate(ABC):
 
     def __init__(self, name: str, stop_words: list[str], tokenizer: Tokenizer, *, default_system: str | None, completion: bool) -> None:
         self.name = name
+        self.source = ""  # the checkpoint's own template, with its variant for tools
+        self.tool_style: ToolStyle = "none"  # how the built-in parts write tools, where they do
+        self.thinks = False  # reasoning comes before the answer, unless enable_thinking is false
         self.default_system = default_system
         self.completion = completion
         self._guard = tokenizer.guard
@@ -89,10 +92,10 @@ class BuiltinChatTemplate(ChatTemplate):
 
     def __init__(self, name: str, parts: Parts, tokenizer: Tokenizer, completion: bool = False) -> None:
         super().__init__(name, list(parts.stop_words), tokenizer, default_system=parts.meta, completion=completion)
-        self.parts = parts
+        self.parts, self.tool_style, self.thinks = parts, parts.tool_style, bool(parts.no_thinking)
 
     def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool, kwargs: dict[str, Any]) -> str:
-        return render_parts(self.parts, messages, tools, add_generation_prompt)
+        return render_parts(self.parts, messages, tools, add_generation_prompt, kwargs.get("enable_thinking") is not False)
 
     def _continue(self, text: str) -> str:
         return continue_parts(self.parts, text)
@@ -113,6 +116,9 @@ class JinjaChatTemplate(ChatTemplate):
     ) -> None:
         super().__init__("checkpoint", stop_words, tokenizer, default_system=default_system, completion=completion)
         self._source, self._stand_in = source, stand_in
+        self.source = source.default + (source.tool_use or "")
+        self.tool_style = stand_in.tool_style if stand_in is not None else "none"
+        self.thinks = "</think>" in self.source
         self._environment = BoundedEnvironment()
         self._plain = _compile(self._environment, source.default, source.where)
         self._with_tools = _compile(self._environment, source.tool_use, source.where) if source.tool_use else self._plain
@@ -126,7 +132,9 @@ class JinjaChatTemplate(ChatTemplate):
         if missing := _missing_places(source, messages, tools):
             if self._stand_in is None:
                 raise RequestError(f"the checkpoint's chat template has no place for {missing}; leave it out or choose a built-in template", param="messages")
-            return render_parts(self._stand_in, messages, tools, add_generation_prompt)
+            return render_parts(self._stand_in, messages, tools, add_generation_prompt, kwargs.get("enable_thinking") is not False)
+        if "[TOOL_CALLS]" in source:
+            messages = short_ids(messages)
         messages = _spell_results(source, messages)
         is_open = add_generation_prompt and messages[-1]["role"] == "assistant"
         if is_open:
@@ -252,6 +260,8 @@ def _missing_places(source: str, messages: list[Message], tools: list[dict[str, 
     """Which tool-related part of the conversation the template would silently drop."""
     if tools and not re.search(r"\btools\b", source):
         return "tools"
+    if any(m["role"] == "system" and m.get("name") == INTERPRETER for m in messages):
+        return "a code interpreter"
     if "tool_calls" not in source and any(m.get("tool_calls") for m in messages):
         return "tool_calls"
     role = next((m["role"] for m in messages if m["role"] in RESULT_ROLES), None)

@@ -29,9 +29,10 @@ class IncrementalDetokenizer:
         prompt_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self._pieces = tokenizer
-        self._skip: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip: frozenset[int] = tokenizer.special_ids - shown_special if skip_special_tokens else frozenset()
         self._tight = tokenizer.strip_first_space and not skip_special_tokens and not spaces_between_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = tokenizer.strip_first_space

@@ -7,13 +7,17 @@ of the assistant stays open. The texts of the families are data, in builtin_temp
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 from lmdeploy.errors import RequestError
 from lmdeploy.text.conversation import RESULT_ROLES, Message
 
-ToolStyle = Literal["none", "plugin", "function_tag", "tool_call"]
+ToolStyle = Literal["none", "plugin", "function_tag", "tool_call", "tool_list"]
+#: a system message of this name says that code may be run; a call and its results of this name are code and what it printed
+INTERPRETER = "interpreter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,17 @@ class Parts:
     tool: str = ""  # header of a tool's result
     eotool: str = ""
     system_preamble: str = ""  # printed at the beginning of every system block (Llama 3.1's dates)
+    no_thinking: str = ""  # what stands for empty reasoning when enable_thinking is false; '' = the family does not think
 
 
-def render_parts(parts: Parts, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> str:
-    """Text of a checked conversation."""
+def render_parts(parts: Parts, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool, thinks: bool = True) -> str:
+    """Text of a checked conversation. `thinks` false: the answer begins behind empty reasoning."""
     if tools and parts.tool_style == "none":
         raise RequestError("this chat template has no place for tools; leave tools out or choose another template", param="tools")
-    return parts.prefix + "".join(_pieces(parts, messages, tools, add_generation_prompt))
+    if parts.tool_style == "tool_list":
+        messages = short_ids(messages)
+    skipped = parts.no_thinking if add_generation_prompt and not thinks and messages[-1]["role"] != "assistant" else ""
+    return parts.prefix + "".join(_pieces(parts, messages, tools, add_generation_prompt)) + skipped
 
 
 def continue_parts(parts: Parts, text: str) -> str:
@@ -53,11 +61,13 @@ def continue_parts(parts: Parts, text: str) -> str:
 def _pieces(parts: Parts, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> list[str]:
     rest = messages
     system = parts.meta
-    if messages[0]["role"] == "system":
+    if messages[0]["role"] == "system" and messages[0].get("name") != INTERPRETER:
         system, rest = messages[0]["content"], messages[1:]
     folded = system or "" if parts.system_in_user else ""
     out = [] if parts.system_in_user else [_system_block(parts, system, tools)]
     opened = bool(out and out[0])
+    code_calls = _code_calls(rest)
+    last_user = max((i for i, message in enumerate(rest) if message["role"] == "user"), default=-1)
     for i, message in enumerate(rest):
         last = i == len(rest) - 1
         role = message["role"]
@@ -65,10 +75,14 @@ def _pieces(parts: Parts, messages: list[Message], tools: list[dict[str, Any]] |
             out.append(parts.assistant + _assistant_text(parts, message) + ("" if last and add_generation_prompt else _assistant_end(parts, message)))
         elif role in RESULT_ROLES:
             neighbours = (i > 0 and rest[i - 1]["role"] in RESULT_ROLES, not last and rest[i + 1]["role"] in RESULT_ROLES)
-            out.append(_result(parts, message, *neighbours))
+            is_code = message.get("name") == INTERPRETER or message.get("tool_call_id") in code_calls
+            out.append(_result(parts, message, is_code, *neighbours))
         elif role == "system" and not parts.system_in_user:
-            out.append(parts.system + message["content"] + parts.eosys)
+            named = parts.tool_style == "plugin" and message.get("name") == INTERPRETER
+            out.append((f"{parts.system.rstrip()} name=<|{INTERPRETER}|>\n" if named else parts.system) + message["content"] + parts.eosys)
         else:
+            if i == last_user and tools and parts.tool_style == "tool_list":
+                out.append(f"[AVAILABLE_TOOLS] {_json(tools)}[/AVAILABLE_TOOLS]")
             header = parts.user if opened or parts.first_user is None else parts.first_user
             out.append(header + (f"{folded}\n\n" if folded else "") + message["content"] + parts.eoh)
             folded = ""
@@ -98,8 +112,10 @@ def _assistant_text(parts: Parts, message: Message) -> str:
     if not functions:
         return text
     if parts.tool_style == "plugin":
-        calls = [f"<|action_start|><|plugin|>\n{_json({'name': f['name'], 'parameters': f['arguments']})}<|action_end|>" for f in functions]
-        return text + "".join(calls)
+        return text + "".join(_plugin_call(f) for f in functions)
+    if parts.tool_style == "tool_list":
+        listed = [{"name": c["function"]["name"], "arguments": c["function"]["arguments"], "id": c["id"]} for c in message["tool_calls"]]
+        return f"{text}[TOOL_CALLS] {_json(listed)}"
     if parts.tool_style == "tool_call":
         calls = [f"<tool_call>\n{_json({'name': f['name'], 'arguments': f['arguments']})}\n</tool_call>" for f in functions]
         return "\n".join([text, *calls] if text else calls)
@@ -108,22 +124,62 @@ def _assistant_text(parts: Parts, message: Message) -> str:
     raise RequestError("this chat template has no place for tool_calls; send the content alone or choose another template", param="messages")
 
 
+def _plugin_call(function: dict[str, Any]) -> str:
+    if _is_code(function):
+        return f"<|action_start|><|{INTERPRETER}|>\n```python\n{function['arguments']['code']}\n```<|action_end|>"
+    return f"<|action_start|><|plugin|>\n{_json({'name': function['name'], 'parameters': function['arguments']})}<|action_end|>"
+
+
+def _is_code(function: dict[str, Any]) -> bool:
+    return function["name"] == INTERPRETER and isinstance(function["arguments"].get("code"), str)
+
+
+def _code_calls(messages: list[Message]) -> set[str]:
+    """Ids of the calls that were code."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    return {call["id"] for call in calls if isinstance(call.get("id"), str) and _is_code(call["function"])}
+
+
+def short_ids(messages: list[Message]) -> list[Message]:
+    """Mistral's models know ids of nine letters and digits: others become such ones; results without an id belong to the calls in their order."""
+    out: list[Message] = []
+    waiting: list[str] = []
+    for place, message in enumerate(messages):
+        if message.get("tool_calls"):
+            calls = [{**call, "id": _short(call.get("id") or f"{place}.{i}")} for i, call in enumerate(message["tool_calls"])]
+            waiting = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+        elif message["role"] in RESULT_ROLES:
+            given = message.get("tool_call_id")
+            short = _short(given) if given else waiting[0] if waiting else _short(str(place))
+            waiting = [other for other in waiting if other != short]
+            message = {**message, "tool_call_id": short}
+        out.append(message)
+    return out
+
+
+def _short(given: Any) -> str:
+    return given if isinstance(given, str) and re.fullmatch("[A-Za-z0-9]{9}", given) else sha256(str(given).encode()).hexdigest()[:9]
+
+
 def _assistant_end(parts: Parts, message: Message) -> str:
     if parts.tool_style == "function_tag" and (message.get("tool_calls") or "<|python_tag|>" in message["content"] or "</function>" in message["content"]):
         return "<|eom_id|>" + parts.separator
     return parts.eoa + parts.separator
 
 
-def _result(parts: Parts, message: Message, after_result: bool, before_result: bool) -> str:
+def _result(parts: Parts, message: Message, is_code: bool, after_result: bool, before_result: bool) -> str:
     """What a tool gave back. tool_call families collect neighbouring results in one user turn."""
     content: str = message["content"]
     if parts.tool_style == "tool_call":
         opening = "" if after_result else parts.user.rstrip("\n")
         return f"{opening}\n<tool_response>\n{content}\n</tool_response>{'' if before_result else parts.eoh}"
     if parts.tool_style == "plugin":
-        name = "plugin" if message["role"] == "tool" else message.get("name")
-        suffix = f" name=<|{name}|>" if name in ("plugin", "interpreter") else ""
+        name = INTERPRETER if is_code else "plugin" if message["role"] == "tool" else message.get("name")
+        suffix = f" name=<|{name}|>" if name in ("plugin", INTERPRETER) else ""
         return parts.tool.rstrip("\n") + suffix + "\n" + content + parts.eotool
+    if parts.tool_style == "tool_list":
+        return f"[TOOL_RESULTS] {_json({'content': content, 'call_id': message['tool_call_id']})}[/TOOL_RESULTS]"
     if parts.tool:
         return parts.tool + content + parts.eotool
     raise RequestError(f"this chat template has no place for messages of role {message['role']!r}; use system, user and assistant", param="messages")

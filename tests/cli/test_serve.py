@@ -169,7 +169,7 @@ def test_ssl_needs_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert server_config(parsed("--ssl")).ssl_keyfile == "key"
 
 
-@pytest.mark.parametrize("words", [["--tool-call-parser", "x"], ["--proxy-url", "u"], ["--qos-config-path", "p"]])
+@pytest.mark.parametrize("words", [["--proxy-url", "u"], ["--qos-config-path", "p"]])
 def test_flags_that_cannot_be_obeyed_are_errors(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="not available"):
         server_config(parsed(*words))

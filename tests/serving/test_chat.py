@@ -215,9 +215,9 @@ def test_errors_are_openais_exceptions(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="context length") as long:
         ask(client, messages=[{"role": "user", "content": "word " * 3000}])
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools") as tools:
-        ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert tools.value.code == "unsupported"
+    with pytest.raises(openai.BadRequestError, match="functions") as functions:
+        ask(client, functions=[{"name": "f"}])
+    assert functions.value.code == "unsupported"
 
 
 def test_the_model_may_be_named_by_name_path_or_folder(client: OpenAI, server: RunningServer) -> None:

@@ -156,7 +156,7 @@ def test_qwen_groups_results_in_one_user_turn() -> None:
     assert text.endswith(results)
 
 
-@pytest.mark.parametrize("name", ["vicuna", "llama2", "mistral", "base"])
+@pytest.mark.parametrize("name", ["vicuna", "llama2", "gemma", "base"])
 def test_templates_without_a_place_for_tools_say_so(name: str) -> None:
     for messages, tools in (([HI], [ADD]), (AGENT[:2], None), ([HI, {"role": "tool", "content": "x"}], None)):
         with pytest.raises(RequestError, match="no place for"):

@@ -14,6 +14,9 @@ from typing import Any
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
 from lmdeploy.serving.openai.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, InteractiveRequest, OpenAISampling, Sampling
+from lmdeploy.serving.parsers.tools import INTERPRETER
+from lmdeploy.serving.tool_offer import CODE_INTERPRETER
+from lmdeploy.serving.turn_call import TurnCall
 from lmdeploy.text.tokenizer import Tokenizer
 
 #: field of the wire = field of GenerationConfig; null means "not given"
@@ -31,9 +34,7 @@ _SAME = (
 _SAME_OPENAI = ("n", "presence_penalty", "frequency_penalty", "min_new_tokens", "stop_token_ids", "bad_words")
 #: fields that ask for what is not built yet, and the values that ask for nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
@@ -168,6 +169,42 @@ def chat_prompt(request: ChatRequest) -> tuple[Prompt, bool]:
     return history, True
 
 
+def turn_call(request: ChatRequest, defaults: dict[str, Any]) -> TurnCall:
+    """A chat request in the form of no protocol."""
+    prompt, templated = chat_prompt(request)
+    tools, choice = tool_choice(request.tools, request.tool_choice)
+    parallel = request.parallel_tool_calls is not False
+    return TurnCall(prompt, chat_config(request, defaults), templated, tools, choice, parallel, template_kwargs(request))
+
+
+def tool_choice(tools: list[dict[str, Any]] | None, choice: Any) -> tuple[list[dict[str, Any]] | None, str]:
+    """The tools that may be called, and the choice in TurnCall's words: OpenAI's texts, a named function, or allowed_tools."""
+    if choice is None:
+        return tools, "auto"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        entries = allowed.get("tools") if isinstance(allowed, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not isinstance(allowed.get("mode", "auto"), str):
+            raise RequestError("tool_choice.allowed_tools must have a mode and a list of tools", param="tool_choice")
+        names = [_function_name(entry) for entry in entries]
+        if unknown := [name for name in names if name not in [_function_name(tool) for tool in tools or ()]]:
+            raise RequestError(f"tool_choice names {unknown[0]!r:.80}, which is not among tools", param="tool_choice")
+        return [tool for tool in tools or () if _function_name(tool) in names], tool_choice(tools, allowed.get("mode", "auto"))[1]
+    if isinstance(choice, dict) and choice.get("type", "function") in ("function", CODE_INTERPRETER) and (name := _function_name(choice)):
+        return tools, f"function:{name}"
+    if choice not in ("none", "auto", "required"):
+        raise RequestError(f"tool_choice={choice!r:.80} is not 'none', 'auto', 'required', a named function or allowed_tools", param="tool_choice")
+    return tools, str(choice)
+
+
+def _function_name(entry: dict[str, Any]) -> str | None:
+    if entry.get("type") == CODE_INTERPRETER:
+        return INTERPRETER
+    function = entry.get("function", entry)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def template_kwargs(request: ChatRequest) -> dict[str, Any] | None:
     """Extra variables for the checkpoint's own template."""
     extra = dict(request.chat_template_kwargs or {})
@@ -188,6 +225,8 @@ def _message(message: ChatMessage, place: int) -> dict[str, Any]:
         value = getattr(message, name)
         if value:
             out[name] = value
+    if message.reasoning and "reasoning_content" not in out:
+        out["reasoning_content"] = message.reasoning
     return out
 
 
@@ -216,14 +255,14 @@ def now() -> int:
     return int(time.time())
 
 
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict[str, Any]:
     """OpenAI's usage object."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
 
 

@@ -26,7 +26,7 @@ from lmdeploy.text.tokenizer import Tokenizer
 logger = get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-_encode = msgspec.json.Encoder().encode
+encode_json = _encode = msgspec.json.Encoder().encode
 
 
 def event(payload: Any) -> bytes:
@@ -40,6 +40,7 @@ class Usage:
     def __init__(self, n: int) -> None:
         self._n = n
         self._last: dict[int, Response] = {}  # of each answer: counts are running totals, so the last increment's stand
+        self.reasoning: dict[int, int] = {}  # answer -> how many of its tokens are reasoning
 
     def feed(self, response: Response) -> None:
         """Take note of one increment."""
@@ -49,7 +50,7 @@ class Usage:
         """OpenAI's usage object."""
         prompts = {index // self._n: (r.input_token_len, r.cached_tokens) for index, r in self._last.items()}
         prompt, cached = (sum(part) for part in zip(*prompts.values(), strict=True))
-        return convert.usage(prompt, sum(r.generate_token_len for r in self._last.values()), cached)
+        return convert.usage(prompt, sum(r.generate_token_len for r in self._last.values()), cached, sum(self.reasoning.values()))
 
 
 class Chunks:

@@ -1,0 +1,107 @@
+"""Row A14: the users' own function-calling script, as it is, against a real server; and the same conversation in every way a client may ask."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.acceptance.test_rows import Server
+
+SEED = Path(__file__).resolve().parents[2] / "../shared/seeds/course-transcript.txt"
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("server") / "log", str(model_folder), "--cache-max-entry-count", "300")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def script() -> str:
+    """The one Python block of the course that reads tool_calls."""
+    if not SEED.is_file():
+        pytest.skip("the users' documents are not here")
+    (found,) = [block for block in re.findall(r"```[Pp]ython\n(.*?)```", SEED.read_text(encoding="utf-8"), re.DOTALL) if "tool_calls" in block]
+    return found
+
+
+def test_a14_the_function_call_script_prints_8_and_16(server: Server, script: str, tmp_path: Path) -> None:
+    path = tmp_path / "internlm2_5_func.py"
+    path.write_text(script.replace("http://0.0.0.0:23333", server.url), encoding="utf-8")
+    for _ in range(3):  # it samples, so once might be luck
+        done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if line.isdigit()] == ["8", "16"]
+        assert "name='add'" in lines[0] and "finish_reason='tool_calls'" in lines[0]
+
+
+def tools_of(script: str) -> list[dict[str, Any]]:
+    """The script's tools, 'type': 'int' and all."""
+    (found,) = re.findall(r"^tools = (\[.*?^\}\])", script, re.DOTALL | re.MULTILINE)
+    return json.loads(re.sub(r",\s*([}\]])", r"\1", found.replace("'", '"')))
+
+
+class Calculator:
+    """Plays the conversation to its end, answering every call."""
+
+    def __init__(self, server: Server, script: str) -> None:
+        self.client = OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
+        self.model = self.client.models.list().data[0].id
+        self.tools = tools_of(script)
+
+    def ask(self, messages: list[dict[str, Any]], **fields: Any) -> tuple[str, list[tuple[str, str, dict[str, int]]], str]:
+        """(content, calls as (id, name, arguments), finish reason) of one answer, streamed or not."""
+        answer: Any = self.client.chat.completions.create(model=self.model, messages=messages, tools=self.tools, **fields)  # type: ignore[call-overload]
+        if not fields.get("stream"):
+            message = answer.choices[0].message
+            calls = [(c.id, c.function.name, json.loads(c.function.arguments)) for c in message.tool_calls or ()]
+            return message.content or "", calls, answer.choices[0].finish_reason
+        return self._streamed(answer)
+
+    @staticmethod
+    def _streamed(chunks: Any) -> tuple[str, list[tuple[str, str, dict[str, int]]], str]:
+        content, finish, heads, arguments = "", "", [], list[str]()
+        for chunk in chunks:
+            choice = chunk.choices[0]
+            content += choice.delta.content or ""
+            finish = choice.finish_reason or finish
+            for call in choice.delta.tool_calls or ():
+                if call.id:
+                    assert call.index == len(heads)
+                    heads.append((call.id, call.function.name))
+                    arguments.append("")
+                arguments[call.index] += call.function.arguments
+        return content, [(*head, json.loads(text)) for head, text in zip(heads, arguments, strict=True)], finish
+
+
+@pytest.fixture(scope="module")
+def calculator(server: Server, script: str) -> Calculator:
+    return Calculator(server, script)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("role", ["environment", "tool"])
+def test_a14_add_and_mul_in_turn(calculator: Calculator, stream: bool, temperature: float, role: str) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Compute (3+5)*2"}]
+    for name, arguments, value in (("add", {"a": 3, "b": 5}, "8"), ("mul", {"a": 8, "b": 2}, "16")):
+        content, calls, finish = calculator.ask(messages, stream=stream, temperature=temperature, top_p=0.8, seed=7)
+        assert [call[1:] for call in calls] == [(name, arguments)] and finish == "tool_calls"
+        assert calls[0][0].startswith("call_")
+        if role == "environment":
+            messages += [{"role": "assistant", "content": content}, {"role": "environment", "content": value, "name": "plugin"}]
+        else:
+            call = {"id": calls[0][0], "type": "function", "function": {"name": name, "arguments": json.dumps(calls[0][2])}}
+            messages += [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": value, "tool_call_id": calls[0][0]}]
+    content, calls, finish = calculator.ask(messages, stream=stream, temperature=0.0)
+    assert "16" in content and not calls and finish == "stop"
