@@ -95,6 +95,7 @@ class Answer:
             last_hidden_state=hidden,
             cached_tokens=output.num_cached,
             stop_reason=stop_reason,
+            queue_seconds=output.queue_seconds,
             error_code=(output.error_code or "engine_error") if output.error else None,
             error_message=output.error,
             prompt_logprobs=None if output.prompt_logprobs is None else [None if e is None else as_dict(e) for e in output.prompt_logprobs],

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import queue
 import secrets
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmdeploy.answer import Answer, Merger, Prepared, answers_to, joined, merge_increments
+from lmdeploy.checkpoint.defaults import read_generation_defaults
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from lmdeploy.delivery import AsyncSink, Sink, deliver
 from lmdeploy.engine.client import EngineClient, weak_listener
 from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
-from lmdeploy.errors import CheckpointError, EngineError, RequestError
+from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.grammar import Grammar, grammar_of
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
@@ -42,9 +43,6 @@ from lmdeploy.vision.policy import MediaPolicy
 from lmdeploy.vision.spec import VisionSpec, load_vision_spec
 
 logger = get_logger(__name__)
-
-#: generation_config.json key -> GenerationConfig field: what a model's maker recommends, used by the server
-_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Frontend:
@@ -301,14 +299,16 @@ class Frontend:
         with contextlib.closing(self.stream(prepared)) as increments:  # type: ignore[type-var]  # Ctrl-C aborts at once
             return merge_increments(increments, prepared.n)
 
-    async def astream(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
+    async def astream(self, prepared: Prepared, deadline: float | None = None) -> AsyncGenerator[Response, None]:
         """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks.
 
-        To a reader that is slower than the engine, what has come meanwhile is given as one increment per answer.
+        To a reader that is slower than the engine, what has come meanwhile is given as one increment per answer. At `deadline` (of
+        time.monotonic()) the answers that are not complete end with the error 'timeout'.
         """
         sink = AsyncSink()
         answers = answers_to(prepared, self.tokenizer)
         request_id = self._submit(prepared, sink)
+        timer = None if deadline is None else sink.loop.call_later(deadline - time.monotonic(), self._expire, request_id, prepared.n, sink)
         finished = False
         try:
             while answers:
@@ -323,7 +323,18 @@ class Frontend:
                 for response in increments if len(increments) < 2 else joined(increments):
                     yield response
         finally:
+            if timer is not None:
+                timer.cancel()
             self._drop(request_id, finished=finished)
+
+    def _expire(self, request_id: int, n: int, sink: AsyncSink) -> None:
+        """Time is up: the engine stops, and whoever reads is told so even if the engine does not answer any more."""
+        self.client.abort(request_id)
+        for index in range(n):
+            error = EngineOutput(
+                request_id=request_id, index=index, finish_reason="error", error="the request took longer than the server allows", error_code="timeout"
+            )
+            sink.put(error)
 
     async def agenerate(self, prepared: Prepared) -> list[Response]:
         """The n complete answers."""
@@ -409,23 +420,6 @@ def template_by_name(name: str) -> ChatTemplateConfig | None:
     from lmdeploy.text.chat_template import list_templates
 
     return ChatTemplateConfig(model_name=name) if name in list_templates() else None
-
-
-def read_generation_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling values that the model's maker recommends (generation_config.json), those that we know and that are valid."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from e
-    values = {k: raw[k] for k in _GENERATION_DEFAULTS if isinstance(raw, dict) and raw.get(k) is not None}
-    try:
-        GenerationConfig(**values)
-    except RequestError as e:
-        raise CheckpointError(f"{path}: {e}") from e
-    return values
 
 
 def _start_client(folder: Path, config: EngineConfig, separate_process: bool, supervision: Supervision | None) -> EngineClient:

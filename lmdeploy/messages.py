@@ -94,6 +94,7 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     num_prompt: int = 0
     num_cached: int = 0  # prompt tokens found in the prefix cache
     num_generated: int = 0
+    queue_seconds: float | None = None  # with the first token: how long it waited for its first step
     error: str | None = None  # with finish_reason 'error'
     error_code: str | None = None  # machine-readable reason, as RequestError.code
     logits: Any = None  # torch [n, V] float32, in-process only
@@ -198,6 +199,7 @@ class Response:
     error_code: str | None = None
     error_message: str | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    queue_seconds: float | None = None  # with the first increment: waiting in the engine
     embedding: bytes | None = None  # float32 [M], native byte order
 
     def __str__(self) -> str:

@@ -64,7 +64,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
 def run_api_server(args: argparse.Namespace) -> int:
     """Take the port, load the model, tell what it takes, serve until Ctrl-C or SIGTERM."""
     server, engine, template = server_config(args), engine_config(args), template_config(args)
-    log.setup(server.log_level)
+    log.setup(server.log_level, server.log_format)
     from lmdeploy.frontend import Frontend
     from lmdeploy.serving.server import reserve_port, run_server, supervision_of
 

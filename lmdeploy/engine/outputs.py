@@ -31,6 +31,8 @@ def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishR
     )
     if slot.token_id is not None:
         output.token_ids = [slot.token_id]
+        if seq.num_generated == 1:
+            output.queue_seconds = seq.queue_seconds
         if slot.logprobs is not None:
             output.logprobs = [slot.logprobs]
         if reason == "stop":

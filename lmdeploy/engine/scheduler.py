@@ -9,6 +9,7 @@ progresses. `schedule` may be called again before the result of the last plan is
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
@@ -224,6 +225,7 @@ class Scheduler:
         seq.blocks += pool.allocate(missing)
         if seq.num_cached < 0:
             seq.num_cached = seq.num_done
+            seq.queue_seconds = time.monotonic() - seq.created
             self.counts.prompt_tokens += seq.prompt_len
             self.counts.cached_tokens += seq.num_done
         return True

@@ -7,6 +7,8 @@ Three counts move in order: `num_done <= num_computed <= num_tokens`. `num_done`
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ class Sequence:
         *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
         *("num_done", "num_computed", "num_pending", "blocks", "slot", "epoch", "retry_version", "siblings"),
         *("cache_ids", "node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
+        *("created", "queue_seconds"),
     )
 
     def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int) -> None:
@@ -45,6 +48,8 @@ class Sequence:
         self.retry_version = -1  # pool.version at which there was no room
         self.siblings: list[Sequence] = []  # answers that wait for this one's prompt
         self.ended = False
+        self.created = time.monotonic()
+        self.queue_seconds: float | None = None  # from then to the first start
         self.wants_all_rows = "all" in (sampling.output_logits, sampling.output_last_hidden_state)
         self.wants_rows = self.wants_all_rows or sampling.prompt_logprobs is not None
         self.rows_done = 0  # positions whose output rows (prompt log-probabilities, logits) have been handed on

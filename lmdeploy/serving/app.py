@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from lmdeploy.errors import LmdeployError
 from lmdeploy.frontend import Frontend
-from lmdeploy.serving import admin, encode, generate, interactive
+from lmdeploy.serving import admin, encode, generate, interactive, ready
 from lmdeploy.serving.anthropic import routes as anthropic
 from lmdeploy.serving.metrics import CONTENT_TYPE
 from lmdeploy.serving.middleware import Gate
@@ -34,16 +34,17 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     app.state.service = service
     app.state.created = int(time.time())
     app.state.conversations = interactive.Conversations(config.max_sessions)
-    for module in (models, chat, completions, embeddings, responses, anthropic, generate, encode, interactive, admin):
+    for module in (models, chat, completions, embeddings, responses, anthropic, generate, encode, interactive, ready, admin):
         app.include_router(module.router)
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 while the engine works, else 503")
-    if not config.disable_metrics:
+    if config.enable_metrics and not config.disable_metrics:
         app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], summary="Prometheus figures")
     if not config.disable_fastapi_docs:
         add_docs(app, service)
     _add_errors(app)
     admin_paths = [route.path for route in admin.router.routes if isinstance(route, Route)]
-    app.add_middleware(Gate, config=config, metrics=service.metrics, keys=service.keys, admin_paths=admin_paths)
+    app.add_middleware(Gate, service=service, admin_paths=admin_paths)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allow_origins,

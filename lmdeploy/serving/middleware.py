@@ -1,4 +1,4 @@
-"""The gate before every route: keys, body size, concurrency, request id, access log. Plain ASGI, nothing is buffered.
+"""The gate before every route: keys, drain, admission, body size, time limit, request ids, access log. Plain ASGI, nothing is buffered.
 
 Everything needs a key when keys are set, whatever the method, except what `_OPEN` lists: health, and the documentation page with its
 files. Admin routes need the admin key, always. Prompts, keys and query strings are never logged.
@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import uuid
 from collections.abc import Iterable
-from typing import Any
 
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmdeploy.log import get_logger
-from lmdeploy.serving.keys import ADMIN, KeyRing
-from lmdeploy.serving.metrics import Metrics
-from lmdeploy.serving.openai.errors import HttpError, error_response
+from lmdeploy.serving.call import ANYBODY, CURRENT, Call, header
+from lmdeploy.serving.connections import EXTENSION, Connection
+from lmdeploy.serving.keys import ADMIN
+from lmdeploy.serving.openai.errors import ClientGone, HttpError, error_response
 from lmdeploy.serving.options import ServerConfig
+from lmdeploy.serving.service import Service
 
+logger = get_logger(__name__)
 access = get_logger("lmdeploy.access")
 
 _OPEN = ("/", "/health", "/ready", "/openapi.json")
@@ -30,38 +31,78 @@ _OPEN_FOLDER = "/static/"
 _QUIET = ("/health", "/ready", "/metrics")
 #: admin routes that a flag opens to ordinary clients, as the public surface has it: path -> option
 ADMIN_FLAGS = {"/terminate": "allow_terminate_by_client", "/abort_request": "enable_abort_handling"}
+#: an answer ends itself at its time limit; whatever does not is cut so many seconds later
+_GRACE = 5.0
 
 
 class Gate:
     """ASGI middleware; one per app."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics, keys: KeyRing, admin_paths: Iterable[str] = ()) -> None:
-        self._app, self._metrics, self._keys = app, metrics, keys
+    def __init__(self, app: ASGIApp, service: Service, admin_paths: Iterable[str] = ()) -> None:
+        self._app, self._service, self._keys = app, service, service.keys
+        config = service.config
         # a spelling that differs in case or slashes needs the admin key too, whatever the router makes of it
         self._admin = [re.compile(compile_path(path)[0].pattern, re.IGNORECASE) for path in admin_paths if not _is_opened(path, config)]
-        self._limit = config.max_body_mib << 20
-        self._slots = asyncio.Semaphore(config.max_concurrent_requests) if config.max_concurrent_requests else None
+        self._limit, self._seconds = config.max_body_mib << 20, config.request_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, then pass on with a counting `receive` and a watching `send`."""
         if scope["type"] != "http":
             return  # no websockets; a route that somebody adds must not be a way around the gate
-        call = _Call(scope, receive, send, self._limit)
+        call = Call(scope, self._seconds)
+        wire = _Wire(scope, call, receive, send, self._limit, self._service)
+        quiet = scope["path"] in _QUIET
+        token = CURRENT.set(call)
+        self._service.lifecycle.active += not quiet
         try:
-            self._check(scope)
-            await self._run(scope, call)
-        except HttpError as e:
-            await error_response(e, scope["path"])(scope, receive, call.send)
+            await self._serve(scope, wire, call, quiet=quiet)
+        except ClientGone:
+            pass
+        except Exception as e:
+            await self._fail(scope, wire, call, e)
         finally:
-            call.log()
+            CURRENT.reset(token)
+            self._service.lifecycle.active -= not quiet
+            self._end(scope, call, quiet=quiet)
 
-    def _check(self, scope: Scope) -> None:
+    # ------------------------------------------------------------------ what may pass
+
+    async def _serve(self, scope: Scope, wire: _Wire, call: Call, *, quiet: bool) -> None:
+        self._check(scope, call)
+        if self._service.lifecycle.draining and not quiet:
+            raise HttpError(503, "the server is shutting down", code="shutting_down")
+        if call.method != "POST" or self._is_admin(scope["path"]):
+            await self._pass(scope, wire, call)
+            return
+        # without keys, clients are told apart by their addresses
+        turn = call.key if call.key != ANYBODY else call.client.rpartition(":")[0]
+        await self._service.admission.enter(turn, call.deadline, wire.connection)
+        call.queue_seconds = time.monotonic() - call.began
+        try:
+            await self._pass(scope, wire, call)
+        finally:
+            self._service.admission.leave(turn)
+
+    async def _pass(self, scope: Scope, wire: _Wire, call: Call) -> None:
+        """Run the app. Answers end themselves at the time limit; what does not is cancelled a little later."""
+        timer = asyncio.get_running_loop().call_later(call.deadline + _GRACE - time.monotonic(), wire.give_up, asyncio.current_task())
+        try:
+            await self._app(scope, wire.receive, wire.send)
+        except asyncio.CancelledError:
+            if not wire.given_up:
+                raise
+            raise HttpError(504, f"the request was not finished within request_timeout={self._seconds:g} s", code="timeout") from None
+        finally:
+            timer.cancel()
+
+    def _check(self, scope: Scope, call: Call) -> None:
         name = self._name_of_caller(scope)
+        call.key = name or ANYBODY
         if self._is_admin(scope["path"]):
             self._check_admin(name)
         elif self._keys.needed and name is None and not _is_open(scope["path"]):
             raise HttpError(401, "Missing or wrong API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'", code="invalid_api_key")
-        length = _header(scope, b"content-length")
+        length = header(scope, b"content-length")
         if length.isdigit() and int(length) > self._limit:
             raise _too_large(self._limit)
 
@@ -79,36 +120,48 @@ class Gate:
 
     def _name_of_caller(self, scope: Scope) -> str | None:
         """The name of the key that was sent, OpenAI's way or Anthropic's; None without a known one."""
-        kind, _, key = _header(scope, b"authorization").partition(b" ")
-        for sent in (key.strip() if kind.lower() == b"bearer" else b"", _header(scope, b"x-api-key").strip()):
+        kind, _, key = header(scope, b"authorization").partition(b" ")
+        for sent in (key.strip() if kind.lower() == b"bearer" else b"", header(scope, b"x-api-key").strip()):
             if sent and (name := self._keys.find(sent)) is not None:
                 return name
         return None
 
-    async def _run(self, scope: Scope, call: _Call) -> None:
-        if self._slots is None or scope["method"] != "POST":
-            await self._app(scope, call.receive, call.send)
-            return
-        self._metrics.waiting.inc()
-        try:
-            await self._slots.acquire()
-        finally:
-            self._metrics.waiting.dec()
-        try:
-            await self._app(scope, call.receive, call.send)
-        finally:
-            self._slots.release()
+    # ------------------------------------------------------------------ how it ends
+
+    async def _fail(self, scope: Scope, wire: _Wire, call: Call, error: Exception) -> None:
+        """Answer with the error; when the answer has begun already, all that can be done is to cut the connection."""
+        if isinstance(error, HttpError):
+            call.refused = error.code
+        else:
+            logger.error("request %s failed", call.id, exc_info=error)
+        if not wire.started:
+            await error_response(error, scope["path"])(scope, wire.receive, wire.send)
+        elif wire.connection is not None:
+            wire.connection.cut()
+
+    def _end(self, scope: Scope, call: Call, *, quiet: bool) -> None:
+        call.ended = time.monotonic()
+        call.route = str(getattr(scope.get("route"), "path", "other"))
+        self._service.metrics.answered(call)
+        if not (quiet and call.status == 200):
+            access.info("%s", call.text(), extra={"fields": call.fields()})
 
 
-class _Call:
-    """One request on its way: counts the body, notes the status, knows how long it took."""
+class _Wire:
+    """The way between app and client: counts the body, notes the status, adds ids."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
-        self._begin = time.monotonic()
+    def __init__(self, scope: Scope, call: Call, receive: Receive, send: Send, limit: int, service: Service) -> None:
+        self._call, self._receive, self._send, self._limit, self._service = call, receive, send, limit, service
         self._size = 0
-        self._status = 499  # unless an answer is sent
-        self.request_id = uuid.uuid4().hex[:16]
+        self.started = self.given_up = False
+        connection = scope.get("extensions", {}).get(EXTENSION, {}).get("connection")
+        self.connection = connection if isinstance(connection, Connection) else None
+
+    def give_up(self, task: asyncio.Task[None] | None) -> None:
+        """Too late: end the app's work."""
+        assert task is not None
+        self.given_up = True
+        task.cancel()
 
     async def receive(self) -> Message:
         """The next part of the body; raises 413 as soon as there is too much of it."""
@@ -119,33 +172,21 @@ class _Call:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on; the request id goes with the headers."""
+        """Pass on; ids and what a client needs to come back go with the headers."""
         if message["type"] == "http.response.start":
-            self._status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]}
+            self.started = True
+            self._call.status = message["status"]
+            message = {**message, "headers": self._headers(message)}
         await self._send(message)
 
-    def log(self) -> None:
-        """One line."""
-        if self._scope["path"] in _QUIET and self._status == 200:
-            return
-        host, port = (self._scope.get("client") or ("-", 0))[:2]
-        path = self._scope.get("raw_path", b"").decode("ascii", "replace")[:200]
-        access.info(
-            '%s:%s "%s %s HTTP/%s" %d %.3fs %s',
-            host,
-            port,
-            self._scope["method"],
-            path,
-            self._scope["http_version"],
-            self._status,
-            self._seconds,
-            self.request_id,
-        )
-
-    @property
-    def _seconds(self) -> float:
-        return time.monotonic() - self._begin
+    def _headers(self, message: Message) -> list[tuple[bytes, bytes]]:
+        call, headers = self._call, list(message.get("headers", ()))
+        headers += [(b"x-request-id", (call.client_id or call.id).encode()), (b"x-lmdeploy-id", call.id.encode())]
+        if message["status"] in (429, 503):
+            headers = [h for h in headers if h[0] != b"retry-after"] + [(b"retry-after", str(self._service.admission.retry_after()).encode())]
+        if self._service.lifecycle.draining:
+            headers.append((b"connection", b"close"))
+        return headers
 
 
 def _too_large(limit: int) -> HttpError:
@@ -158,9 +199,3 @@ def _is_open(path: str) -> bool:
 
 def _is_opened(path: str, config: ServerConfig) -> bool:
     return path in ADMIN_FLAGS and bool(getattr(config, ADMIN_FLAGS[path]))
-
-
-def _header(scope: Scope, name: bytes) -> bytes:
-    value: Any = next((v for k, v in scope["headers"] if k == name), b"")
-    assert isinstance(value, bytes)
-    return value

@@ -11,7 +11,7 @@ from typing import Any
 
 from lmdeploy.checked import CheckedOptions, above, at_least, between, option, remembers_given
 from lmdeploy.errors import ConfigError
-from lmdeploy.log import LEVELS
+from lmdeploy.log import FORMATS, LEVELS
 
 DEFAULT_PORT = 23333
 #: names in serving/parsers/registry.py
@@ -50,14 +50,28 @@ class ServerConfig(CheckedOptions):
     ssl_keyfile: str | None = option(None, "private key of --ssl, PEM without a password")
     ssl_certfile: str | None = option(None, "certificate chain of --ssl, PEM")
     log_level: str = option("WARNING", "how much is logged", choices=LEVELS)
+    log_format: str = option("text", "json: each line of the log is a JSON object", choices=FORMATS)
     max_log_len: int | None = option(
         None, "with --log-level INFO, log this many characters of each prompt; default: prompts are never logged", check=at_least(0)
     )
     disable_fastapi_docs: bool = option(False, "no Swagger page and no /openapi.json")
+    enable_metrics: bool = option(True, "serve /metrics")
     disable_metrics: bool = option(False, "no /metrics")
     max_concurrent_requests: int | None = option(
-        None, "requests worked on at a time; more wait in the server; default: no limit but the engine's --max-waiting", check=at_least(1)
+        None, "requests worked on at a time; more wait in the server, keys taking turns; default: max_batch_size and a quarter", check=at_least(1)
     )
+    max_queue: int = option(1024, "requests that may wait for their turn; one more is refused with 503", check=at_least(0))
+    max_queue_seconds: float = option(120.0, "a request that has waited this long is refused with 503", check=above(0))
+    max_concurrent_per_key: int | None = option(
+        None, "requests of one API key (without keys: of one address) that run or wait; one more is refused with 429; default: no limit", check=at_least(1)
+    )
+    request_timeout: float = option(
+        600.0, "seconds that a request may take, waiting included; then it ends with 504, a stream with an error event", check=above(0)
+    )
+    max_connections: int = option(4096, "open connections; one more is refused", check=at_least(1))
+    receive_timeout: float = option(20.0, "seconds in which a request's headers must come; a body must bring 1 KiB a second", check=above(0))
+    send_timeout: float = option(30.0, "seconds after which a client that does not read its answer is cut off", check=above(0))
+    keep_alive_seconds: float = option(65.0, "an idle connection is closed after this; longer than load balancers' usual 60", check=above(0))
     allow_terminate_by_client: bool = option(False, "let clients without the admin key stop the server by GET /terminate")
     enable_abort_handling: bool = option(False, "let clients without the admin key stop requests by POST /abort_request")
     generation_config: str = option(
@@ -71,13 +85,13 @@ class ServerConfig(CheckedOptions):
     )
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
-    shutdown_seconds: float = option(5.0, "time that running requests get at shutdown", check=above(0))
     engine_stall_seconds: float | None = option(
         None,
         "restart the engine when it computes on one step for so long, in seconds; default: 120, or 50 times the largest step measured at start-up if that is more",
         check=above(0),
     )
     max_engine_restarts: int = option(5, "restarts of a failed engine within ten minutes; then the server ends with an error", check=at_least(0))
+    shutdown_seconds: float = option(25.0, "time that running requests get after SIGTERM; after Ctrl-C at most 5", check=above(0))
     api_key_lines: list[str] | None = _secret("lines as in api_keys_file, from the environment", flag=False)
 
     def __post_init__(self) -> None:

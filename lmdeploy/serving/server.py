@@ -1,6 +1,8 @@
-"""Runs the HTTP server: the port first (a used one must be told before a model is loaded), then uvicorn until a signal.
+"""Runs the HTTP server: what can be wrong is told before a model is loaded, then uvicorn until a signal.
 
-Ctrl-C or SIGTERM: no new connections, `shutdown_seconds` for running answers, then the engine is closed and its process is gone.
+SIGTERM or Ctrl-C: the server drains. It still listens, but begins nothing new; when the running answers have ended, or after
+`shutdown_seconds`, it goes, the engine is closed and its process is gone. A second signal ends it at once. SIGHUP: keys and
+certificate are read again.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -24,54 +28,143 @@ from lmdeploy.errors import ConfigError, EngineError
 from lmdeploy.frontend import Frontend
 from lmdeploy.log import get_logger
 from lmdeploy.serving.app import create_app
-from lmdeploy.serving.http_protocol import BoundedHttpProtocol
+from lmdeploy.serving.connections import ConnectionLimits, connection_class
+from lmdeploy.serving.keys import KeyRing
 from lmdeploy.serving.options import ServerConfig
+from lmdeploy.serving.service import Service
 
 logger = get_logger(__name__)
+told = get_logger("lmdeploy.access")  # lines that are always shown, whatever the log level
+
+Handler = Callable[[int, FrameType | None], None]
 
 #: how long aborted answers may take to end before their connections are cut
-ABORT_SECONDS = 3
+ABORT_SECONDS = 3.0
+#: who presses Ctrl-C waits no longer than this
+INTERRUPT_SECONDS = 5.0
+#: open files that are not clients' connections: model, engine, libraries
+SPARE_FILES = 128
 
 
 class SignalServer(uvicorn.Server):
-    """uvicorn that returns from `run` after a signal, instead of dying of it, so that the engine can be closed."""
+    """uvicorn that returns from `run` after a signal, instead of dying of it, so that what it used can be closed."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals stop the server; a second one stops it at once. Only the main thread can catch them."""
+        """Only the main thread can catch signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handler) for number, handler in self.handlers().items()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handlers(self) -> dict[int, Handler]:
+        """What is done at which signal."""
+        return {signal.SIGINT: self._stop, signal.SIGTERM: self._stop}
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.handle_exit(number, frame)
 
 
 class HttpServer(SignalServer):
-    """The API's server. Answers that still run `shutdown_seconds` later are aborted: their readers get what there is, with finish_reason 'abort'."""
+    """The API's server: drains after a signal, then returns from `run`."""
 
-    def __init__(self, config: uvicorn.Config, frontend: Frontend, shutdown_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._frontend, self._shutdown_seconds = frontend, shutdown_seconds
+        self._service = service
+        self._reload = self._told = False
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True stops the server: a signal came, or the engine was given up."""
-        return await super().on_tick(counter) or self._frontend.failure is not None
+        """Called ten times a second; True ends the server: it has drained, or the engine was given up."""
+        lifecycle = self._service.lifecycle
+        if self._reload:
+            self._reload = False
+            self._read_again()
+        if lifecycle.draining and not self._told:
+            self._told = True
+            if lifecycle.active:
+                told.info("shutting down; %d requests are being finished, a second signal ends them", lifecycle.active)
+        self.should_exit = self.should_exit or lifecycle.over or self._service.frontend.failure is not None
+        return await super().on_tick(counter)
+
+    def _read_again(self) -> None:
+        """After SIGHUP: keys and certificate; what is wrong with them leaves them as they were."""
+        config = self._service.config
+        try:
+            count = self._service.keys.reload()
+            if isinstance(self.config.ssl, ssl.SSLContext) and config.ssl:
+                check_certificate(config)
+                self.config.ssl.load_cert_chain(str(config.ssl_certfile), config.ssl_keyfile)
+        except ConfigError as e:
+            told.error("SIGHUP: %s; nothing was changed", e)
+        else:
+            told.info("SIGHUP: %d keys", count)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, wait for the answers that run."""
-        asyncio.get_running_loop().call_later(self._shutdown_seconds, self._frontend.abort_all)
-        await super().shutdown(sockets)
+        """Stop listening, end what still runs (its readers get finish_reason 'abort'), and cut what does not end."""
+        self._service.lifecycle.drain(0)
+        for listener in [*self.servers, *(sockets or ())]:
+            listener.close()
+        self._service.admission.close()
+        self._service.frontend.abort_all()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        deadline = time.monotonic() + ABORT_SECONDS
+        while (self.server_state.connections or self.server_state.tasks) and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)
+
+    def handlers(self) -> dict[int, Handler]:
+        """SIGHUP too: on Windows there is none."""
+        hang_up: dict[int, Handler] = {signal.SIGHUP: self._hang_up} if hasattr(signal, "SIGHUP") else {}
+        return {**super().handlers(), **hang_up}
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        config = self._service.config
+        if self._service.lifecycle.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self._service.lifecycle.drain(min(config.shutdown_seconds, INTERRUPT_SECONDS) if number == signal.SIGINT else config.shutdown_seconds)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        """With a file to read again SIGHUP asks for that; without one it is what it always was, the end of the terminal."""
+        config = self._service.config
+        if config.api_keys_file or config.admin_key_file or config.ssl:
+            self._reload = True
+        else:
+            self._stop(number, frame)
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Raise ConfigError when key or certificate cannot be used."""
+    if not config.ssl:
+        return
+    for name, path in (("ssl_certfile", config.ssl_certfile), ("ssl_keyfile", config.ssl_keyfile)):
+        try:
+            with open(str(path), "rb"):
+                pass
+        except OSError as e:
+            raise ConfigError(f"{name} {path} cannot be read: {e.strerror}") from e
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(str(config.ssl_certfile), config.ssl_keyfile, password=lambda: "")  # never asks the terminal
+    except (ssl.SSLError, ValueError) as e:
+        what = "do not belong together" if "KEY_VALUES_MISMATCH" in str(e) else "are not a certificate and its key in PEM form without a password"
+        raise ConfigError(f"ssl_certfile {config.ssl_certfile} and ssl_keyfile {config.ssl_keyfile} {what}") from e
 
 
 def reserve_port(config: ServerConfig) -> socket.socket:
-    """The listening socket. Raises ConfigError when the address cannot be had."""
+    """The listening socket. Raises ConfigError when the address cannot be had, or keys or certificate cannot be used."""
+    KeyRing(config)
+    check_certificate(config)
     family = socket.AF_INET6 if ":" in config.server_name else socket.AF_INET
     # asyncio turns Nagle's delay (40 ms a chunk) off only for sockets that say they are TCP
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -104,23 +197,38 @@ def url_of(sock: socket.socket, config: ServerConfig) -> str:
 
 def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
     """A uvicorn server of the app, not yet running; `serve(sockets=[...])` or `run(sockets=[...])` starts it."""
-    return HttpServer(
-        uvicorn.Config(
-            create_app(frontend, config),
-            log_level="warning",
-            access_log=False,
-            log_config=None,
-            lifespan="off",
-            ws="none",
-            timeout_keep_alive=5,
-            timeout_graceful_shutdown=round(config.shutdown_seconds) + ABORT_SECONDS,
-            ssl_keyfile=config.ssl_keyfile if config.ssl else None,
-            ssl_certfile=config.ssl_certfile if config.ssl else None,
-            http=BoundedHttpProtocol,
-        ),
-        frontend,
-        config.shutdown_seconds,
+    app = create_app(frontend, config)
+    limits = ConnectionLimits(_affordable(config.max_connections), config.receive_timeout, config.send_timeout)
+    uvicorn_config = uvicorn.Config(
+        app,
+        http=connection_class(limits),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        log_config=None,
+        lifespan="off",
+        timeout_keep_alive=round(config.keep_alive_seconds),
+        ssl_keyfile=config.ssl_keyfile if config.ssl else None,
+        ssl_certfile=config.ssl_certfile if config.ssl else None,
     )
+    return HttpServer(uvicorn_config, app.state.service)
+
+
+def _affordable(connections: int) -> int:
+    """As many connections as asked for, or as the system lets this process open; its limit is raised as far as allowed."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    logger.warning("max_connections=%d is more than the system allows (ulimit -n is %d); %d are used", connections, soft, max(soft - SPARE_FILES, 1))
+    return max(soft - SPARE_FILES, 1)
 
 
 def supervision_of(config: ServerConfig) -> Supervision:
@@ -134,7 +242,7 @@ def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | N
     Raises EngineError when the engine failed too often and was given up.
     """
     sock = sock or reserve_port(config)
-    log.setup(config.log_level)
+    log.setup(config.log_level, config.log_format)
     logging.getLogger("lmdeploy.access").setLevel(logging.INFO)
     url = url_of(sock, config)
     try:
@@ -151,7 +259,6 @@ def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | N
 
 def _tell(frontend: Frontend, config: ServerConfig, url: str) -> None:
     """The lines that a user waits for; always shown, whatever the log level."""
-    told = logging.getLogger("lmdeploy.access")
     told.info("serving %s; open %s in a browser for the API, stop with Ctrl-C", config.model_name or frontend.model_name, url)
     if config.server_name in ("0.0.0.0", "::") and not config.api_keys:
         told.warning("every machine of your network can use this server; --api-keys protects it, --server-name 127.0.0.1 hides it")

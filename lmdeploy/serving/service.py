@@ -21,7 +21,10 @@ from lmdeploy.errors import SessionBusyError
 from lmdeploy.frontend import Frontend
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
+from lmdeploy.serving.admission import Admission
+from lmdeploy.serving.call import CURRENT
 from lmdeploy.serving.keys import KeyRing
+from lmdeploy.serving.lifecycle import Lifecycle
 from lmdeploy.serving.metrics import Metrics
 from lmdeploy.serving.openai.convert import Prompt
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_failed
@@ -44,8 +47,12 @@ class Service:
         self.model_name = config.model_name or frontend.model_name
         path = frontend.model_path.rstrip("/")
         self.served_names = tuple(dict.fromkeys((self.model_name, frontend.model_path, path, path.rsplit("/", 1)[-1])))
-        self.metrics = Metrics(frontend, self.model_name)
-        self.keys = KeyRing(config)
+        self.keys, self.lifecycle = KeyRing(config), Lifecycle()
+        batch = frontend.info.max_batch_size
+        # a few more than the engine computes together, so that a place in its batch never waits for HTTP
+        places = config.max_concurrent_requests or batch + max(batch // 4, 4)
+        self.admission = Admission(places, config.max_queue, config.max_queue_seconds, config.max_concurrent_per_key)
+        self.metrics = Metrics(frontend, self.model_name, self.admission)
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
         self.tool_format = tool_format(config.tool_call_parser, frontend.template)
         self.reasoning_format = reasoning_format(config.reasoning_parser, frontend.template)
@@ -111,10 +118,11 @@ class Service:
             logger.info("prompt %r", str(prompt)[: self.config.max_log_len])
 
     async def increments(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
-        """The frontend's increments, counted; closing this generator aborts the request."""
-        observed = self.metrics.request()
+        """The frontend's increments, counted; closing this generator aborts the request. At the call's time limit they end with error 'timeout'."""
+        call = CURRENT.get()
+        observed = self.metrics.request(call)
         try:
-            async with aclosing(self.frontend.astream(prepared)) as answers:
+            async with aclosing(self.frontend.astream(prepared, None if call is None else call.deadline)) as answers:
                 async for response in answers:
                     observed.feed(response)
                     yield response

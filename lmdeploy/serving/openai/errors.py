@@ -30,7 +30,7 @@ _ANTHROPIC_TYPES = {
 #: routes whose errors have Anthropic's form, the gate's included
 _ANTHROPIC = ("/v1/messages", "/anthropic/")
 #: code of a failed answer -> HTTP status; all others are the request's fault
-_CODE_STATUS = {"engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "session_busy": 409}
+_CODE_STATUS = {"engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "session_busy": 409, "timeout": 504}
 MAX_SHOWN = 80
 
 
@@ -63,6 +63,8 @@ def error_response(error: Exception, path: str = "") -> Response:
     """The answer for any exception of the route at `path`, in the form of its protocol."""
     e = as_http_error(error)
     headers = {"Retry-After": RETRY_SECONDS} if e.status in (429, 503) else {}
+    if e.code == "timeout":  # OpenAI's and Anthropic's clients would send it again, and make a slow server slower
+        headers["x-should-retry"] = "false"
     if e.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = anthropic_error(e) if path.startswith(_ANTHROPIC) else error_body(e.status, e.message, e.code, e.param)
