@@ -14,6 +14,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -216,10 +217,10 @@ def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
 
 def _affordable(connections: int) -> int:
     """As many connections as asked for, or as the system lets this process open; its limit is raised as far as allowed."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
+    if sys.platform == "win32":  # has no such limit
         return connections
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
