@@ -6,6 +6,7 @@ Content-Security-Policy lets nothing be loaded from elsewhere, and no script run
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import socket
@@ -44,6 +45,8 @@ class PageGate:
 
     def __init__(self, app: ASGIApp, server: ChatServer) -> None:
         self._app, self._server = app, server
+        #: set at shutdown: every reader then looks gone, so that streams end by themselves
+        self.closing = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """404 for what is not the page's."""
@@ -57,7 +60,28 @@ class PageGate:
         answer = _Page(send) if scope["path"] == "/" else None
         if answer is not None:  # its text is looked at below, so it must come uncompressed
             scope = {**scope, "headers": [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]}
-        await self._app(scope, _bounded(receive, limit), answer.send if answer else send)
+        await self._app(scope, self._bounded(receive, limit), answer.send if answer else send)
+
+    def _bounded(self, receive: Receive, limit: int) -> Receive:
+        """`receive`, to which a reader is gone when their body is larger than `limit`, or when all ends."""
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            arrives, ends = asyncio.ensure_future(receive()), asyncio.ensure_future(self.closing.wait())
+            try:
+                await asyncio.wait({arrives, ends}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ends.cancel()
+                if not arrives.done():
+                    arrives.cancel()
+            if not arrives.done():
+                return {"type": "http.disconnect"}
+            message = arrives.result()
+            size += len(message.get("body", b""))
+            return message if size <= limit else {"type": "http.disconnect"}
+
+        return counted
 
 
 def _limit(scope: Scope, *, sees: bool) -> int | None:
@@ -69,19 +93,6 @@ def _limit(scope: Scope, *, sees: bool) -> int | None:
         return MAX_IMAGES * MAX_IMAGE if sees and path == _UPLOAD else _WRITE.get(path)
     readable = path in _READ or path.startswith(_SHOWN + _READ_BELOW) or (sees and path.startswith(_FILE))
     return 0 if scope["method"] in ("GET", "HEAD") and readable else None
-
-
-def _bounded(receive: Receive, limit: int) -> Receive:
-    """`receive`, whose reader finds the client gone when its body is larger than `limit`."""
-    size = 0
-
-    async def counted() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        return message if size <= limit else {"type": "http.disconnect"}
-
-    return counted
 
 
 class _Page:
@@ -111,7 +122,20 @@ class _Page:
         await self._send({**message, "body": body})
 
 
-def build_app(server: ChatServer) -> ASGIApp:
+class PageServer(SignalServer):
+    """The page's uvicorn server; at its end all streams are told to end."""
+
+    def __init__(self, config: uvicorn.Config, gate: PageGate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, end the streams."""
+        self._gate.closing.set()
+        await super().shutdown(sockets)
+
+
+def build_app(server: ChatServer) -> PageGate:
     """The page of a server as an ASGI application."""
     page = ui.build_page(server).queue(max_size=ui.QUEUE, api_open=False)
     app: Any = gr.mount_gradio_app(
@@ -133,12 +157,11 @@ def build_app(server: ChatServer) -> ASGIApp:
     return PageGate(app, server)
 
 
-def build_page_server(server: ChatServer) -> SignalServer:
+def build_page_server(server: ChatServer) -> PageServer:
     """A uvicorn server of the page, not yet running."""
-    config = uvicorn.Config(
-        build_app(server), log_level="warning", access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=GRACE_SECONDS, ws="none"
-    )
-    return SignalServer(config)
+    gate = build_app(server)
+    config = uvicorn.Config(gate, log_level="warning", access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=GRACE_SECONDS, ws="none")
+    return PageServer(config, gate)
 
 
 def share_page(sock: socket.socket) -> str:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +18,10 @@ from openai import OpenAI
 from lmdeploy import GenerationConfig, TurbomindEngineConfig, pipeline
 from lmdeploy.errors import ConfigError
 from lmdeploy.pipeline import Pipeline
+from tests.acceptance.commands import ENVIRONMENT, ROOT, Server, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "double enter to end input >>> "
 TWENTY = ", ".join(map(str, range(1, 21)))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"}
 
 
 def terminal(*arguments: str) -> pexpect.spawn:
@@ -131,16 +126,6 @@ def test_a3_the_pool_takes_its_share_and_the_bill_is_true(model_folder: Path) ->
 # ---------------------------------------------------------------- A4, A10: 4-bit weights, quantised KV cache
 
 
-@pytest.fixture(scope="module")
-def four_bit_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `lmdeploy lite auto_awq` makes of the embedded model."""
-    quantised = tmp_path_factory.mktemp("lite") / "chat-4bit"
-    command = [sys.executable, "-m", "lmdeploy", "lite", "auto_awq", str(model_folder), "--calib-samples", "0", "--work-dir", str(quantised)]
-    made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert made.returncode == 0, made.stderr
-    return quantised
-
-
 def test_a4_the_quantised_model_answers_in_the_terminal(four_bit_folder: Path) -> None:
     flags = ["--model-format", "awq", "--cache-max-entry-count", "0.04", "--backend", "turbomind", "--temperature", "0"]
     child = terminal("chat", str(four_bit_folder), *flags)
@@ -185,35 +170,6 @@ def test_a10_plain_int4_can_be_compared_and_mistakes_are_one_line(model_folder: 
 
 
 # ---------------------------------------------------------------- A5, A6, A7, A13: the server
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Server:
-    """`lmdeploy serve api_server` in a process of its own, its output in a file."""
-
-    def __init__(self, log: Path, *arguments: str) -> None:
-        self.port, self.log = free_port(), log
-        command = [sys.executable, "-m", "lmdeploy", "serve", "api_server", *arguments, "--server-port", str(self.port)]
-        self.process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log.open("wb"), stderr=subprocess.STDOUT)
-        self.url = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, log.read_text()
-            try:
-                if httpx.get(self.url + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError("the server did not come up: " + log.read_text())
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import pytest
 
-pytest.importorskip("gradio", reason="the web page needs gradio (extra `ui`)")
-
 from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.serving import ui_chat
 from lmdeploy.serving.ui_chat import Exchange, Settings
 from tests.browser import PHONE, Reader, RunningPage, open_browser
 from tests.serving.running import RunningServer
 from tests.serving.scripted import ScriptedServer
+
+pytest.importorskip("gradio", reason="the web page needs gradio (extra `ui`)")
 
 COUNT = "Count from 1 to 20."
 TWENTY = ", ".join(map(str, range(1, 21)))
