@@ -33,7 +33,7 @@ from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.grammar import Grammar, grammar_of
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
-from lmdeploy.models.language import language_spec
+from lmdeploy.models.language_spec import language_spec
 from lmdeploy.prompts import Prompt, PromptEncoder, too_long
 from lmdeploy.spec import ModelSpec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template

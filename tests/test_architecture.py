@@ -28,6 +28,7 @@ LAYERS = (
     ("layers",),
     ("models",),
     ("engine",),
+    ("plan",),
     ("answer", "delivery", "prompts"),
     ("frontend",),
     ("calls",),

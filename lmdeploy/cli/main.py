@@ -1,7 +1,7 @@
 """The `lmdeploy` command: a table of commands, one clear line for every mistake.
 
 A command's module is imported when the command is called, so `lmdeploy --help` imports neither torch nor fastapi and
-answers at once. Exit codes: 0 done, 1 our own fault (run again with --debug), 2 the user's, 130 interrupted.
+answers at once. Exit codes: 0 done, 1 our own fault (run again with --debug), 2 the user's, 3 it does not fit (`plan`), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ COMMANDS = (
     Command("serve api_server", "lmdeploy.cli.serve", "serve a model over HTTP (OpenAI-style API)"),
     Command("serve api_client", "lmdeploy.cli.serve", "talk with a model that api_server serves"),
     Command("serve gradio", "lmdeploy.cli.ui", "chat with a model, or with a server's, in a browser"),
+    Command("plan", "lmdeploy.cli.plan", "what a model takes, what fits and how fast, before anything is loaded"),
     Command("lite auto_awq", "lmdeploy.cli.lite", "write a 4-bit copy of a model (AWQ)"),
     Command("lite auto_gptq", "lmdeploy.cli.lite", "write a 4-bit copy of a model (GPTQ)"),
     Command("lite smooth_quant", "lmdeploy.cli.lite", "write a copy of a model with 8-bit weights and activations"),

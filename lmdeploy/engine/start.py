@@ -29,7 +29,8 @@ from lmdeploy.kernels.select import pads_rows, select
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo
 from lmdeploy.models.decoder import Decoder
-from lmdeploy.models.language import find_language, language_spec
+from lmdeploy.models.language import find_language
+from lmdeploy.models.language_spec import language_spec
 from lmdeploy.models.registry import build_model
 from lmdeploy.models.vision import UNREAD, VisionEncoder
 from lmdeploy.parallel import Parallel

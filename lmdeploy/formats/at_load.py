@@ -15,14 +15,13 @@ import torch
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats import awq, packed8
+from lmdeploy.formats.groups import GROUP, fitting_group
 from lmdeploy.formats.packed4 import Packed4
 from lmdeploy.formats.packed8 import WEIGHT, Packed8
 from lmdeploy.formats.weight_format import Part, WeightFormat, all_cols, all_rows, load_bias
 
 Tensor = torch.Tensor
 
-#: Inputs of one scale, where they divide a row.
-GROUP = 128
 #: Numbers that are rounded at once: 16 MiB in float32, and a few times as much while they are rounded.
 BLOCK_NUMBERS = 1 << 22
 
@@ -130,13 +129,6 @@ class AtLoadFormat:
 FP8 = AtLoadFormat(Rounding8(torch.float8_e4m3fn, GROUP))
 #: `--head-bits`
 HEADS = {8: AtLoadFormat(Rounding8(torch.int8, 0)), 4: AtLoadFormat(Rounding4(GROUP))}
-
-
-def fitting_group(inputs: int, group: int) -> int:
-    """`group` where it divides the inputs, else the largest multiple of 16 below it that does, else all inputs; group 0: all inputs."""
-    if not group or inputs <= group:
-        return inputs
-    return next((g for g in (group, *range(group - group % 16, 15, -16)) if inputs % g == 0), inputs)
 
 
 def _row_blocks(rows: Sequence[slice], inputs: int) -> Iterator[slice]:

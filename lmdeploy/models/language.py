@@ -6,26 +6,15 @@ Composite folders nest its config (`llm_config`, `text_config`) and put its tens
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lmdeploy.checkpoint.rename import Rename, RenamedSource, checkpoint_name
 from lmdeploy.checkpoint.source import WeightSource, open_source
-from lmdeploy.models.registry import MODEL_TYPES, model_class
-from lmdeploy.spec import LANGUAGE_KEYS, ModelSpec, load_spec, merged, read_json_object, with_quantization
+from lmdeploy.models.language_spec import is_nested, language_spec
+from lmdeploy.models.registry import model_class
+from lmdeploy.spec import ModelSpec
 
-#: Architectures that are a language model with a vision tower added, in one flat config.
-FLAT = {"LlavaLlamaForCausalLM": "LlamaForCausalLM", "LlavaMistralForCausalLM": "MistralForCausalLM", "LlavaQwenForCausalLM": "Qwen2ForCausalLM"}
-#: What transformers takes for granted of a nested llama: it writes only what differs from that.
-LLAMA = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-}  # fmt: skip
-#: Keys of the whole config that a nested one may lack.
-SHARED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
 BELOW, INSIDE = "language_model.", "model.language_model."
 
 
@@ -60,20 +49,10 @@ class _LanguageSource(RenamedSource):
         return self._own
 
 
-def language_spec(folder: Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The facts of the folder's language model, from its config.json alone. Raises CheckpointError as `load_spec` does."""
-    nested = _nested(_raw(folder))
-    if nested is None:
-        return load_spec(folder, overrides)
-    generation = folder / "generation_config.json"
-    more = read_json_object(generation) if generation.is_file() else None
-    return ModelSpec.from_config(merged(with_quantization(nested, folder), overrides or {}), more, str(folder / "config.json"))
-
-
 def find_language(folder: Path) -> Language:
     """The language model of a folder. Raises CheckpointError as `load_spec` and `open_source` do."""
     spec = language_spec(folder)
-    if _nested(_raw(folder)) is None:
+    if not is_nested(folder):
         return Language(spec)
     names = open_source(folder).names()
     rules: tuple[Rename, ...] = ()
@@ -83,30 +62,6 @@ def find_language(folder: Path) -> Language:
         rules = (Rename(r"model\.", INSIDE),)
     strangers = sorted(name for name in names if _own_name(name, rules, spec) is None)
     return Language(spec, rules, True, tuple(dict.fromkeys(module for name in strangers if (module := _module(name)))))
-
-
-def _raw(folder: Path) -> Mapping[str, Any]:
-    """config.json when it is readable; `load_spec` complains about one that is not."""
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, Mapping) else {}
-
-
-def _nested(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The language model's own config, complete; None when the folder is a plain language model."""
-    architecture = next(iter(raw.get("architectures") or ()), "")
-    if architecture in FLAT:
-        return {**raw, "architectures": [FLAT[architecture]]}
-    if "hidden_size" in raw:
-        return None
-    part = next((raw[key] for key in LANGUAGE_KEYS if isinstance(raw.get(key), Mapping)), None)
-    if part is None:
-        return None
-    kind = part.get("model_type", "")
-    names = part.get("architectures") or [MODEL_TYPES.get(kind, architecture)]
-    return {**{key: raw[key] for key in SHARED if key in raw}, **(LLAMA if kind == "llama" else {}), **part, "architectures": names}
 
 
 def _own_name(name: str, rules: tuple[Rename, ...], spec: ModelSpec) -> str | None:

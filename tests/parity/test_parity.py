@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmdeploy.models.registry import MODELS
+from lmdeploy.models.names import MODELS
 from tests.helpers import Harness, load_model, write_internlm2, write_llama
 from tests.parity.families import COMMON, FAMILIES, make_reference, reference_logits
 
