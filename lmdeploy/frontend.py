@@ -39,7 +39,7 @@ from lmdeploy.spec import ModelSpec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
 from lmdeploy.text.fit import check_fit
 from lmdeploy.text.tokenizer import Tokenizer
-from lmdeploy.vision.policy import MediaPolicy
+from lmdeploy.vision.policy import OWN, MediaPolicy
 from lmdeploy.vision.spec import VisionSpec, load_vision_spec
 
 logger = get_logger(__name__)
@@ -161,7 +161,7 @@ class Frontend:
         template_kwargs: dict[str, Any] | None = None,
         rope_length: int = 0,
         cache_salt: str = "",
-        media: MediaPolicy | None = None,
+        media: MediaPolicy = OWN,
     ) -> Prepared:
         """Check and tokenise one prompt: text, OpenAI messages, or token ids. Raises RequestError naming field, value and limit."""
         ids, pictures = self.prompts.encode(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs, media=media)

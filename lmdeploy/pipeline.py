@@ -28,6 +28,7 @@ from lmdeploy.frontend import Frontend
 from lmdeploy.messages import EngineInfo, MemoryBill, Response
 from lmdeploy.prompts import Prompt
 from lmdeploy.text.tokenizer import Tokenizer
+from lmdeploy.vision.policy import OWN, MediaPolicy
 
 logger = log.get_logger(__name__)
 
@@ -81,8 +82,8 @@ class Session:
 class Pipeline:
     """A loaded model. Threads may share it; several pipelines live in one process. Close it, or use it as a context manager."""
 
-    def __init__(self, frontend: Frontend) -> None:
-        self.frontend = frontend
+    def __init__(self, frontend: Frontend, media: MediaPolicy = OWN) -> None:
+        self.frontend, self._media = frontend, media
         self._sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
         self._kept: dict[int, Session] = {}  # those that the caller named by a number: nobody else holds them
         self._session_ids = itertools.count(1)
@@ -122,7 +123,8 @@ class Pipeline:
     ) -> Response | list[Response]:
         """Answer a prompt (-> Response) or a list of them (-> list, in order).
 
-        A prompt is a text, one conversation (OpenAI messages) or token ids; a list of these is a batch. `n` > 1 gives n answers for
+        A prompt is a text, one conversation (OpenAI messages), token ids or, for a model that sees, (text, image) or (text, [images]) of PIL images,
+        paths and URLs; a list of these is a batch. `n` > 1 gives n answers for
         each prompt, side by side in the list. `use_tqdm`: progress bar; not given = for long batches. Raises RequestError.
         `old`: sampling keywords of scripts before 0.6 (request_output_len, top_k, top_p, temperature, repetition_penalty, ignore_eos).
         """
@@ -323,7 +325,7 @@ class Pipeline:
     def _prepare(self, prompt: Prompt, gen: GenerationConfig, do_preprocess: bool, adapter_name: str | None) -> Prepared:
         if adapter_name is not None:
             raise RequestError(f"adapter_name={adapter_name!r}: no adapters are loaded", param="adapter_name", code="unsupported")
-        prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess)
+        prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess, media=self._media)
         for notice in prepared.notices:
             logger.warning("%s", notice)
         return prepared
@@ -457,11 +459,10 @@ def pipeline(
         raise ConfigError("speculative_config: speculative decoding is not available in this version of lmdeploy; leave it out")
     if trust_remote_code:
         logger.warning("trust_remote_code has no effect: lmdeploy never runs code from a checkpoint")
-    if kwargs.pop("vision_config", None) is not None:
-        logger.warning("vision_config has no effect: the model reads text only")
-    if kwargs.pop("allowed_media_domains", None) is not None:
-        logger.warning("allowed_media_domains has no effect: the model reads text only")
+    vision, domains = kwargs.pop("vision_config", None), kwargs.pop("allowed_media_domains", None)
     config = backend_config or TurbomindEngineConfig()
+    if vision is not None:
+        config = config.replace(vision_max_batch_size=vision.max_batch_size)
     if kwargs:
         logger.warning("engine options given to pipeline() directly (%s): better in TurbomindEngineConfig(...)", ", ".join(sorted(kwargs)))
         config = config.replace(**kwargs)
@@ -469,4 +470,5 @@ def pipeline(
         config = config.replace(model_name=model_name)
     if model_path is None:
         logger.warning("no model given: using the embedded tiny demo model")
-    return Pipeline(Frontend.open(model_path, config, chat_template_config, model_name=model_name))
+    frontend = Frontend.open(model_path, config, chat_template_config, model_name=model_name)
+    return Pipeline(frontend, OWN if domains is None else dataclasses.replace(OWN, allowed_domains=tuple(domains)))

@@ -8,8 +8,8 @@ from lmdeploy.errors import RequestError
 from lmdeploy.messages import Picture
 from lmdeploy.text.chat_template import ChatTemplate
 from lmdeploy.text.tokenizer import Tokenizer
-from lmdeploy.vision.policy import MediaPolicy
-from lmdeploy.vision.prompt import expand, has_pictures, take_pictures
+from lmdeploy.vision.policy import OWN, MediaPolicy
+from lmdeploy.vision.prompt import expand, has_pictures, refuse_pictures, take_pictures
 from lmdeploy.vision.spec import VisionSpec
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -33,7 +33,7 @@ class PromptEncoder:
         do_preprocess: bool = True,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-        media: MediaPolicy | None = None,
+        media: MediaPolicy = OWN,
     ) -> tuple[list[int], list[Picture]]:
         """Token ids and pictures; the template applies unless `do_preprocess` is False or ids are given. `media`: see `load_image`."""
         if not isinstance(prompt, (str, list)) or not len(prompt):
@@ -48,7 +48,9 @@ class PromptEncoder:
             raise RequestError("do_preprocess=False needs a text or token ids, not messages", param="messages")
         messages: Any = prompt
         pictures = None
-        if self.vision is not None and has_pictures(messages):
+        if self.vision is None:
+            refuse_pictures(messages)
+        elif has_pictures(messages):
             messages, pictures = take_pictures(messages, self.vision, media)
         # guard: special tokens that users and tools write stay text, so that they cannot forge turns
         text = self.template.render(messages, tools=tools, template_kwargs=template_kwargs, guard_special=True)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 #: flags of the public surface that the server cannot obey yet: name -> its neutral values
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "qos_config_path": ("",), "proxy_url": (),
-    "allowed_media_domains": (),
 }  # fmt: skip
 
 

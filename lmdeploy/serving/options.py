@@ -5,6 +5,7 @@ Imports neither torch nor fastapi: `lmdeploy --help` reads it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,8 @@ class ServerConfig(CheckedOptions):
         None, f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}; default: as its chat template says", choices=REASONING_PARSERS
     )
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
+    allowed_media_domains: list[str] | None = option(None, "hosts, with their subdomains, that pictures may be fetched from; default: every public host")
+    allowed_media_path: str | None = option(None, "folder below which requests may name pictures as file:// or paths; default: no local files")
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
     engine_stall_seconds: float | None = option(
         None,
@@ -104,5 +107,7 @@ class ServerConfig(CheckedOptions):
             raise ConfigError("admin_key is empty; leave it out to have no admin routes")
         if self.admin_key and self.admin_key_file:
             raise ConfigError("admin_key and admin_key_file are both given; one is enough")
+        if self.allowed_media_path is not None and not os.path.isdir(self.allowed_media_path):
+            raise ConfigError(f"allowed_media_path {self.allowed_media_path} is no folder")
         if self.allow_credentials and "*" in self.allow_origins:
             raise ConfigError("allow_credentials with allow_origins='*' would let any web page act for a user; name the origins")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -31,12 +32,16 @@ from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_faile
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.parsers.registry import reasoning_format, tool_format
 from lmdeploy.serving.tool_offer import Guarantee
+from lmdeploy.vision.policy import MediaPolicy
+from lmdeploy.vision.prompt import has_pictures
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 
 #: longer prompts are tokenised in a thread, so that they do not stall the streams of others
 _LONG_PROMPT = 1 << 14
+#: requests whose pictures are fetched and cut at the same time; more wait
+MAX_FETCHING = 4
 
 
 class Service:
@@ -58,6 +63,11 @@ class Service:
         self.reasoning_format = reasoning_format(config.reasoning_parser, frontend.template)
         self.guarantee: Guarantee | None = None
         self.tag_ids = self._special_tags()  # special tokens that are parts of tags: readers must see them
+        self.media = MediaPolicy(
+            allowed_domains=None if config.allowed_media_domains is None else tuple(config.allowed_media_domains),
+            allowed_path=None if config.allowed_media_path is None else Path(config.allowed_media_path),
+        )
+        self._fetching = asyncio.Semaphore(MAX_FETCHING)  # requests whose pictures are fetched and decoded at a time
         self._sessions: set[int] = set()
 
     def _special_tags(self) -> frozenset[int]:
@@ -97,11 +107,14 @@ class Service:
     ) -> Prepared:
         """Check and tokenise one prompt."""
         self._log_prompt(prompt)
-        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) if isinstance(m, dict) else 1 for m in prompt)
-        if size < _LONG_PROMPT:
-            prepared = self.frontend.prepare(prompt, gen, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
+        options: dict[str, Any] = {"do_preprocess": do_preprocess, "tools": tools, "template_kwargs": template_kwargs}
+        if has_pictures(prompt):
+            async with self._fetching:
+                prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, media=self.media, **options)
+        elif _size(prompt) < _LONG_PROMPT:
+            prepared = self.frontend.prepare(prompt, gen, **options)
         else:
-            prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
+            prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, **options)
         for notice in prepared.notices:
             logger.info("%s", notice)
         return prepared
@@ -179,6 +192,11 @@ class Service:
                     inbox.put_nowait(response)
         finally:
             inbox.put_nowait(None)
+
+
+def _size(prompt: Prompt) -> int:
+    """About how much there is to tokenise."""
+    return len(prompt) if isinstance(prompt, str) else sum(len(m["content"] or "") if isinstance(m, dict) else 1 for m in prompt)
 
 
 def service_of(request: Request) -> Service:

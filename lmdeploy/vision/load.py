@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy.errors import ConfigError
 from lmdeploy.vision.fetch import fetch, too_large
-from lmdeploy.vision.policy import MediaPolicy, refused
+from lmdeploy.vision.policy import OWN, MediaPolicy, refused
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def load_image(source: Any, policy: MediaPolicy | None = None) -> Image:
+def load_image(source: Any, policy: MediaPolicy = OWN) -> Image:
     """RGB image of a http(s) URL, a data: URL, a path or a PIL image. Raises RequestError when it is refused or no picture.
 
-    Without a policy the caller is the user's own program: any local file may be read, URLs still reach public hosts only.
+    Called without a policy, any local file may be read; URLs reach public hosts only, always.
     """
     pil = _pil()
     if isinstance(source, pil.Image):
         return _rgb(source)
     if not isinstance(source, (str, Path)):
         raise refused(f"a picture is a path, a URL or a PIL image, not {type(source).__name__}")
-    limits = policy or MediaPolicy()
-    return decode(_bytes_of(str(source), limits, own_files=policy is None), limits)
+    return decode(_bytes_of(str(source), policy), policy)
 
 
 def decode(data: bytes, policy: MediaPolicy) -> Image:
@@ -55,14 +54,14 @@ def decode(data: bytes, policy: MediaPolicy) -> Image:
         raise refused(f"the picture is broken: {type(e).__name__}") from e
 
 
-def _bytes_of(source: str, policy: MediaPolicy, *, own_files: bool) -> bytes:
+def _bytes_of(source: str, policy: MediaPolicy) -> bytes:
     kind = source[:8].lower()
     if kind.startswith("data:"):
         return _data_url(source, policy)
     if kind.startswith(("http://", "https://")):
         return fetch(source, policy)
     path = source.removeprefix("file://")
-    if not own_files:
+    if not policy.own_files:
         return _file(policy.resolve_path(path), policy)
     if "://" in path:
         raise refused(f"the picture's URL begins with {source[:20]!r}; only http, https and data: are fetched")

@@ -20,12 +20,14 @@ class MediaPolicy:
 
     `allowed_domains`: None = every public host; else these hosts and their subdomains only.
     `private_hosts`: hosts whose addresses may be private (an image store of one's own network); each is named, none by default.
-    `allowed_path`: local files are read below this folder only; None = no local files.
+    `allowed_path`: local files are read below this folder only; None = no local files. `own_files`: the caller is the user's own
+    program, which may read any file.
     """
 
     allowed_domains: tuple[str, ...] | None = None
     private_hosts: tuple[str, ...] = ()
     allowed_path: Path | None = None
+    own_files: bool = False
     max_bytes: int = 20 << 20
     max_pixels: int = 64 << 20
     max_redirects: int = 3
@@ -58,3 +60,7 @@ def refused(message: str) -> RequestError:
 
 def _domain(text: str) -> str:
     return text.strip().rstrip(".").lower()
+
+
+#: of a program that runs on its user's behalf
+OWN = MediaPolicy(own_files=True)

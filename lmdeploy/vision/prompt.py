@@ -61,7 +61,17 @@ def has_pictures(messages: Any) -> bool:
     )
 
 
-def take_pictures(messages: list[Message], spec: VisionSpec, policy: MediaPolicy | None) -> tuple[list[Message], Pictures]:
+def refuse_pictures(messages: Any) -> None:
+    """Raise RequestError naming the first part that is a picture: the model reads text only."""
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and part.get("type") in PARTS:
+                where = f"messages.{i}.content.{number}"
+                raise RequestError(f"{where}: this model reads text only, not {part['type']!r}", param=where, code="unsupported")
+
+
+def take_pictures(messages: list[Message], spec: VisionSpec, policy: MediaPolicy) -> tuple[list[Message], Pictures]:
     """Messages whose contents are texts with marks, and the pictures. Raises RequestError for a picture that cannot be had."""
     pictures = Pictures(secrets.token_hex(8))
     out = []
@@ -73,7 +83,7 @@ def take_pictures(messages: list[Message], spec: VisionSpec, policy: MediaPolicy
     return out, pictures
 
 
-def _content(parts: list[Any], where: str, spec: VisionSpec, policy: MediaPolicy | None, pictures: Pictures) -> str:
+def _content(parts: list[Any], where: str, spec: VisionSpec, policy: MediaPolicy, pictures: Pictures) -> str:
     texts, marks = [], []
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -94,7 +104,7 @@ def _content(parts: list[Any], where: str, spec: VisionSpec, policy: MediaPolicy
     return "".join(f"{mark}\n" for mark in marks) + text
 
 
-def _picture(value: Any, where: str, spec: VisionSpec, policy: MediaPolicy | None) -> Picture:
+def _picture(value: Any, where: str, spec: VisionSpec, policy: MediaPolicy) -> Picture:
     source = (value.get("url") or value.get("data")) if isinstance(value, dict) else value
     try:
         return cut(load_image(source, policy), spec)

@@ -24,9 +24,16 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A reader's folder, with a model in ./my-model."""
+def folder(tmp_path: Path, page: Path) -> Path:
+    """A reader's folder, with a model in ./my-model; where the page asks for it, a (random) one that sees and a picture, too."""
     (tmp_path / "my-model").symlink_to(ROOT / "lmdeploy" / "assets" / "tiny-internlm2-chat")
+    if "my-vision-model" in page.read_text(encoding="utf-8"):
+        from PIL import Image
+
+        from tests.vision.folders import write
+
+        write("llava 1.5", tmp_path / "my-vision-model")
+        Image.effect_noise((64, 48), 80).convert("RGB").save(tmp_path / "tiger.jpg")
     return tmp_path
 
 

@@ -165,6 +165,8 @@ def chat_prompt(request: ChatRequest) -> tuple[Prompt, bool]:
         raise RequestError("messages is empty; send at least one message", param="messages", code="empty_messages")
     history = messages_of(request.messages)
     if request.do_preprocess is False:
+        if any(isinstance(m["content"], list) for m in history):
+            raise RequestError("do_preprocess=False takes no pictures: there is no template to place them", param="messages")
         return "".join(m["content"] for m in history), False
     return history, True
 
@@ -230,16 +232,23 @@ def _message(message: ChatMessage, place: int) -> dict[str, Any]:
     return out
 
 
-def _content(message: ChatMessage, place: int) -> str:
+def _content(message: ChatMessage, place: int) -> str | list[dict[str, Any]]:
+    """A text; a list of parts where some are pictures."""
     if message.content is None or isinstance(message.content, str):
         return message.content or ""
-    texts = []
+    parts: list[dict[str, Any]] = []
     for number, part in enumerate(message.content):
-        if part.type not in ("text", "input_text", "output_text"):
-            where = f"messages.{place}.content.{number}"
-            raise RequestError(f"{where}: this model reads text only, not {part.type[:40]!r}", param=where, code="unsupported")
-        texts.append(part.text or "")
-    return "\n".join(texts)
+        where = f"messages.{place}.content.{number}"
+        if part.type in ("text", "input_text", "output_text"):
+            parts.append({"type": "text", "text": part.text or ""})
+        elif part.type not in ("image_url", "input_image"):
+            raise RequestError(f"{where}: parts of type {part.type[:40]!r} are not read; send text or image_url", param=where, code="unsupported")
+        elif part.image_url is None:
+            raise RequestError(f"{where}: a part of type {part.type!r} needs image_url", param=where)
+        else:
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts if any(p["type"] != "text" for p in parts) else "\n".join(p["text"] for p in parts)
 
 
 # ---------------------------------------------------------------------- answers

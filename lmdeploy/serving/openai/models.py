@@ -48,4 +48,5 @@ def _card(service: Service, created: int) -> dict[str, object]:
         "parent": None,
         "permission": [permission],
         "max_model_len": service.frontend.info.session_len,
+        "input_modalities": ["text", "image"] if service.frontend.sees else ["text"],
     }

@@ -46,12 +46,21 @@ class OpenBody(Body):
     model_config = ConfigDict(extra="allow")
 
 
+class ImageUrl(BaseModel):
+    """Where a picture is: a data: URL, http(s), or a path below the server's media folder. `detail` is accepted and has no effect."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    url: Text
+    detail: Name | None = None
+
+
 class ContentPart(BaseModel):
-    """One part of a message; only text can be obeyed by a text model, others are refused with a reason in `convert`."""
+    """One part of a message: a text, or a picture for a model that sees; others are refused with a reason in `convert`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     type: Name
     text: Text | None = None
+    image_url: Text | ImageUrl | None = None
 
 
 class ChatMessage(Body):
