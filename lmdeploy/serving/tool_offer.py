@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,27 +117,27 @@ def with_code_prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Guarantee:
     """Makes the grammar of an offer. `check` raises RequestError(code='invalid_grammar') for a grammar that cannot be compiled."""
 
-    def __init__(self, check: Callable[[Grammar], None], notation: ToolFormat) -> None:
+    def __init__(self, check: Callable[[Grammar], Awaitable[None]], notation: ToolFormat) -> None:
         self._check, self._notation = check, notation
         self._told: set[str] = set()  # schemas that the log has told of
 
-    def grammar(self, offer: ToolOffer, *, parallel: bool, after: str) -> Grammar | None:
+    async def grammar(self, offer: ToolOffer, *, parallel: bool, after: str) -> Grammar | None:
         """Raises RequestError naming the tool whose schema cannot be promised."""
         schemas = {name: schema_of(function) for name, function in offer.functions.items()}
         grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel, after=after)
-        problem = self._problem(grammar)
+        problem = await self._problem(grammar)
         if problem is None:
             return grammar
-        culprits = [name for name in schemas if self._problem(tool_grammar(self._notation, {name: schemas[name]}, required=True)) is not None]
+        culprits = [name for name in schemas if await self._problem(tool_grammar(self._notation, {name: schemas[name]}, required=True)) is not None]
         for name in culprits or list(schemas):
             self._give_up(name, offer, problem)
             schemas[name] = ANY_OBJECT
         grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel, after=after)
-        return grammar if self._problem(grammar) is None else None
+        return grammar if await self._problem(grammar) is None else None
 
-    def _problem(self, grammar: Grammar) -> str | None:
+    async def _problem(self, grammar: Grammar) -> str | None:
         try:
-            self._check(grammar)
+            await self._check(grammar)
         except RequestError as e:
             if e.code != "invalid_grammar":
                 raise

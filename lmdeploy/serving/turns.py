@@ -213,7 +213,7 @@ async def open_turn(service: Service, call: TurnCall) -> Turn:
     if offer.code:
         messages = conversation = with_code_prompt(conversation)
     thinking = _thinking(service, conversation, call.template_kwargs) if conversation else "no"
-    gen = _guided(service, call, offer, thinking)
+    gen = await _guided(service, call, offer, thinking)
     prepared = await service.prepare(messages, gen, do_preprocess=call.templated, tools=offer.shown or None, template_kwargs=call.template_kwargs)
     turn = Turn(service, prepared, call, offer, thinking)
     if not turn.is_plain and service.tag_ids:
@@ -235,7 +235,7 @@ def _thinking(service: Service, conversation: list[dict[str, Any]], kwargs: dict
     return "open" if tail.rfind(tags.open) > tail.rfind(tags.close) else "no"
 
 
-def _guided(service: Service, call: TurnCall, offer: ToolOffer, thinking: str) -> GenerationConfig:
+async def _guided(service: Service, call: TurnCall, offer: ToolOffer, thinking: str) -> GenerationConfig:
     """The generation config with the grammar that tools and reasoning ask for."""
     gen, tags = call.gen, service.reasoning_format
     wanted = gen.grammar or grammar_of(gen.response_format)
@@ -243,7 +243,7 @@ def _guided(service: Service, call: TurnCall, offer: ToolOffer, thinking: str) -
         if wanted is not None:
             raise RequestError("response_format and tools exclude each other; send one, or tool_choice 'none'", param="response_format")
         after = tags.close if tags is not None and thinking == "open" else ""
-        grammar = service.guarantee.grammar(offer, parallel=call.parallel_tool_calls, after=after)
+        grammar = await service.guarantee.grammar(offer, parallel=call.parallel_tool_calls, after=after)
         return gen if grammar is None else gen.replace(grammar=grammar)
     if wanted is not None and tags is not None and thinking != "no" and not wanted.after:
         return gen.replace(grammar=Grammar(wanted.kind, wanted.text, tags.close), response_format=None)

@@ -13,6 +13,8 @@ _TYPES = {
 _ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedProperties", "unevaluatedItems")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _DICTS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+#: keywords that only tell people something
+_TOLD = frozenset(("title", "description", "default", "examples", "example", "$comment", "deprecated", "readOnly", "writeOnly", "$schema", "$id"))
 #: an object with one of these may have properties that its own `properties` do not name
 _OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "$ref", "if", "dependentSchemas")
 
@@ -27,7 +29,7 @@ def arguments_schema(parameters: Any) -> dict[str, Any]:
 
 
 def exact_schema(schema: Any, *, closed: bool = True) -> Any:
-    """A copy with JSON schema's own type names; objects get no properties but their own, unless they say otherwise.
+    """A copy with JSON schema's own type names, and with nothing that is for people only; objects get no properties but their own, unless they say otherwise.
 
     `closed` is false below anyOf and its like, where an object must not refuse what its siblings ask for.
     """
@@ -35,6 +37,8 @@ def exact_schema(schema: Any, *, closed: bool = True) -> Any:
         return schema
     out: dict[str, Any] = {}
     for key, value in schema.items():
+        if key in _TOLD:
+            continue
         if key == "type":
             out[key] = [_TYPES.get(v, v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else _type(value)
         elif key in _ONE:
