@@ -6,6 +6,7 @@ submitted request gets exactly one final `EngineOutput` (`finish_reason` set), a
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import threading
@@ -176,6 +177,10 @@ class EngineThread:
     def _drain_inbox(self, engine: Engine, refused: list[EngineOutput]) -> bool:
         """Take in everything that has arrived, waiting only when there is nothing else to do; False = close."""
         block = not engine.has_work
+        if block and logger.isEnabledFor(logging.DEBUG):
+            engine.scheduler.check_integrity()
+            stats = engine.stats()
+            logger.debug("idle: blocks, slots and counts are in order, %d of %d blocks in use", stats.used_blocks, stats.num_blocks)
         while True:
             self._busy = not block
             try:
