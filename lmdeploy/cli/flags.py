@@ -231,6 +231,10 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_path", nargs="?", default=None, metavar="MODEL", help="model folder or hub id (default: the embedded tiny-internlm2-chat)")
 
 
+#: flags without help; `enable_metrics` is an engine option of the public surface too, but on the command line it is the server's
+_OTHER_NAMES = [name for name in (*EngineConfig.ALIASES, *EngineConfig.NO_EFFECT) if name != "enable_metrics"]
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Everything that makes an EngineConfig, and what other command lines of this kind accept."""
     group = add_config_flags(parser, EngineConfig, title="Engine", skip=_SHOWN_COMPATIBLE)
@@ -247,7 +251,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     compatible.add_argument("--adapters", nargs="*", metavar="[NAME=]PATH", help="LoRA adapters")
     compatible.add_argument("--trust-remote-code", nargs="?", const=True, type=truth, metavar="True|False", help="no remote code is ever run; only a notice")
     compatible.add_argument("--hf-overrides", type=_json_object, help=argparse.SUPPRESS)
-    for name in [*EngineConfig.ALIASES, *EngineConfig.NO_EFFECT]:
+    for name in _OTHER_NAMES:
         compatible.add_argument("--" + name.strip("_").replace("_", "-"), dest=name, type=_number_or_text, help=argparse.SUPPRESS)
     add_unsupported_flags(compatible, UNSUPPORTED)
 
@@ -285,7 +289,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     values.pop("model_name", None)  # --model-name is the command's own flag
     if "adapters" in values:
         values["adapters"] = _adapters(values["adapters"])
-    for name in [*EngineConfig.ALIASES, *EngineConfig.NO_EFFECT]:
+    for name in _OTHER_NAMES:
         if hasattr(args, name):
             values[name] = getattr(args, name)
     return (PytorchEngineConfig if getattr(args, "backend", None) == "pytorch" else TurbomindEngineConfig)(**values)
