@@ -84,7 +84,7 @@ class Soak:
 
     def _start(self, log: str) -> subprocess.Popen[bytes]:
         options = "--server-port 0 --model-name tiny --log-level DEBUG --dtype float32 --session-len 1024 --max-batch-size 32"
-        options += " --cache-block-seq-len 16 --cache-max-entry-count 128"  # 2,048 tokens: prefixes are shared, sequences are pre-empted
+        options += " --cache-block-seq-len 16 --cache-max-entry-count 90"  # 1,440 tokens: prefixes are shared, sequences are pre-empted
         command = [sys.executable, "-m", "lmdeploy", "serve", "api_server", *options.split()]
         with open(log, "w") as f:
             return subprocess.Popen(command, stdout=f, stderr=f, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})

@@ -67,7 +67,7 @@ def bad_requests() -> list[tuple[str, str, bytes, set[int]]]:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}
         return name, CHAT, json.dumps(body).encode(), {400}
 
-    messages = '{"model": "tiny", "messages": '.encode()
+    messages = b'{"model": "tiny", "messages": '
     return [
         chat("unknown field", no_such_field=1),
         chat("wrong type", temperature="hot"),
