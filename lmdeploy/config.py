@@ -170,6 +170,8 @@ MAX_STOP_WORDS = 64
 MAX_WORD_CHARS = 8192  # of all words of one option together: an automaton is built of them
 MAX_N = 128
 MAX_LOGPROBS = 1024
+#: below it, dividing logits by the temperature leaves the likeliest token alone, or float32's range
+MIN_TEMPERATURE = 1e-5
 
 
 def _words(value: Any) -> str | None:
@@ -201,7 +203,7 @@ class GenerationConfig(CheckedOptions):
     top_k: int = option(50, "sample among this many likeliest tokens; 0 = all, 1 = greedy", check=at_least(0))
     min_p: float = option(0.0, "drop tokens below this share of the likeliest one's probability", check=between(0, 1))
     temperature: float = option(0.8, "0 = greedy; higher is more random", check=between(0, 2))
-    repetition_penalty: float = option(1.0, "above 1: tokens of the prompt and answer become less likely", check=above(0))
+    repetition_penalty: float = option(1.0, "above 1: tokens of the prompt and answer become less likely", check=between(0.01, 100))
     presence_penalty: float = option(0.0, "subtracted from the logit of tokens already in the answer", check=between(-2, 2))
     frequency_penalty: float = option(0.0, "subtracted once per occurrence in the answer", check=between(-2, 2))
     ignore_eos: bool = option(False, "never stop before max_new_tokens")
@@ -241,7 +243,7 @@ class GenerationConfig(CheckedOptions):
     @property
     def samples(self) -> bool:
         """True when tokens are drawn at random; see `do_sample`."""
-        if self.temperature == 0 or self.top_k == 1 or self.do_sample is False:
+        if self.temperature < MIN_TEMPERATURE or self.top_k == 1 or self.do_sample is False:
             return False
         return bool(self.do_sample) or bool(self.given & {"temperature", "top_p", "top_k"})
 

@@ -114,7 +114,7 @@ def test_do_sample_unset_means_sample_if_a_sampling_value_was_given(options: dic
         ({"n": 1000}, ["n=1000", "[1, 128]"]),
         ({"stop_words": ["a"] * 10_000}, ["10000 entries", "64"]),
         ({"stop_words": [""]}, ["empty string"]),
-        ({"repetition_penalty": 0}, ["repetition_penalty=0", "> 0"]),
+        ({"repetition_penalty": 0}, ["repetition_penalty=0", "0.01"]),
         ({"logit_bias": {3: 1000.0}}, ["logit_bias[3]=1000.0", "[-100, 100]"]),
         ({"response_format": {"type": "yaml"}}, ["response_format.type='yaml'", "json_schema"]),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, ["json_schema.schema"]),

@@ -425,3 +425,9 @@ def test_logits_stay_beside_their_tokens_when_the_stop_token_is_dropped(pipe: Pi
 def test_scores_of_what_is_no_ids_are_refused(pipe: Pipeline, ids: Any) -> None:
     with pytest.raises(RequestError):
         pipe.get_logits(ids)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_a_temperature_near_zero_is_zero(pipe: Pipeline, temperature: float) -> None:
+    almost = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, max_new_tokens=12)
+    assert pipe("Count from 1 to 5.", almost).text == pipe("Count from 1 to 5.", GenerationConfig(temperature=0, max_new_tokens=12)).text

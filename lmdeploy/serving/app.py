@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from lmdeploy.errors import LmdeployError
@@ -39,7 +39,7 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 while the engine works, else 503")
     if config.enable_metrics and not config.disable_metrics:
-        app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], summary="Prometheus figures")
+        app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse, summary="Prometheus figures")
     if not config.disable_fastapi_docs:
         add_docs(app, service)
     _add_errors(app)

@@ -40,6 +40,9 @@ _WIRE_NAMES = {
     "seed": "random_seed", "stop_sequences": "stop_words",
 }  # fmt: skip
 
+#: content type of a route's stream, where it is not server-sent events
+_STREAMS = {"/v1/chat/interactive": "application/x-ndjson"}
+
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
@@ -122,7 +125,10 @@ def openapi_schema(app: FastAPI, model_name: str, *, keys: bool) -> dict[str, An
         parts[model.__name__] = body
         example = {k: (model_name if v == "MODEL" else v) for k, v in EXAMPLES[model].items()}
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}}
-        schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        operation = schema["paths"][path]["post"]
+        operation["requestBody"] = {"required": True, "content": content}
+        if "stream" in model.model_fields:
+            operation["responses"]["200"]["content"][_STREAMS.get(path, "text/event-stream")] = {"schema": {}}
     for operation in (operation for operations in schema["paths"].values() for operation in operations.values()):
         operation["responses"].pop("422", None)  # fastapi's own; ours have OpenAI's shape
         operation["responses"]["4XX"] = {"description": 'An error: `{"error": {"message", "type", "param", "code"}}`'}

@@ -12,17 +12,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmdeploy.serving.openai import protocol
+from lmdeploy.serving.page import BODIES, EXAMPLES
 from tests.serving.running import RunningServer
 
 GOOD = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate", "/v1/encode", "/v1/chat/interactive")
+ROUTES = tuple(BODIES)
 
 
 def line(reply: httpx.Response) -> str:
     """The message of an error answer; checks its whole shape."""
     body = reply.json()
     error = body["error"]
+    if body.get("type") == "error":  # Anthropic's shape
+        assert set(body) == {"type", "error"} and set(error) == {"type", "message"}
+        error = {"param": None, "code": None, **error}
+        body = {"object": "error", **error}
     assert set(error) == {"message", "type", "param", "code"}
     assert body["object"] == "error"
     assert {k: body[k] for k in error} == error
@@ -193,23 +197,31 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = sorted(set(protocol.ChatRequest.model_fields) - {"model", "messages", "stream", "n", "max_completion_tokens", "do_preprocess"})
+#: fields that say how long an answer is; they stay as they are, or an answer may take as long as the context
+LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens", "request_output_len"}
+FIELDS = [(route, field) for route, model in BODIES.items() for field in sorted(set(model.model_fields) - LENGTHS)]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(field=st.sampled_from(FIELDS), value=json_values)
-def test_any_value_of_any_field_is_obeyed_or_refused_with_a_line(server: RunningServer, field: str, value: Any) -> None:
-    reply = server.http.post("/v1/chat/completions", json={"model": "tiny", "messages": GOOD["messages"], "max_completion_tokens": 1, field: value})
-    assert reply.status_code in (200, 400), (field, value, reply.text)
-    if reply.status_code == 400:
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.sampled_from(FIELDS), value=json_values)
+def test_any_value_of_any_field_of_any_route_is_obeyed_or_refused_with_a_line(server: RunningServer, place: tuple[str, str], value: Any) -> None:
+    route, field = place
+    body = {**EXAMPLES[BODIES[route]], **dict.fromkeys(LENGTHS & set(BODIES[route].model_fields), 1)}
+    body = {name: "tiny" if given == "MODEL" else given for name, given in body.items()}
+    reply = server.http.post(route, json={**body, field: value})
+    assert reply.status_code in ((200, 400, 404) if field == "model" else (200, 400)), (route, field, value, reply.text)
+    if reply.status_code != 200:
         line(reply)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     route=st.sampled_from(ROUTES),
-    body=st.dictionaries(st.sampled_from(["model", "prompt", "messages", "input", "input_ids", "n", "stop", "session_id"]), json_values),
+    body=st.dictionaries(
+        st.sampled_from(["model", "prompt", "messages", "input", "input_ids", "n", "stop", "session_id", "system", "tools", "tokens"]), json_values
+    ),
 )
 def test_random_objects_never_break_a_route(server: RunningServer, route: str, body: dict[str, Any]) -> None:
-    reply = server.http.post(route, json={**body, "max_tokens": 1} if route in ("/v1/completions", "/generate") else body)
+    lengths = dict.fromkeys(LENGTHS & set(BODIES[route].model_fields), 1)
+    reply = server.http.post(route, json={**body, **lengths})
     assert reply.status_code in (200, 400, 404), (body, reply.text)

@@ -104,7 +104,7 @@ class Sampling(Guided):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop: Stop = None
     ignore_eos: Flag = False
     skip_special_tokens: Flag = True
@@ -263,7 +263,7 @@ class InteractiveRequest(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = 40
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.8
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
     ignore_eos: Flag = False
     skip_special_tokens: Flag = True
     cancel: Flag = False
