@@ -28,9 +28,10 @@ from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from lmdeploy.delivery import AsyncSink, Sink, deliver
 from lmdeploy.engine.client import EngineClient, weak_listener
+from lmdeploy.engine.grammar_check import GrammarChecker
 from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
 from lmdeploy.errors import EngineError, RequestError
-from lmdeploy.grammar import Grammar, grammar_of
+from lmdeploy.grammar import Grammar, wanted_grammar
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
 from lmdeploy.models.language_spec import language_spec
@@ -70,10 +71,11 @@ class Frontend:
         self._counting = threading.RLock()  # re-entrant: a forgotten generator may be collected, and drop its request, at any point
         self._in_flight = 0  # answers of all submitted requests
         self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
+        self.grammars = GrammarChecker(tokenizer.folder, client.info.vocab_size, spec.eos_token_ids)
         # weak: the engine's thread must not keep a frontend alive that nobody uses any more. A forgotten `close` then happens when
         # the frontend is collected, and at the latest before the interpreter ends: it must not end under a running step.
         client.start(weak_listener(self._on_outputs))
-        self._closer = weakref.finalize(self, client.close)
+        self._closer = weakref.finalize(self, _close, client, self.grammars)
 
     @classmethod
     def open(
@@ -233,8 +235,13 @@ class Frontend:
             prompt_logprobs=gen.prompt_logprobs,
             output_logits=gen.output_logits,  # type: ignore[arg-type]  # checked by its choices
             output_last_hidden_state=gen.output_last_hidden_state,  # type: ignore[arg-type]
-            grammar=_checked_grammar(gen),
+            grammar=self._checked_grammar(gen),
         )
+
+    def _checked_grammar(self, gen: GenerationConfig) -> Grammar | None:
+        if (grammar := wanted_grammar(gen)) is not None:
+            self.grammars.check(grammar)
+        return grammar
 
     def _bad_words(self, gen: GenerationConfig) -> tuple[tuple[int, ...], ...]:
         """Token sequences of each bad word, at the start of a word and inside a text (with a space before)."""
@@ -431,13 +438,9 @@ def _start_client(folder: Path, config: EngineConfig, separate_process: bool, su
     return EngineThread(lambda: build_engine(folder, config))
 
 
-def _checked_grammar(gen: GenerationConfig) -> Grammar | None:
-    grammar = gen.grammar or grammar_of(gen.response_format)
-    if grammar is not None:
-        raise RequestError(
-            "response_format is not available in this version of lmdeploy; leave it out or send null", param="response_format", code="unsupported"
-        )
-    return grammar
+def _close(client: EngineClient, grammars: GrammarChecker) -> None:
+    grammars.close()
+    client.close()
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

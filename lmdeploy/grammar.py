@@ -51,7 +51,11 @@ def check_grammar(grammar: Any, param: str = "grammar") -> None:
         raise RequestError(f"{param} must be a Grammar, not {type(grammar).__name__}", param=param)
     if grammar.kind not in get_args(GrammarKind):
         raise _invalid(f"kind={grammar.kind!r:.80} is not one of {', '.join(get_args(GrammarKind))}", param)
-    size = len(grammar.text.encode("utf-8", "surrogatepass"))
+    try:
+        size = len(grammar.text.encode("utf-8"))
+        grammar.after.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise _invalid(f"it is not valid Unicode: a lone surrogate at position {e.start}", param) from None
     if size > MAX_GRAMMAR_BYTES:
         raise _invalid(f"it has {size} bytes; at most {MAX_GRAMMAR_BYTES} are allowed", param)
     if len(grammar.after) > MAX_AFTER:
@@ -72,6 +76,12 @@ def grammar_of(response_format: dict[str, Any] | None) -> Grammar | None:
     _only(response_format, {"type", key} - {""})
     grammar = Grammar(kind, _text(kind, key, response_format.get(key)))
     check_grammar(grammar, "response_format")
+    return grammar
+
+
+def wanted_grammar(gen: Any) -> Grammar | None:
+    """The grammar that a GenerationConfig asks for, by either of its fields."""
+    grammar: Grammar | None = gen.grammar if gen.grammar is not None else grammar_of(gen.response_format)
     return grammar
 
 

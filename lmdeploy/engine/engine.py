@@ -12,7 +12,9 @@ from collections.abc import Iterable
 
 from lmdeploy.config import MAX_LOGPROBS, MAX_N
 from lmdeploy.engine.executor.contract import Executor
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.plan import StepPlan, StepResult
+from lmdeploy.engine.preparing import Preparing
 from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
@@ -27,7 +29,15 @@ class Engine:
     """Continuous batching over one executor. `run_ahead`: plans launched before the result of the one before is seen (0 or 1)."""
 
     def __init__(
-        self, executor: Executor, *, max_prefill_token_num: int, max_waiting: int, enable_prefix_caching: bool, rope_depends_on_length: bool, run_ahead: int = 0
+        self,
+        executor: Executor,
+        *,
+        max_prefill_token_num: int,
+        max_waiting: int,
+        enable_prefix_caching: bool,
+        rope_depends_on_length: bool,
+        run_ahead: int = 0,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         assert run_ahead in (0, 1), f"run_ahead={run_ahead}"
         info = executor.info
@@ -43,6 +53,8 @@ class Engine:
         self._executor = executor
         self._scheduler = Scheduler(limits)
         self._max_waiting = max_waiting
+        self._preparing = Preparing(grammars)
+        self._grammars = grammars
         self._run_ahead = run_ahead
         self._in_flight: deque[StepPlan] = deque()  # submitted, result not fetched
         self._outputs: list[EngineOutput] = []  # to be handed out by the next step
@@ -62,23 +74,28 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True when `step` has something to compute or to hand out."""
-        return bool(self._outputs or self._in_flight or self._scheduler.has_unfinished)
+        return bool(self._outputs or self._in_flight or self._scheduler.has_unfinished or self._preparing)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises RequestError or OverloadedError, and then nothing was queued."""
-        if self._scheduler.num_waiting >= self._max_waiting:
-            raise OverloadedError(f"{self._scheduler.num_waiting} requests are waiting and max_waiting={self._max_waiting}; try again later", code="overloaded")
+        waiting = self._scheduler.num_waiting + len(self._preparing)
+        if waiting >= self._max_waiting:
+            raise OverloadedError(f"{waiting} requests are waiting and max_waiting={self._max_waiting}; try again later", code="overloaded")
         check_request(request, self.info.vocab_size, self._scheduler.limits.max_tokens)
-        self._scheduler.add(request)
+        if not self._preparing.add(request):
+            self._scheduler.add(request)
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """End a request (or its answer `index`) now and free its blocks; its last outputs come with the next step. Unknown ids are ignored."""
-        self._outputs += self._scheduler.abort(request_id, index)
+        ended = self._preparing.abort(request_id, index)
+        self._outputs += self._scheduler.abort(request_id, index) if ended is None else ended
 
     def step(self) -> list[EngineOutput]:
         """Compute one step; what it brought each answer. Raises EngineError when the executor is lost."""
         start = time.monotonic()
         outputs, self._outputs = self._outputs, []
+        if self._preparing:
+            outputs += self._take_prepared(block=not (outputs or self._in_flight or self._scheduler.has_unfinished))
         plan = self._scheduler.schedule()
         assert plan is not None or self._in_flight or not self._scheduler.has_unfinished, "unfinished sequences and nothing to compute"
         try:
@@ -99,6 +116,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now; may be called from any thread."""
         stats = self._scheduler.stats()
+        stats.waiting += len(self._preparing)
         stats.last_step_time, stats.step_seconds = self._last_step_time, self._step_seconds
         stats.tokens_per_second = self._rate.value(time.monotonic())
         return stats
@@ -106,6 +124,17 @@ class Engine:
     def close(self) -> None:
         """Free everything; may be called twice."""
         self._executor.close()
+        if self._grammars is not None:
+            self._grammars.close()
+
+    def _take_prepared(self, *, block: bool) -> list[EngineOutput]:
+        """Schedule the requests whose grammars have been compiled; the last outputs of those that ended meanwhile."""
+        ready, outputs = self._preparing.take_ready(block=block)
+        for request, aborted in ready:
+            self._scheduler.add(request)
+            for index in aborted:
+                self._scheduler.abort(request.request_id, index)  # their last outputs went out when they were aborted
+        return outputs
 
     def _advance(self, plan: StepPlan | None) -> tuple[StepPlan, StepResult] | None:
         """Launch the plan, and fetch the oldest result unless we may still run ahead of it."""

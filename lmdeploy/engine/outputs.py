@@ -35,7 +35,7 @@ def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishR
             output.queue_seconds = seq.queue_seconds
         if slot.logprobs is not None:
             output.logprobs = [slot.logprobs]
-        if reason == "stop":
+        if reason == "stop" and slot.token_id in seq.sampling.stop_token_ids:  # else a grammar ended it with its last token
             output.stop_token_id = slot.token_id
     if seq.embedding is not None and reason is not None:
         output.embedding = (seq.embedding / max(float(np.linalg.norm(seq.embedding)), 1e-30)).astype(np.float32).tobytes()
@@ -45,7 +45,7 @@ def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishR
     return output if brings else None
 
 
-def final_output(seq: Sequence, reason: FinishReason, error: str | None = None) -> EngineOutput:
+def final_output(seq: Sequence, reason: FinishReason, error: str | None = None, code: str = "step_failed") -> EngineOutput:
     """The last output of a sequence that no result ended."""
     return EngineOutput(
         request_id=seq.request.request_id,
@@ -55,7 +55,7 @@ def final_output(seq: Sequence, reason: FinishReason, error: str | None = None) 
         num_cached=max(seq.num_cached, 0),
         num_generated=seq.num_generated,
         error=error,
-        error_code=None if error is None else "step_failed",
+        error_code=None if error is None else code,
     )
 
 

@@ -57,6 +57,8 @@ class SlotResult(msgspec.Struct, array_like=True):
     logits: object = None  # float32 [n, V] on request: rows of this chunk ('all') or its sampled row ('generation')
     last_hidden_state: object = None
     embedding: bytes | None = None  # float64 [M] of a request that embeds: the sum over this chunk's hidden rows, or the prompt's last row
+    complete: bool = False  # the sequence's grammar allows nothing behind this token: the answer ends
+    error_code: str = "step_failed"
 
 
 class StepResult(msgspec.Struct, array_like=True):

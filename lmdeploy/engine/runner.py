@@ -14,6 +14,8 @@ import torch
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.guided import GuidedSlots, StepMask
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.pictures import PictureSlots
@@ -32,6 +34,7 @@ logger = get_logger(__name__)
 Tensor = torch.Tensor
 
 NO_TOKEN = "no token can be chosen: the logits are not numbers, or every token is forbidden"  # noqa: S105
+DEAD_END = "no token satisfies the grammar and the request's other limits (logit_bias, bad_words) at once, or the logits are not numbers"
 
 
 class Model(Protocol):
@@ -63,6 +66,7 @@ class ModelRunner:
         kv_layout: KVLayout = PLAIN_LAYOUT,
         pads_rows: bool = False,
         vision: VisionEncoder | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         assert config.max_batch_size is not None
         self.model, self.device, self.dtype = model, device, dtype
@@ -70,6 +74,7 @@ class ModelRunner:
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.pictures = PictureSlots(vision)
         self.chunk = rows_per_chunk(model.spec.vocab_size)
+        self.guided = GuidedSlots(grammars, config.max_batch_size, device) if grammars is not None else None
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
@@ -106,6 +111,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop weights, pool and buffers."""
+        if self.guided is not None:
+            self.guided.close()
         del self.model, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
         trim()
 
@@ -119,6 +126,8 @@ class ModelRunner:
             self._wants[slot] = None
             self.pictures.drop(slot)
             self._broken.pop(slot, None)
+            if self.guided is not None:
+                self.guided.release(slot)
         for new in plan.new:
             self._set_up(new)
         results = [SlotResult(item.slot, error=self._broken.get(item.slot)) for item in plan.items]
@@ -139,6 +148,10 @@ class ModelRunner:
             self.tables.set(new)
             self.sampling.set(slot, params, new.prompt_len)
             self.pictures.set(slot, new.pictures, new.prompt_len)
+            if self.guided is not None:
+                self.guided.set(slot, params, new.token_ids[new.prompt_len :])
+            elif params.grammar is not None:
+                raise ValueError("this engine cannot follow a grammar")
         except ValueError as error:
             self._broken[slot] = str(error)
         more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state or params.embed
@@ -149,29 +162,47 @@ class ModelRunner:
         wants_more = any(special)
         all_rows = [self._wants_all(item, want) for item, want in zip(items, special, strict=True)] if wants_more else None
         batch = self.batches.build(items, all_rows)
-        self.pictures.fill(batch.inputs, batch.items)
-        hidden = self.model.forward(batch.inputs)
+        mask = self.guided.start(batch.slots) if self.guided is not None else None  # filled while the model computes
+        try:
+            self.pictures.fill(batch.inputs, batch.items)
+            hidden = self.model.forward(batch.inputs)
+        finally:
+            if mask is not None:
+                mask.join()
         ordered = [results[i] for i in batch.order]
         if wants_more:
             self._add_rows(batch, hidden, ordered)
         if batch.sample_items:
-            self._sample(batch, hidden, ordered)
+            self._sample(batch, hidden, ordered, mask)
 
-    def _sample(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult]) -> None:
+    def _sample(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult], mask: StepMask | None) -> None:
         rows = hidden if batch.sample_rows is None else hidden.index_select(0, batch.sample_rows)
         logits = self.model.logits(rows)
         wanted = np.flatnonzero(self.sampling.logprobs[batch.slots] >= 0)
         raw = torch.log_softmax(logits[torch.from_numpy(wanted).to(self.device)], dim=-1) if wanted.size else None
-        tokens = self.sampler.sample(logits, batch.slots, batch.lengths)
+        tokens = self.sampler.sample(logits, batch.slots, batch.lengths, mask)
         places = torch.from_numpy(batch.slots * self.tables.width + batch.lengths).to(self.device)
         self.tables.tokens.view(-1).index_copy_(0, places, tokens.clamp_min(0).int())
-        for number, token in zip(batch.sample_items, tokens.tolist(), strict=True):
+        chosen = tokens.tolist()
+        for number, token in zip(batch.sample_items, chosen, strict=True):
             if token < 0:
                 results[number].error = NO_TOKEN
             else:
                 results[number].token_id = token
+        if mask is not None:
+            self._advance(mask, chosen, [results[number] for number in batch.sample_items])
         if raw is not None:
             self._add_logprobs(batch, wanted.tolist(), raw, tokens, results)
+
+    def _advance(self, mask: StepMask, tokens: list[int], results: list[SlotResult]) -> None:
+        """Take the tokens of guided rows into their matchers, and say which answers are complete or have failed."""
+        assert self.guided is not None
+        rows = mask.rows.tolist()
+        for place, (row, complete) in enumerate(zip(rows, self.guided.advance(mask, [tokens[row] for row in rows]), strict=True)):
+            result = results[row]
+            result.complete = complete
+            if result.error is not None:
+                result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
     def _add_logprobs(self, batch: StepBatch, wanted: list[int], raw: Tensor, tokens: Tensor, results: list[SlotResult]) -> None:
         counts = self.sampling.logprobs[batch.slots[wanted]].tolist()

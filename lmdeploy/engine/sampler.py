@@ -1,6 +1,6 @@
 """From raw logits to the next token of every row, vectorised over rows; parameters are read from per-slot arrays.
 
-Order: logit bias, repetition, presence and frequency penalties, banned tokens, temperature, top-k, top-p, min-p, draw.
+Order: grammar, logit bias, repetition, presence and frequency penalties, banned tokens, temperature, top-k, top-p, min-p, draw.
 Only rows that need a feature pay for it; an all-greedy batch is one max. Invariant: the token of a row depends only on that
 row's logits, parameters, seed and number of generated tokens, never on its batch mates: candidates have one canonical order
 (logit descending, then id ascending), and the draw is one counter-based uniform through the inverse CDF in that order.
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmdeploy.engine.guided import StepMask, forbid
 from lmdeploy.inputs import Scratch
 from lmdeploy.messages import SamplingParams
 
@@ -133,14 +134,20 @@ class Sampler:
         for name in ("probs", "work"):
             self.scratch.take(name, max_rows, self.table.vocab_size)
 
-    def sample(self, logits: Tensor, slots: Ints, lengths: Ints) -> Tensor:
+    def sample(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None = None) -> Tensor:
         """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed).
 
         logits float32 [S, V] are overwritten; `lengths` counts the known tokens of each row, so the draw's number is lengths - prompt_len.
+        `mask`: what the grammars of guided rows allow, joined.
         """
         table = self.table
+        if mask is not None:
+            forbid(logits, mask)
         if table.edited[slots].any():
-            self._edit(logits, slots, lengths)
+            young = lengths - table.prompt_len[slots] < table.min_new[slots]
+            if mask is not None:
+                young[mask.rows[mask.only_stops]] = False  # the answer is complete: it can only end
+            self._edit(logits, slots, lengths, young)
         best, tokens = logits.max(dim=-1)
         greedy = table.greedy[slots]
         if not greedy.all():
@@ -152,13 +159,13 @@ class Sampler:
 
     # -- editing the logits ------------------------------------------------------------------------------------------
 
-    def _edit(self, logits: Tensor, slots: Ints, lengths: Ints) -> None:
+    def _edit(self, logits: Tensor, slots: Ints, lengths: Ints, young: NDArray[np.bool_]) -> None:
+        """`young`: rows that may not stop yet."""
         table = self.table
         self._add_bias(logits, slots)
         rows = np.flatnonzero(table.penalised[slots])
         if rows.size:
             self._penalise(logits, rows, slots[rows], lengths[rows])
-        young = lengths - table.prompt_len[slots] < table.min_new[slots]
         flat: list[Ints] = []
         for row, slot in enumerate(slots.tolist()):
             base = row * logits.shape[1]

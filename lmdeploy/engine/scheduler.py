@@ -304,7 +304,7 @@ class Scheduler:
 
     def _take_result(self, seq: Sequence, item: PlanItem, slot: SlotResult) -> EngineOutput | None:
         if slot.error is not None:
-            return self._fail(seq, slot.error)
+            return self._fail(seq, slot.error, slot.error_code)
         assert (slot.token_id is not None) == item.sample, f"slot {slot.slot}: token {slot.token_id} for sample={item.sample}"
         seq.num_done = item.start + item.num_tokens
         if seq.num_done // self.limits.block_size > seq.num_published and self.cache is not None:
@@ -317,7 +317,7 @@ class Scheduler:
             seq.num_pending -= 1
             seq.append(slot.token_id)
             self.counts.generated_tokens += 1
-            reason = self._finish_reason(seq, slot.token_id)
+            reason = "stop" if slot.complete else self._finish_reason(seq, slot.token_id)
         output = step_output(seq, item, slot, reason)
         if reason is not None:
             self.counts.finished += 1
@@ -372,10 +372,10 @@ class Scheduler:
         if not unfinished:
             del self._requests[seq.request.request_id]
 
-    def _fail(self, seq: Sequence, message: str) -> EngineOutput:
+    def _fail(self, seq: Sequence, message: str, code: str = "step_failed") -> EngineOutput:
         self.counts.failed += 1
         self._end(seq)
-        return final_output(seq, "error", message)
+        return final_output(seq, "error", message, code)
 
     # ------------------------------------------------------------------ failed steps
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lmdeploy.checkpoint.source import WeightSource, open_source
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
@@ -117,13 +119,15 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     model = build_model(
         spec, dtype, device, kernels, Parallel(), formats if encoder is None else dataclasses.replace(formats, unused=(*formats.unused, *UNREAD))
     )
-    _load(model, encoder, model_path, config)
+    with ThreadPoolExecutor(1) as opener:  # the vocabulary is made ready for grammars while the weights are read
+        opening = opener.submit(GrammarCompiler.open, model_path, spec.vocab_size, spec.eos_token_ids)
+        _load(model, encoder, model_path, config)
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     examined = examine(model, model_path, resolved, kv_format, device, dtype)
     if examined.quality is not None:
         judge(examined.quality, resolved.strict_quality)
-    pool = pool_request(config, resolved)
-    runner = ModelRunner(model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder)
+    pool, grammars = pool_request(config, resolved), _grammars(opening)
+    runner = ModelRunner(model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars)
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
@@ -144,7 +148,17 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         max_waiting=resolved.max_waiting,
         enable_prefix_caching=resolved.enable_prefix_caching,
         rope_depends_on_length=spec.rope.depends_on_length,
+        grammars=grammars,
     )
+
+
+def _grammars(opening: Future[GrammarCompiler]) -> GrammarCompiler | None:
+    """None for a folder whose tokenizer cannot be used: such an engine answers token ids, without grammars."""
+    try:
+        return opening.result()
+    except Exception as e:
+        logger.info("no grammars: %s", e)
+        return None
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

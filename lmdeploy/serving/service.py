@@ -20,6 +20,7 @@ from lmdeploy.answer import Merger, Prepared
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import SessionBusyError
 from lmdeploy.frontend import Frontend
+from lmdeploy.grammar import wanted_grammar
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.admission import Admission
@@ -107,6 +108,8 @@ class Service:
     ) -> Prepared:
         """Check and tokenise one prompt."""
         self._log_prompt(prompt)
+        if (grammar := wanted_grammar(gen)) is not None:
+            await self.frontend.grammars.until_checked(grammar)
         options: dict[str, Any] = {"do_preprocess": do_preprocess, "tools": tools, "template_kwargs": template_kwargs}
         if has_pictures(prompt):
             async with self._fetching:

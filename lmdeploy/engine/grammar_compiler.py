@@ -1,0 +1,163 @@
+"""`GrammarCompiler`: what of a grammar is worked out by the library, with the limits under which everything here runs. Imports no torch.
+
+Used twice, with the same limits: in the process that checks grammars before a request is accepted (`grammar_check.py`, which also calls `probe`), and in
+the engine. The limits are counted in work, not in seconds, so what the check let pass cannot hang a step.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import llguidance
+
+from lmdeploy.engine.grammar_text import SpecialTokens, compile_text, invalid
+from lmdeploy.errors import RequestError
+from lmdeploy.grammar import Grammar
+from lmdeploy.text.tokenizer import Tokenizer
+
+#: work and memory of one step and of one grammar; a lexer state takes 1 to 2 kB, and each sequence has its own
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 2_000,
+    "step_max_items": 10_000,
+    "step_lexer_fuel": 200_000,
+    "initial_lexer_fuel": 1_000_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+#: compiled grammars that are kept
+MAX_KEPT = 64
+PROBE_STEPS = 64
+#: processor time of a step of the probe from which a grammar is too slow to be served
+STEP_SECONDS = 0.1
+
+
+class GrammarCompiler:
+    """Matchers of one vocabulary. `compile` may be called from any thread; what it returns is a fresh matcher each time."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
+        known = [i for i in dict.fromkeys((tokenizer.eos_token_id, *stop_ids)) if i is not None and 0 <= i < vocab_size]
+        ends = known or sorted(i for i in tokenizer.special_ids if i < vocab_size)[-1:]
+        if not ends:
+            raise RequestError("response_format: this vocabulary has no token that ends an answer", param="response_format", code="unsupported")
+        self.vocab_size, self.eos_token_id = vocab_size, ends[0]
+        special = frozenset(i for i in tokenizer.special_ids if i < vocab_size)
+        self._special = SpecialTokens(_Splitter(tokenizer, special), special - frozenset(ends))
+        vocabulary: Any = _Vocabulary(tokenizer, vocab_size, self.eos_token_id, special)  # stands in for the library's TokenizerWrapper
+        self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id)
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Grammar, Future[Any]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    @classmethod
+    def open(cls, folder: Path, vocab_size: int, stop_ids: Iterable[int] = ()) -> GrammarCompiler:
+        """For the tokenizer of a model folder."""
+        return cls(Tokenizer(folder), vocab_size, stop_ids)
+
+    def prepare(self, grammar: Grammar) -> Future[Any]:
+        """Compile in a thread; the future's exception is the RequestError that `compile` would raise."""
+        with self._lock:
+            future = self._kept.get(grammar)
+            if future is None:
+                future = self._kept[grammar] = self._pool.submit(self._compile, grammar)
+                while len(self._kept) > MAX_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(grammar)
+        return future
+
+    def matcher(self, grammar: Grammar) -> Any:
+        """A new `LLMatcher` at the start of the grammar. Raises RequestError(code='invalid_grammar')."""
+        return self.prepare(grammar).result().deep_copy()
+
+    def close(self) -> None:
+        """Forget everything that was compiled."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # copies start with what the first mask has found out
+        if matcher.is_error():
+            raise invalid(reason_of(matcher.get_error()))
+        return matcher
+
+
+class _Splitter:
+    """Cuts a text at special tokens; tokens that only were added to the vocabulary are text."""
+
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+        self._splitter, self._special, self._tokenizer = tokenizer.codec.splitter, special, tokenizer
+
+    def __call__(self, text: str) -> list[str | int]:
+        parts: list[str | int] = []
+        for part in self._splitter.split(text):
+            if isinstance(part, int) and part not in self._special:
+                part = self._tokenizer.token_text(part)
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            elif part != "":
+                parts.append(part)
+        return parts
+
+
+class _Vocabulary:
+    """Our tokenizer as the library wants to see it: the bytes of each id. A padded vocabulary's last ids have none and are never allowed."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: int, special: frozenset[int]) -> None:
+        self.eos_token_id = eos
+        self.tokens = [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in range(vocab_size)]
+        self.special_token_ids = sorted(special | {eos})
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        """Only grammars that ask for forced tokens come here."""
+        return self._encode(text, add_bos=False, split_special=False)
+
+
+def reason_of(error: str) -> str:
+    """The library's reason in one line, without the excerpt of a grammar that the user never wrote."""
+    text = re.split(r"\n\s*\d+ \|", error.replace("<non-verbose/>", ""))[0]
+    text = re.sub(r"^(?:at )?\d+\(\d+\): ", "", text.strip())
+    text = text.removeprefix("failed to compile JSON schema: ")
+    text = re.sub(r"^Unimplemented keys: \[(.*)\]", lambda m: "JSON schema keyword not supported: " + m[1].replace('"', ""), text)
+    if text == "NoExtensionBias":
+        return "no answer fits it"
+    return " ".join(text.split())[:300] or "it cannot be compiled"
+
+
+def probe(matcher: Any, eos_token_id: int) -> str | None:
+    """Walk a matcher some steps in any direction; what is wrong with it (no answer fits, a step is too slow or too complex), or None."""
+    choose = random.Random(0)
+    for step in range(PROBE_STEPS):
+        start = time.thread_time()
+        mask = matcher.compute_bitmask()
+        if matcher.is_error():
+            return reason_of(matcher.get_error())
+        allowed = [token for token in _allowed(mask) if token != eos_token_id]
+        if matcher.is_stopped() or not allowed:
+            return None if matcher.is_accepting() else "no answer fits it"
+        matcher.consume_token(choose.choice(allowed))
+        if matcher.is_error():
+            return reason_of(matcher.get_error())
+        if (seconds := time.thread_time() - start) > STEP_SECONDS:
+            return f"it is too complex: token {step} takes {seconds * 1000:.0f} ms; at most {STEP_SECONDS * 1000:.0f} are allowed"
+    return None
+
+
+def _allowed(mask: bytes) -> list[int]:
+    """Some of the token ids whose bits are set: of a dense mask every hundredth byte is enough."""
+    stride = max(1, (len(mask) - mask.count(0)) // 100)
+    places = [i for i, byte in enumerate(mask) if byte][::stride]
+    return [8 * i + bit for i in places for bit in range(8) if mask[i] >> bit & 1]

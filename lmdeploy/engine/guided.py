@@ -1,0 +1,153 @@
+"""Grammar -> token mask, for the slots of one rank: one matcher a slot, advanced with each token that was sampled.
+
+`start` fills the masks of a step's rows in a thread, by the library's own parallel loop and without the interpreter's lock, while the forward pass runs;
+`StepMask.join` waits for them before tokens are chosen. Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot again
+(after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a grammar cost one look at an array.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import llguidance
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lmdeploy.engine.grammar_compiler import GrammarCompiler, reason_of
+from lmdeploy.messages import SamplingParams
+
+Tensor = torch.Tensor
+Ints = NDArray[np.int64]
+
+#: rows of which the expanded mask is in memory at a time
+ROWS_AT_ONCE = 32
+
+
+@dataclass(slots=True)
+class StepMask:
+    """The masks of the guided rows of a step. After `join`: `words` int32 [G, W], bit t % 32 of word t // 32 says that token t may come."""
+
+    rows: Ints  # [G] places among the S sampled rows
+    slots: list[int]  # [G]
+    words: Tensor  # on the host
+    filling: Future[None]
+    only_stops: NDArray[np.bool_]  # [G] nothing but tokens that end the answer may come: they may, whatever min_new_tokens says
+    errors: dict[int, str] = field(default_factory=dict)  # place among the G -> why there is no mask
+
+    def join(self) -> StepMask:
+        """Wait until the masks are filled."""
+        self.filling.result()
+        return self
+
+
+class GuidedSlots:
+    """The matchers of a rank's slots."""
+
+    def __init__(self, compiler: GrammarCompiler, num_slots: int, device: torch.device) -> None:
+        self._compiler, self._num_slots, self._device = compiler, num_slots, device
+        self._matchers: list[Any] = [None] * num_slots
+        self._stops: list[Ints] = [np.zeros(0, dtype=np.int64)] * num_slots
+        self._guided = np.zeros(num_slots, dtype=bool)
+        self._masks: Tensor | None = None  # made with the first grammar
+        self._executor = llguidance.LLExecutor()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
+
+    def set(self, slot: int, params: SamplingParams, generated: list[int]) -> None:
+        """Set up `slot`, which has generated these tokens so far; raises ValueError (RequestError) for a grammar that cannot be used."""
+        self.release(slot)
+        if params.grammar is None:
+            return
+        matcher = self._compiler.matcher(params.grammar)
+        if generated and not matcher.consume_tokens(generated):
+            raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
+        stops = [t for t in params.stop_token_ids if t < self._compiler.vocab_size]
+        self._stops[slot] = np.array(sorted({*stops, self._compiler.eos_token_id}), dtype=np.int64)
+        self._matchers[slot] = matcher
+        self._guided[slot] = True
+
+    def release(self, slot: int) -> None:
+        """Forget the matcher of a slot, if there is one."""
+        if self._guided[slot]:
+            self._matchers[slot] = None
+            self._guided[slot] = False
+
+    def start(self, slots: Ints) -> StepMask | None:
+        """Begin to fill the masks of the sampled rows; None when no row has a grammar. Join it before the next `start`."""
+        rows = np.flatnonzero(self._guided[slots])
+        if not rows.size:
+            return None
+        if self._masks is None:
+            width = -(-self._compiler.vocab_size // 32)
+            self._masks = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        words = self._masks[: rows.size]
+        mask = StepMask(rows, slots[rows].tolist(), words, Future(), np.zeros(rows.size, dtype=bool))
+        mask.filling = self._pool.submit(self._fill, mask)
+        return mask
+
+    def _fill(self, mask: StepMask) -> None:
+        """Thread: masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
+        matchers = [self._matchers[slot] for slot in mask.slots]
+        words = mask.words
+        self._executor.unsafe_compute_mask_ptr(list(zip(matchers, range(len(matchers)), strict=True)), words.data_ptr(), words.shape[1] * 4, len(matchers))
+        bits: NDArray[np.uint32] = words.numpy().view(np.uint32)
+        for place, matcher in enumerate(matchers):
+            if matcher.is_error():
+                bits[place] = 0
+                mask.errors[place] = f"the grammar's next tokens could not be worked out: {reason_of(matcher.get_error())}"
+        self._add_stops(mask, bits)
+
+    def _add_stops(self, mask: StepMask, bits: NDArray[np.uint32]) -> None:
+        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed. bits [G, W]."""
+        stops = [self._stops[slot] for slot in mask.slots]
+        tokens = np.concatenate(stops)
+        place = np.repeat(np.arange(len(stops)), [len(s) for s in stops])
+        word, flag = tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32)
+        end_word, end_bit = divmod(self._compiler.eos_token_id, 32)
+        accepting = (bits[:, end_word] >> np.uint32(end_bit) & 1).astype(bool)
+        allowed = accepting[place] | ((bits[place, word] & flag) != 0)  # some grammars name a stop token themselves
+        np.bitwise_and.at(bits, (place, word), ~flag)
+        mask.only_stops[:] = ~bits.any(axis=1)
+        np.bitwise_or.at(bits, (place[allowed], word[allowed]), flag[allowed])
+        mask.only_stops[list(mask.errors)] = False
+
+    def advance(self, mask: StepMask, tokens: list[int]) -> list[bool]:
+        """Take in the token of each guided row (-1: none); True where the answer is complete and ends now."""
+        complete: list[bool] = mask.only_stops.tolist()
+        todo = [
+            (place, slot, token)
+            for place, (slot, token) in enumerate(zip(mask.slots, tokens, strict=True))
+            if token >= 0 and not complete[place] and token not in self._stops[slot]
+        ]
+        if todo:
+            for (place, slot, _), good in zip(todo, self._executor.consume_token_par([(self._matchers[s], t) for _, s, t in todo]), strict=True):
+                complete[place] = good and self._matchers[slot].is_stopped()
+        return complete
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=True)
+
+
+def forbid(logits: Tensor, mask: StepMask) -> None:
+    """-inf for every token that the masks do not allow, in place. logits float32 [S, V]."""
+    every = mask.rows.size == logits.shape[0]
+    for start in range(0, mask.rows.size, ROWS_AT_ONCE):
+        words = mask.words[start : start + ROWS_AT_ONCE]
+        closed = _closed(words, logits.device)[:, : logits.shape[1]]
+        if every:
+            logits[start : start + ROWS_AT_ONCE].masked_fill_(closed, float("-inf"))
+        else:
+            rows = torch.from_numpy(mask.rows[start : start + ROWS_AT_ONCE]).to(logits.device)
+            logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(closed, float("-inf")))
+
+
+def _closed(words: Tensor, device: torch.device) -> Tensor:
+    """bool [G, 32 * W]: the tokens that may not come."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits((~words).view(torch.uint8).numpy(), axis=1, bitorder="little")).view(torch.bool)
+    octets = words.to(device, non_blocking=True).view(torch.uint8)
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+    return ((octets[:, :, None] & bits) == 0).flatten(1)
