@@ -22,9 +22,13 @@ from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import as_http_error, error_body, raise_if_failed, read_body
 from lmdeploy.serving.openai.protocol import InteractiveRequest
 from lmdeploy.serving.openai.stream import EventStream
-from lmdeploy.serving.service import Service, service_of, unless_gone
+from lmdeploy.serving.service import Service, caller, service_of, unless_gone
 
 router = APIRouter(tags=["lmdeploy"])
+
+
+#: whose session, and its number: two keys never meet under one number
+SessionKey = tuple[str, int]
 
 
 class Conversation:
@@ -41,30 +45,30 @@ class Conversations:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._sessions: OrderedDict[int, Conversation] = OrderedDict()
+        self._sessions: OrderedDict[SessionKey, Conversation] = OrderedDict()
         self._ids = itertools.count(1)
 
     def new_id(self) -> int:
         """A session id that is not in use."""
-        return next(i for i in self._ids if i not in self._sessions)
+        return next(i for i in self._ids if (caller(), i) not in self._sessions)
 
-    def open(self, session_id: int) -> Conversation:
+    def open(self, session: SessionKey) -> Conversation:
         """The session, new when unknown; the least recently used one makes room."""
-        conversation = self._sessions.setdefault(session_id, Conversation())
-        self._sessions.move_to_end(session_id)
+        conversation = self._sessions.setdefault(session, Conversation())
+        self._sessions.move_to_end(session)
         while len(self._sessions) > self._limit:
             self._sessions.popitem(last=False)
         conversation.cancelled = False
         return conversation
 
-    def cancel(self, session_id: int) -> None:
+    def cancel(self, session: SessionKey) -> None:
         """Stop the running answer of a session."""
-        if session_id in self._sessions:
-            self._sessions[session_id].cancelled = True
+        if session in self._sessions:
+            self._sessions[session].cancelled = True
 
-    def end(self, session_id: int) -> None:
+    def end(self, session: SessionKey) -> None:
         """Forget a session."""
-        self._sessions.pop(session_id, None)
+        self._sessions.pop(session, None)
 
 
 @router.post("/v1/chat/interactive", summary="Chat with a history kept by the server")
@@ -80,7 +84,7 @@ async def chat_interactive(request: Request) -> Response:
         return _cancel(sessions, given)
     if not body.prompt and body.request_output_len == 0 and given is not None:
         with service.session(given):
-            sessions.end(given)
+            sessions.end((caller(), given))
         return JSONResponse(_line("", 0, 0, 0, "stop"))
     with ExitStack() as held:
         session_id = sessions.new_id() if given is None else given
@@ -102,7 +106,7 @@ async def chat_interactive(request: Request) -> Response:
 def _cancel(sessions: Conversations, session_id: int | None) -> Response:
     if session_id is None:
         raise RequestError("cancel needs a session_id", param="session_id")
-    sessions.cancel(session_id)
+    sessions.cancel((caller(), session_id))
     return JSONResponse(_line("", 0, 0, 0, "stop"))
 
 
@@ -110,8 +114,8 @@ class Turn:
     """One question and its answer within a session."""
 
     def __init__(self, service: Service, sessions: Conversations, session_id: int, body: InteractiveRequest) -> None:
-        self._service, self._sessions, self._session_id, self._body = service, sessions, session_id, body
-        self._conversation = sessions.open(session_id)
+        self._service, self._sessions, self._key, self._body = service, sessions, (caller(), session_id), body
+        self._conversation = sessions.open(self._key)
         self._before = self._conversation.tokens
 
     async def prepare(self) -> None:
@@ -141,7 +145,7 @@ class Turn:
                         return
         finally:
             if not complete and not self._body.interactive_mode:
-                self._sessions.end(self._session_id)
+                self._sessions.end(self._key)
 
     async def whole(self, lines: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
         """All increments as one."""
@@ -156,7 +160,7 @@ class Turn:
         self._conversation.history = [*self._asked, {"role": "assistant", "content": text}]
         self._conversation.tokens = response.input_token_len + response.generate_token_len
         if not self._body.interactive_mode:
-            self._sessions.end(self._session_id)
+            self._sessions.end(self._key)
 
     def _increment(self, response: messages.Response, finish_reason: str | None) -> dict[str, Any]:
         new_tokens = max(response.input_token_len - self._before, 0)

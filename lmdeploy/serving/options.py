@@ -87,6 +87,9 @@ class ServerConfig(CheckedOptions):
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     allowed_media_domains: list[str] | None = option(None, "hosts, with their subdomains, that pictures may be fetched from; default: every public host")
     allowed_media_path: str | None = option(None, "folder below which requests may name pictures as file:// or paths; default: no local files")
+    share_prefix_cache: bool = option(
+        False, "let requests of different API keys share cached prompt beginnings; a client could then tell by the time it takes what others have sent"
+    )
     max_sessions: int = option(1000, "conversations that /v1/chat/interactive keeps; the oldest is forgotten", check=at_least(1))
     engine_stall_seconds: float | None = option(
         None,

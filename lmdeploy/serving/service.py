@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -24,7 +25,7 @@ from lmdeploy.grammar import wanted_grammar
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.admission import Admission
-from lmdeploy.serving.call import CURRENT
+from lmdeploy.serving.call import ANYBODY, CURRENT
 from lmdeploy.serving.keys import KeyRing
 from lmdeploy.serving.lifecycle import Lifecycle
 from lmdeploy.serving.metrics import Metrics
@@ -69,7 +70,7 @@ class Service:
             allowed_path=None if config.allowed_media_path is None else Path(config.allowed_media_path),
         )
         self._fetching = asyncio.Semaphore(MAX_FETCHING)  # requests whose pictures are fetched and decoded at a time
-        self._sessions: set[int] = set()
+        self._sessions: set[tuple[str, int]] = set()  # whose, and which
 
     def _special_tags(self) -> frozenset[int]:
         tokenizer = self.frontend.tokenizer
@@ -89,13 +90,14 @@ class Service:
         if session_id is None or session_id < 0:
             yield
             return
-        if session_id in self._sessions:
+        session = (caller(), session_id)
+        if session in self._sessions:
             raise SessionBusyError(f"The session_id {session_id} is occupied.", param="session_id", code="session_busy")
-        self._sessions.add(session_id)
+        self._sessions.add(session)
         try:
             yield
         finally:
-            self._sessions.discard(session_id)
+            self._sessions.discard(session)
 
     async def prepare(
         self,
@@ -136,6 +138,8 @@ class Service:
     async def increments(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
         """The frontend's increments, counted; closing this generator aborts the request. At the call's time limit they end with error 'timeout'."""
         call = CURRENT.get()
+        if self.keys.needed and not self.config.share_prefix_cache:
+            prepared = dataclasses.replace(prepared, cache_salt=caller())
         observed = self.metrics.request(call)
         try:
             async with aclosing(self.frontend.astream(prepared, None if call is None else call.deadline)) as answers:
@@ -195,6 +199,12 @@ class Service:
                     inbox.put_nowait(response)
         finally:
             inbox.put_nowait(None)
+
+
+def caller() -> str:
+    """The name of the key that the request came with; sessions and cached prompts are its own."""
+    call = CURRENT.get()
+    return ANYBODY if call is None else call.key
 
 
 def _size(prompt: Prompt) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from lmdeploy.serving.call import ANYBODY
 from lmdeploy.serving.interactive import Conversations
 from tests.serving.running import RunningServer
 
@@ -81,6 +82,6 @@ def test_only_so_many_sessions_are_kept(serve: Callable[..., RunningServer]) -> 
 
 def test_new_ids_are_never_in_use() -> None:
     sessions = Conversations(10)
-    sessions.open(1)
+    sessions.open((ANYBODY, 1))
     assert sessions.new_id() == 2
     assert sessions.new_id() == 3

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from anthropic import Anthropic
 from openai import BadRequestError, OpenAI
 from PIL import Image
 
@@ -157,6 +158,21 @@ def test_the_openai_client_sends_pictures(server: RunningServer) -> None:
     assert first == ask("cat.png") == ask("file://cat.png")
     other = ask(data_url(picture(90, 20, 1)))
     assert other[0] != first[0] and other[1] != first[1]
+
+
+def test_anthropics_client_and_responses_send_pictures_too(server: RunningServer) -> None:
+    image = picture(40, 30)
+    url = data_url(image)
+    chat = {"model": "eyes", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What is this?"}]}]}
+    count = server.http.post("/v1/chat/completions", json={**chat, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+    source: Any = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
+    claude = Anthropic(base_url=server.url, api_key="none")
+    content: Any = [{"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]
+    message = claude.messages.create(model="eyes", max_tokens=4, messages=[{"role": "user", "content": content}])
+    assert message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0) == count
+    parts: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": url, "detail": "auto"}, {"type": "input_text", "text": "What is this?"}]}]
+    response = OpenAI(base_url=f"{server.url}/v1", api_key="none").responses.create(model="eyes", input=parts, max_output_tokens=4)
+    assert response.usage is not None and response.usage.input_tokens == count
 
 
 @pytest.mark.parametrize(

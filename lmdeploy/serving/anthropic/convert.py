@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
@@ -11,6 +11,8 @@ from lmdeploy.messages import Response
 from lmdeploy.serving.anthropic.protocol import Block, Content, CountRequest, Message, MessagesRequest, Tool
 from lmdeploy.serving.openai.convert import new_id
 from lmdeploy.serving.turns import TurnAnswer, TurnCall
+
+T = TypeVar("T")
 
 #: thinking blocks carry a signature that clients send back; ours proves nothing
 SIGNATURE = "lmdeploy-local"
@@ -114,24 +116,41 @@ def _assistant(blocks: list[Block], where: str, names: dict[str, str]) -> dict[s
 
 def _user(message: Message, where: str, names: dict[str, str]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for number, block in enumerate(message.content):
         assert isinstance(block, Block)
         here = f"{where}.content.{number}"
         if block.type == "text":
-            texts.append(_need(block.text, f"{here}.text"))
+            parts.append({"type": "text", "text": _need(block.text, f"{here}.text")})
+            continue
+        if block.type == "image":
+            parts.append(_picture(block, here))
             continue
         if block.type != "tool_result":
             raise _unsupported(block, here)
-        if texts:
-            out.append({"role": "user", "content": "\n".join(texts)})
-            texts = []
+        if parts:
+            out.append(_turn(parts))
+            parts = []
         call_id = _need(block.tool_use_id, f"{here}.tool_use_id")
         result = {"role": "tool", "tool_call_id": call_id, "content": _result(block, here)}
         out.append({**result, "name": names[call_id]} if call_id in names else result)
-    if texts or not out:
-        out.append({"role": "user", "content": "\n".join(texts)})
+    if parts or not out:
+        out.append(_turn(parts))
     return out
+
+
+def _turn(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A user's turn: a text, or parts where some are pictures."""
+    pictures = any(part["type"] != "text" for part in parts)
+    return {"role": "user", "content": parts if pictures else "\n".join(part["text"] for part in parts)}
+
+
+def _picture(block: Block, where: str) -> dict[str, Any]:
+    source = _need(block.source, f"{where}.source")
+    if source.type == "url":
+        return {"type": "image_url", "image_url": {"url": _need(source.url, f"{where}.source.url")}}
+    kind, data = _need(source.media_type, f"{where}.source.media_type"), _need(source.data, f"{where}.source.data")
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
 def _result(block: Block, where: str) -> str:
@@ -153,7 +172,7 @@ def _text(content: Content, where: str) -> str:
     return "\n".join(texts)
 
 
-def _need(value: str | None, where: str) -> str:
+def _need(value: T | None, where: str) -> T:
     if value is None:
         raise RequestError(f"{where}: this field is required", param=where, code="missing_field")
     return value

@@ -18,6 +18,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
+class ImageSource(_Part):
+    """A picture: base64 data, or a URL."""
+
+    type: Literal["base64", "url"]
+    media_type: Name | None = None
+    data: Text | None = None
+    url: Text | None = None
+
+
 class Block(_Part):
     """One content block; which fields it needs depends on `type`, and is checked in `convert`."""
 
@@ -29,6 +38,7 @@ class Block(_Part):
     tool_use_id: Name | None = None
     content: Text | Annotated[list[Block], Field(max_length=MAX_BLOCKS)] | Bag | None = None
     thinking: Text | None = None
+    source: ImageSource | None = None
     is_error: Flag = None
 
 

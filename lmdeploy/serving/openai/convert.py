@@ -13,7 +13,16 @@ from typing import Any
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
-from lmdeploy.serving.openai.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, InteractiveRequest, OpenAISampling, Sampling
+from lmdeploy.serving.openai.protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    GenerateRequest,
+    InteractiveRequest,
+    OpenAISampling,
+    Sampling,
+)
 from lmdeploy.serving.parsers.tools import INTERPRETER
 from lmdeploy.serving.tool_offer import CODE_INTERPRETER
 from lmdeploy.serving.turn_call import TurnCall
@@ -222,7 +231,10 @@ def messages_of(wire: list[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _message(message: ChatMessage, place: int) -> dict[str, Any]:
-    out: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": _content(message, place)}
+    out: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content_of(message.content, f"messages.{place}.content"),
+    }
     for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value:
@@ -232,13 +244,13 @@ def _message(message: ChatMessage, place: int) -> dict[str, Any]:
     return out
 
 
-def _content(message: ChatMessage, place: int) -> str | list[dict[str, Any]]:
+def content_of(content: str | list[ContentPart] | None, place: str) -> str | list[dict[str, Any]]:
     """A text; a list of parts where some are pictures."""
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
+    if content is None or isinstance(content, str):
+        return content or ""
     parts: list[dict[str, Any]] = []
-    for number, part in enumerate(message.content):
-        where = f"messages.{place}.content.{number}"
+    for number, part in enumerate(content):
+        where = f"{place}.{number}"
         if part.type in ("text", "input_text", "output_text"):
             parts.append({"type": "text", "text": part.text or ""})
         elif part.type not in ("image_url", "input_image"):

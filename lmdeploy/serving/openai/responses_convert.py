@@ -7,7 +7,7 @@ from typing import Any
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
 from lmdeploy.messages import Response
-from lmdeploy.serving.openai.convert import chat_logprobs, new_id, now
+from lmdeploy.serving.openai.convert import chat_logprobs, content_of, new_id, now
 from lmdeploy.serving.openai.protocol import ContentPart
 from lmdeploy.serving.openai.responses_protocol import FunctionTool, Item, ResponsesRequest
 from lmdeploy.serving.turns import TurnAnswer, TurnCall
@@ -120,12 +120,11 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 def _add(out: list[dict[str, Any]], item: Item, where: str) -> None:
     if item.type == "message":
-        role, text = _need(item.role, f"{where}.role"), _text(item.content, f"{where}.content")
+        role = _need(item.role, f"{where}.role")
         if role == "assistant":
-            message = _assistant(out)
-            message["content"] += text
+            _assistant(out)["content"] += _text(item.content, f"{where}.content")
         else:
-            out.append({"role": "system" if role == "developer" else role, "content": text})
+            out.append({"role": "system" if role == "developer" else role, "content": content_of(item.content, f"{where}.content")})
     elif item.type == "function_call":
         function = {"name": _need(item.name, f"{where}.name"), "arguments": _need(item.arguments, f"{where}.arguments")}
         calls = _assistant(out).setdefault("tool_calls", [])
