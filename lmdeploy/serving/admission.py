@@ -59,7 +59,7 @@ class Admission:
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         seconds = max(min(self._max_seconds, deadline - time.monotonic()), 0.0)
-        late = HttpError(503, f"the request waited {seconds:.0f} s and was not started (max_queue_seconds)", code="queue_timeout")
+        late = HttpError(503, f"the request waited {seconds:.0f} s and was not started; try again later", code="queue_timeout")
         timer = loop.call_later(seconds, _end, turn, late)
         if connection is not None:
             connection.on_lost = lambda: _end(turn, ClientGone())
