@@ -41,6 +41,8 @@ Handler = Callable[[int, FrameType | None], None]
 
 #: how long aborted answers may take to end before their connections are cut
 ABORT_SECONDS = 3.0
+#: and how long those whose connection was cut
+CUT_SECONDS = 1.0
 #: who presses Ctrl-C waits no longer than this
 INTERRUPT_SECONDS = 5.0
 #: open files that are not clients' connections: model, engine, libraries
@@ -114,14 +116,17 @@ class HttpServer(SignalServer):
         self._service.frontend.abort_all()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        deadline = time.monotonic() + ABORT_SECONDS
-        while (self.server_state.connections or self.server_state.tasks) and not self.force_exit and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        for task in list(self.server_state.tasks):
-            task.cancel()
+        await self._until_quiet(ABORT_SECONDS, unless_forced=True)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-        await asyncio.sleep(0)
+        await self._until_quiet(CUT_SECONDS)  # what had a client finds it gone and ends itself
+        for task in list(self.server_state.tasks):
+            task.cancel()
+
+    async def _until_quiet(self, seconds: float, *, unless_forced: bool = False) -> None:
+        deadline = time.monotonic() + seconds
+        while (self.server_state.connections or self.server_state.tasks) and time.monotonic() < deadline and not (unless_forced and self.force_exit):
+            await asyncio.sleep(0.02)
 
     def handlers(self) -> dict[int, Handler]:
         """SIGHUP too: on Windows there is none."""

@@ -214,4 +214,3 @@ def test_what_nobody_foresaw_is_a_500_with_an_id_and_no_details(serve: Callable[
     assert reply.status_code == 500
     assert reply.json()["error"]["code"] == "internal_error" and "private" not in reply.text
     assert access.about(own_id(reply))["status"] == 500
-

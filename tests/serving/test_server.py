@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,51 +20,20 @@ import pytest
 from lmdeploy.errors import ConfigError
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.server import reserve_port, url_of
-from tests.serving.running import RunningServer
+from tests.serving.running import SCRIPT, RunningServer, ServerProcess
 
-SCRIPT = """
-import sys
-from lmdeploy.config import TurbomindEngineConfig
-from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.server import serve_model
-engine = TurbomindEngineConfig(dtype="float32", max_batch_size=4, cache_max_entry_count=64, cpu_threads=1)
-serve_model(sys.argv[1], engine, ServerConfig(server_port=int(sys.argv[2]), model_name="tiny", shutdown_seconds=2))
-"""
 LONG = {"model": "tiny", "prompt": "Once upon a time", "ignore_eos": True, "temperature": 0}
 
 
-class Process:
-    """`serve_model` in a process of its own."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.log = log
-        self.popen = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(port)], stderr=log.open("wb"))
-        self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
-        while True:
-            assert self.popen.poll() is None, log.read_text()
-            with contextlib.suppress(httpx.TransportError):
-                if self.http.get("/health").status_code == 200:
-                    break
-            time.sleep(0.05)
-        (self.engine,) = psutil.Process(self.popen.pid).children()
-
-
 @pytest.fixture
-def process(model_folder: Path, tmp_path: Path) -> Iterator[Process]:
-    started = Process(model_folder, tmp_path / "log")
+def process(model_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    started = ServerProcess(model_folder, tmp_path / "log", shutdown_seconds=2)
     yield started
-    started.http.close()
-    if started.popen.poll() is None:
-        started.popen.kill()
-        started.popen.wait()
+    started.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_a_signal_during_an_answer_ends_server_and_engine(number: signal.Signals, process: Process) -> None:
+def test_a_signal_during_an_answer_ends_server_and_engine(number: signal.Signals, process: ServerProcess) -> None:
     with process.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as reply:
         pieces = reply.iter_bytes()
         next(pieces)
@@ -86,7 +55,9 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(server: RunningServer,
     with pytest.raises(ConfigError, match=f"port {port} .*in use"):
         reserve_port(ServerConfig(server_port=port))
     began = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", SCRIPT, "/no/such/model", str(port)], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "/no/such/model", json.dumps({"server_port": port})], capture_output=True, text=True, timeout=60, check=False
+    )
     assert "in use" in run.stderr.splitlines()[-1]
     assert "no/such/model" not in run.stderr.splitlines()[-1]
     assert time.monotonic() - began < 30
