@@ -200,10 +200,11 @@ class Clients:
         await asyncio.gather(*(self._client(end) for _ in range(clients)))
 
     async def _client(self, end: float) -> None:
-        acts = (self._stream, self._whole, self._leave_midway, self._leave_early, self._leave_in_request, self._refused, self._too_large, self._garbage)
+        acts = (self._stream, self._whole, self._leave_midway, self._leave_early, self._leave_in_request, self._refused, self._read_late, self._too_large,
+                self._garbage)  # fmt: skip
         await asyncio.sleep(self._random.random())
         while asyncio.get_running_loop().time() < end and len(self.wrong) < 20:
-            act = self._random.choices(acts, (40, 20, 15, 12, 4, 14, 1, 1))[0]
+            act = self._random.choices(acts, (40, 20, 15, 12, 4, 14, 4, 1, 1))[0]
             name = act.__name__.strip("_")
             try:
                 async with asyncio.timeout(PATIENCE):
@@ -214,12 +215,16 @@ class Clients:
             except (Wrong, OSError, asyncio.IncompleteReadError, ValueError, KeyError) as e:
                 self.wrong.append(f"{name}: {type(e).__name__}: {e}"[:600])
 
-    async def _stream(self) -> None:
+    async def _read_late(self) -> None:
+        await self._stream(self._random.random() * 3)
+
+    async def _stream(self, idle: float = 0.0) -> None:
         task = self._random.choice(self.tasks)
         usage = self._random.random() < 0.5
         body = {**task.body, "stream": True, **({"stream_options": {"include_usage": True}} if usage else {})}
         async with self.connect() as c:
             await c.send(task.path, json.dumps(body).encode())
+            await asyncio.sleep(idle)
             if (status := await c.head()) != 200:
                 raise Wrong(f"{task.name}: status {status}: {(await c.body())[:300]!r}")
             events = [event async for event in c.events()]

@@ -7,34 +7,19 @@ out. Prints requests/s, output and total tokens/s, the floor of the same work, a
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmark import common
+from benchmark import common, mix
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.start import build_engine
 from lmdeploy.messages import EngineRequest, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
-
-
-def lengths(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(input, output) tokens of each request: from a JSON file with `input` and `output`, or drawn here from the same distribution."""
-    if args.lengths:
-        mix = json.loads(Path(args.lengths).read_text())
-        pairs = list(zip(mix["input"], mix["output"], strict=True))
-    else:
-        rng = np.random.default_rng(args.seed)
-        drawn = [np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0, args.requests), 4, 1024).astype(int).tolist() for mean in (220, 180)]
-        pairs = list(zip(*drawn, strict=True))
-    return [(max(1, i // args.shrink), max(1, o // args.shrink)) for i, o in pairs[: args.requests]]
 
 
 def floor_seconds(spec: ModelSpec, pairs: list[tuple[int, int]], width: int, ceilings: common.Ceilings, slots: int) -> float:
@@ -51,10 +36,10 @@ def floor_seconds(spec: ModelSpec, pairs: list[tuple[int, int]], width: int, cei
 
 def run(engine: Engine, spec: ModelSpec, pairs: list[tuple[int, int]], first_id: int = 1) -> float:
     """Seconds until every request is answered."""
-    top = min(90000, spec.vocab_size - 1)
+    top = min(mix.TOP_ID, spec.vocab_size - 1)
     start = time.perf_counter()
     for n, (length, new_tokens) in enumerate(pairs):
-        ids = np.random.default_rng(1000003 + n).integers(min(100, top // 2), top, length).tolist()
+        ids = mix.prompt(n, length, top)
         engine.add(EngineRequest(request_id=first_id + n, token_ids=ids, sampling=SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)))
     with tqdm(total=len(pairs), desc="requests") as bar:
         while engine.has_work:
@@ -72,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=128, help="number of requests (default 128)")
     parser.add_argument("--lengths", help="JSON file with the lists `input` and `output`")
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this (a quick run)")
-    parser.add_argument("--seed", type=int, default=20261121)
+    parser.add_argument("--seed", type=int, default=mix.SEED)
     parser.add_argument("--max-batch-size", type=int, default=32)
     return parser.parse_args()
 
@@ -82,7 +67,7 @@ def main() -> None:
     args = parse()
     busy = common.wait_until_idle()
     folder = resolve_model(args.model, None, None)
-    spec, pairs = load_spec(folder, None), lengths(args)
+    spec, pairs = load_spec(folder, None), mix.lengths(args.lengths, args.requests, seed=args.seed, shrink=args.shrink)
     ceilings = common.measure_ceilings()
     config_class = TurbomindEngineConfig if args.backend == "turbomind" else PytorchEngineConfig
     longest = max(i + o for i, o in pairs) + 1
