@@ -1,0 +1,128 @@
+"""Grammars on vocabularies of every kind: which tokens the mask lets through is a matter of their bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.guided import GuidedSlots, forbid
+from lmdeploy.grammar import Grammar
+from lmdeploy.messages import SamplingParams
+from lmdeploy.text.tokenizer import Tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "tokenizers"
+VOCABULARIES = {"tiny": 5120, "internlm2": 92544, "llama2": 32000, "llama3": 128256, "qwen": 151936}
+
+
+@pytest.fixture(scope="module", params=VOCABULARIES)
+def compiler(request: pytest.FixtureRequest, model_folder: Path) -> tuple[GrammarCompiler, Tokenizer]:
+    folder = model_folder if request.param == "tiny" else SHARED / request.param
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    tokenizer = Tokenizer(folder)
+    return GrammarCompiler(tokenizer, VOCABULARIES[request.param]), tokenizer
+
+
+def allowed(matcher: Any) -> set[int]:
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+def by_bytes(tokenizer: Tokenizer, fits: Callable[[bytes], bool], size: int) -> set[int]:
+    return {i for i in range(min(tokenizer.vocab_size, size)) if i not in tokenizer.special_ids and (b := tokenizer.token_bytes(i)) and fits(b)}
+
+
+def test_exactly_the_tokens_whose_bytes_fit_may_come(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, tokenizer = compiler
+    size = grammars.vocab_size
+    digits = allowed(grammars.matcher(Grammar("regex", "[0-9]{1,20}")))
+    assert digits == by_bytes(tokenizer, lambda b: b.isdigit() and len(b) <= 20, size), "byte pieces and doubles included"
+    texts = ["  two", "日本語 text", "é"]
+    prefixes = {t.encode()[:n] for t in texts for n in range(1, 20)}
+    assert allowed(grammars.matcher(Grammar("choice", json.dumps(texts)))) == by_bytes(tokenizer, lambda b: b in prefixes, size)
+
+
+@pytest.mark.parametrize("text", ['{"k": "日本 🙂 é", "n": [1, -2.5e3, null]}', '{\n  "Ünïcode": "ﬀ 한국어"\n}'])
+def test_a_text_that_fits_can_be_written_in_the_tokenizers_own_tokens(compiler: tuple[GrammarCompiler, Tokenizer], text: str) -> None:
+    grammars, tokenizer = compiler
+    ids = tokenizer.encode("\n" + text, add_bos=False)  # behind a line break no tokenizer adds a space
+    while b"".join(map(tokenizer.token_bytes, ids)).lstrip() != text.encode() or not tokenizer.token_bytes(ids[0]).strip():
+        ids = ids[1:]
+    matcher = grammars.matcher(Grammar("json_object"))
+    for token in ids:
+        assert token in allowed(matcher), tokenizer.token_bytes(token)
+        assert matcher.consume_token(token)
+    assert matcher.is_accepting() and matcher.is_stopped() and allowed(matcher) == {grammars.eos_token_id}
+
+
+def test_special_tokens_are_never_text_and_ids_without_a_piece_never_come(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, tokenizer = compiler
+    free = allowed(grammars.matcher(Grammar("regex", r"(?s:.)*")))
+    assert free & tokenizer.special_ids == {grammars.eos_token_id}
+    assert not {i for i in free if i >= tokenizer.vocab_size}
+    assert len(free) > 0.9 * min(tokenizer.vocab_size, grammars.vocab_size)
+
+
+def test_tags_name_special_tokens_by_id(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, tokenizer = compiler
+    special = sorted(i for i in tokenizer.special_ids if i != grammars.eos_token_id and tokenizer.token_text(i))[-1]
+    tag = {"begin": tokenizer.token_text(special) + "go", "schema": {"const": 1}, "end": ""}
+    value = {"mode": "auto", "parallel": True, "triggers": [tokenizer.token_text(special)], "tags": [tag]}
+    matcher = grammars.matcher(Grammar("structural_tag", json.dumps(value)))
+    start = allowed(matcher)
+    assert special in start and start >= tokenizer.special_ids & set(range(grammars.vocab_size)) - {grammars.eos_token_id}
+    matcher.consume_token(special)
+    assert allowed(matcher) == by_bytes(tokenizer, lambda b: b in (b"g", b"go", b"go1"), grammars.vocab_size)
+
+
+def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, tokenizer = compiler
+    slots = GuidedSlots(grammars, 4, torch.device("cpu"))
+    size = grammars.vocab_size
+    for slot, grammar in ((0, Grammar("regex", "[0-9]+")), (2, None), (3, Grammar("choice", '["a"]'))):
+        slots.set(slot, SamplingParams(max_new_tokens=9, grammar=grammar, stop_token_ids=(1,)), [])
+    mask = slots.start(np.array([3, 2, 0]))
+    assert mask is not None
+    logits = torch.zeros(3, size)
+    forbid(logits, mask.join())
+    assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == by_bytes(tokenizer, lambda b: b == b"a", size)
+    assert torch.isfinite(logits[1]).all()
+    assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
+    a, seven = (min(by_bytes(tokenizer, lambda b, t=t: b == t, size)) for t in (b"a", b"7"))
+    assert slots.advance(mask, [a, seven]) == [True, False]
+    mask = slots.start(np.array([3, 2, 0]))
+    assert mask is not None
+    forbid(logits.zero_(), mask.join())
+    assert mask.only_stops.tolist() == [True, False]
+    stops = {1, grammars.eos_token_id}
+    assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == stops
+    assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size) | stops
+    assert slots.start(np.array([1, 2])) is None
+    slots.close()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("vocabulary", [32, 33, 5120, 5121])
+def test_forbid_sets_the_bits_that_are_off_whatever_the_width(rows: int, vocabulary: int) -> None:
+    from concurrent.futures import Future
+
+    from lmdeploy.engine.guided import StepMask
+
+    generator = torch.Generator().manual_seed(rows * vocabulary)
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-vocabulary // 32)), generator=generator, dtype=torch.int32)
+    done: Future[None] = Future()
+    done.set_result(None)
+    logits = torch.randn(rows + 2, vocabulary, generator=generator)
+    expected = logits.clone()
+    for place in range(rows):
+        bits = np.unpackbits(words[place].numpy().view(np.uint8), bitorder="little")[:vocabulary]
+        expected[place + 1][torch.from_numpy(bits == 0)] = float("-inf")
+    forbid(logits, StepMask(np.arange(1, rows + 1), [0] * rows, words, done, np.zeros(rows, dtype=bool)))
+    assert torch.equal(logits, expected)
