@@ -143,6 +143,8 @@ class Gate:
         call.ended = time.monotonic()
         call.route = str(getattr(scope.get("route"), "path", "other"))
         self._service.metrics.answered(call)
+        if self._service.tracing is not None and not quiet:
+            self._service.tracing.ended(call, scope)
         if not (quiet and call.status == 200):
             access.info("%s", call.text(), extra={"fields": call.fields()})
 

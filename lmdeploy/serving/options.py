@@ -58,6 +58,7 @@ class ServerConfig(CheckedOptions):
     disable_fastapi_docs: bool = option(False, "no Swagger page and no /openapi.json")
     enable_metrics: bool = option(True, "serve /metrics")
     disable_metrics: bool = option(False, "no /metrics")
+    otlp_endpoint: str | None = option(None, "send traces to this OpenTelemetry collector, such as http://HOST:4318; needs lmdeploy[otel]")
     max_concurrent_requests: int | None = option(
         None, "requests worked on at a time; more wait in the server, keys taking turns; default: max_batch_size and a quarter", check=at_least(1)
     )

@@ -33,6 +33,7 @@ from lmdeploy.serving.connections import ConnectionLimits, connection_class
 from lmdeploy.serving.keys import KeyRing
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.service import Service
+from lmdeploy.serving.tracing import check_endpoint
 
 logger = get_logger(__name__)
 told = get_logger("lmdeploy.access")  # lines that are always shown, whatever the log level
@@ -122,6 +123,8 @@ class HttpServer(SignalServer):
         await self._until_quiet(CUT_SECONDS)  # what had a client finds it gone and ends itself
         for task in list(self.server_state.tasks):
             task.cancel()
+        if self._service.tracing is not None:
+            await asyncio.to_thread(self._service.tracing.close)
 
     async def _until_quiet(self, seconds: float, *, unless_forced: bool = False) -> None:
         deadline = time.monotonic() + seconds
@@ -171,6 +174,7 @@ def reserve_port(config: ServerConfig) -> socket.socket:
     """The listening socket. Raises ConfigError when the address cannot be had, or keys or certificate cannot be used."""
     KeyRing(config)
     check_certificate(config)
+    check_endpoint(config.otlp_endpoint)
     family = socket.AF_INET6 if ":" in config.server_name else socket.AF_INET
     # asyncio turns Nagle's delay (40 ms a chunk) off only for sockets that say they are TCP
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -34,6 +34,7 @@ from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_faile
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.parsers.registry import reasoning_format, tool_format
 from lmdeploy.serving.tool_offer import Guarantee
+from lmdeploy.serving.tracing import Tracing, request_attributes
 from lmdeploy.vision.policy import MediaPolicy
 from lmdeploy.vision.prompt import has_pictures
 
@@ -60,6 +61,7 @@ class Service:
         places = config.max_concurrent_requests or batch + max(batch // 4, 4)
         self.admission = Admission(places, config.max_queue, config.max_queue_seconds, config.max_concurrent_per_key)
         self.metrics = Metrics(frontend, self.model_name, self.admission)
+        self.tracing = Tracing(config.otlp_endpoint, self.model_name) if config.otlp_endpoint else None
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
         self.tool_format = tool_format(config.tool_call_parser, frontend.template)
         self.reasoning_format = reasoning_format(config.reasoning_parser, frontend.template)
@@ -140,6 +142,8 @@ class Service:
         call = CURRENT.get()
         if self.keys.needed and not self.config.share_prefix_cache:
             prepared = dataclasses.replace(prepared, cache_salt=caller())
+        if call is not None and self.tracing is not None:
+            call.request = request_attributes(prepared.sampling, prepared.n)
         observed = self.metrics.request(call)
         try:
             async with aclosing(self.frontend.astream(prepared, None if call is None else call.deadline)) as answers:
