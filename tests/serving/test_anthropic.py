@@ -204,3 +204,54 @@ def test_calls_results_and_thoughts_become_openais_messages() -> None:
         {"role": "tool", "tool_call_id": "t2", "content": "error"},
         {"role": "user", "content": "And now?"},
     ]
+
+
+def tool(name: str, what: str) -> dict[str, Any]:
+    numbers = {"a": {"type": "integer", "description": "A number"}, "b": {"type": "integer", "description": "A number"}}
+    return {"name": name, "description": what, "input_schema": {"type": "object", "properties": numbers, "required": ["a", "b"]}}
+
+
+TOOLS = [tool("add", "Compute the sum of two numbers"), tool("mul", "Calculate the product of two numbers")]
+SUM: list[dict[str, Any]] = [{"role": "user", "content": "Compute (3+5)*2"}]
+
+
+def test_tools_are_called_until_the_answer_is_there(client: Anthropic) -> None:
+    messages, called = list(SUM), []
+    while len(called) < 3:
+        answer = client.messages.create(**{**ASK, "max_tokens": 200, "messages": messages}, tools=TOOLS)
+        if answer.stop_reason != "tool_use":
+            break
+        call = answer.content[-1]
+        called.append((call.name, call.input))
+        result = call.input["a"] + call.input["b"] if call.name == "add" else call.input["a"] * call.input["b"]
+        messages += [
+            {"role": "assistant", "content": answer.content},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": str(result)}]},
+        ]
+    assert called == [("add", {"a": 3, "b": 5}), ("mul", {"a": 8, "b": 2})]
+    assert answer.stop_reason == "end_turn" and "16" in answer.content[0].text
+
+
+def test_a_streamed_call_is_a_block_of_its_own(client: Anthropic) -> None:
+    ask = {**ASK, "max_tokens": 200, "messages": SUM, "tools": TOOLS}
+    whole = client.messages.create(**ask)
+    with client.messages.stream(**ask) as stream:
+        kinds = [e.content_block.type for e in stream if e.type == "content_block_start"]
+        final = stream.get_final_message()
+    assert kinds == ["text", "tool_use"]
+    assert [getattr(b, "text", None) or (b.name, b.input) for b in final.content] == [getattr(b, "text", None) or (b.name, b.input) for b in whole.content]
+    assert final.stop_reason == "tool_use" and final.usage.output_tokens == whole.usage.output_tokens
+    pieces = [
+        e.delta.partial_json for e in client.messages.create(**ask, stream=True) if e.type == "content_block_delta" and e.delta.type == "input_json_delta"
+    ]
+    assert len(pieces) > 1 and json.loads("".join(pieces)) == {"a": 3, "b": 5}
+
+
+def test_tool_choice_none_calls_nothing_and_counts_agree_with_answers(client: Anthropic) -> None:
+    ask = {**ASK, "max_tokens": 60, "messages": SUM, "tools": TOOLS}
+    for choice in ({"type": "none"}, {"type": "auto"}, {"type": "tool", "name": "mul"}):
+        answer = client.messages.create(**ask, tool_choice=choice)
+        counted = client.messages.count_tokens(model="tiny", messages=SUM, tools=TOOLS, tool_choice=choice).input_tokens
+        assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == counted, choice
+        if choice["type"] == "none":
+            assert all(block.type == "text" for block in answer.content)

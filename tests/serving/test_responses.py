@@ -200,3 +200,45 @@ def test_thoughts_text_and_calls_are_items_of_their_own(server: RunningServer) -
     assert [item["type"] for item in final["output"]] == ["reasoning", "message", "function_call", "function_call"]
     assert [item["call_id"] for item in final["output"][2:]] == ["c1", "c2"]
     assert final["output"] == [e["item"] for e in parsed if e["type"] == "response.output_item.done"]
+
+
+def tool(name: str, what: str) -> dict[str, Any]:
+    numbers = {"a": {"type": "integer", "description": "A number"}, "b": {"type": "integer", "description": "A number"}}
+    return {
+        "type": "function",
+        "name": name,
+        "description": what,
+        "strict": False,
+        "parameters": {"type": "object", "properties": numbers, "required": ["a", "b"]},
+    }
+
+
+TOOLS = [tool("add", "Compute the sum of two numbers"), tool("mul", "Calculate the product of two numbers")]
+
+
+def test_functions_are_called_until_the_answer_is_there(client: OpenAI) -> None:
+    items: list[Any] = [{"role": "user", "content": "Compute (3+5)*2"}]
+    called: list[tuple[str, dict[str, int]]] = []
+    while len(called) < 3:
+        answer = client.responses.create(model="tiny", input=items, tools=TOOLS, temperature=0)  # type: ignore[arg-type]
+        calls = [item for item in answer.output if item.type == "function_call"]
+        if not calls:
+            break
+        numbers = json.loads(calls[0].arguments)
+        called.append((calls[0].name, numbers))
+        result = numbers["a"] + numbers["b"] if calls[0].name == "add" else numbers["a"] * numbers["b"]
+        items += [*answer.output, {"type": "function_call_output", "call_id": calls[0].call_id, "output": str(result)}]
+    assert called == [("add", {"a": 3, "b": 5}), ("mul", {"a": 8, "b": 2})]
+    assert "16" in answer.output_text and answer.status == "completed"
+
+
+def test_a_streamed_call_adds_up(client: OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "input": "Compute (3+5)*2", "tools": TOOLS, "temperature": 0}
+    whole = client.responses.create(**ask)
+    with client.responses.stream(**ask) as stream:
+        kinds = [e.type for e in stream]
+        final = stream.get_final_response()
+    assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 2
+    assert kinds.count("response.function_call_arguments.done") == 1 and kinds[-1] == "response.completed"
+    assert [(i.type, getattr(i, "arguments", "")) for i in final.output] == [(i.type, getattr(i, "arguments", "")) for i in whole.output]
+    assert [i.type for i in final.output] == ["message", "function_call"]

@@ -69,7 +69,8 @@ def _tool(tool: Tool, place: int) -> dict[str, Any]:
         raise RequestError(f"tools.{place}: a tool of type {tool.type[:60]!r} runs on Anthropic's servers; only 'custom' ones work here", param="tools")
     if tool.input_schema is None:
         raise RequestError(f"tools.{place}.input_schema: this field is required", param="tools")
-    return {"type": "function", "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}}
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+    return {"type": "function", "function": {**function, "strict": True} if tool.strict else function}
 
 
 # ---------------------------------------------------------------------- messages

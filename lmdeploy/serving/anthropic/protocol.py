@@ -59,6 +59,7 @@ class Tool(_Part):
     description: Text | None = None
     input_schema: Bag | None = None
     type: Name | None = None
+    strict: Flag = None
 
 
 class ToolChoice(_Part):

@@ -17,6 +17,7 @@ from lmdeploy.serving.anthropic.stream import MessageEvents
 from lmdeploy.serving.events import stream_turn
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.service import Service, service_of
+from lmdeploy.serving.tool_offer import offer_of
 from lmdeploy.serving.turns import open_turn
 
 router = APIRouter(tags=["Anthropic"])
@@ -46,8 +47,8 @@ async def count_tokens(request: Request) -> Response:
     body = await read_body(request, CountRequest)
     service.check_model(body.model)
     call = convert.turn_call(body, {})
-    tools = None if call.tool_choice == "none" else call.tools
-    ids = await asyncio.to_thread(service.frontend.encode_prompt, call.messages, tools=tools, template_kwargs=call.template_kwargs)
+    shown = offer_of(call.tools, call.tool_choice, service.tool_format).shown or None
+    ids = await asyncio.to_thread(service.frontend.encode_prompt, call.messages, tools=shown, template_kwargs=call.template_kwargs)
     return JSONResponse({"input_tokens": len(ids)})
 
 

@@ -81,7 +81,8 @@ def _tool(tool: FunctionTool, place: int) -> dict[str, Any]:
     if tool.name is None:
         raise RequestError(f"tools.{place}.name: this field is required", param="tools")
     parameters = tool.parameters or {"type": "object", "properties": {}}
-    return {"type": "function", "function": {"name": tool.name, "description": tool.description or "", "parameters": parameters}}
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
+    return {"type": "function", "function": {**function, "strict": True} if tool.strict else function}
 
 
 def _choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -227,7 +228,7 @@ class Draft:
             "temperature": gen.temperature,
             "text": {"format": {"type": "text"}, **text},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [{"strict": False, **tool.model_dump()} for tool in body.tools or []],
+            "tools": [{**tool.model_dump(), "strict": bool(tool.strict)} for tool in body.tools or []],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": gen.top_p,
             "truncation": "disabled",

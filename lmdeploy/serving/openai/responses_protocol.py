@@ -37,6 +37,7 @@ class FunctionTool(_Piece):
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     description: Text | None = None
     parameters: Bag | None = None
+    strict: Flag = None
 
 
 class TextFormat(_Piece):
