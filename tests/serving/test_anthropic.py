@@ -125,7 +125,10 @@ def test_counts_include_tools_and_have_no_limit(client: Anthropic) -> None:
         ({"max_tokens": 0}, ["max_tokens", "0"]),
         ({"messages": []}, ["messages"]),
         ({"messages": [{"role": "tool", "content": "x"}]}, ["messages.0.role"]),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, ["messages.0.content.0", "image"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://a.example/b.png"}}]}]},
+            ["content.0", "text only"],
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ["messages.0.content.0.text", "required"]),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]}, ["messages.0.content.0.id", "required"]),
         ({"messages": [{"role": "user", "content": "word " * 4000}]}, ["context length"]),
@@ -255,3 +258,12 @@ def test_tool_choice_none_calls_nothing_and_counts_agree_with_answers(client: An
         assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == counted, choice
         if choice["type"] == "none":
             assert all(block.type == "text" for block in answer.content)
+
+
+def test_the_text_has_the_form_that_was_asked_for(client: Anthropic) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
+    form = {"output_config": {"format": {"type": "json_schema", "schema": schema}}, "temperature": 0}
+    asked = [{"role": "user", "content": "Who is the oldest person that you know?"}]
+    answer = client.messages.create(model="tiny", max_tokens=200, messages=asked, extra_body=form)
+    person = json.loads(answer.content[0].text)
+    assert isinstance(person["name"], str) and isinstance(person["age"], int)

@@ -8,6 +8,7 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, Field
 
 from tests.serving.running import RunningServer
 
@@ -51,6 +52,19 @@ def test_bound_tools_are_called_in_turn(model: ChatOpenAI) -> None:
         messages += [answer, ToolMessage(str(result), tool_call_id=call["id"])]  # type: ignore[list-item]
     assert called == [("add", {"a": 3, "b": 5}), ("mul", {"a": 8, "b": 2})]
     assert "16" in answer.text
+
+
+class Person(BaseModel):
+    """A person."""
+
+    name: str = Field(max_length=40)
+    age: int = Field(ge=0, le=200)
+
+
+@pytest.mark.parametrize("method", ["json_schema"])
+def test_structured_output_is_an_object_of_the_class(model: ChatOpenAI, method: Any) -> None:
+    person = model.with_structured_output(Person, method=method).invoke("Who is the oldest person that you know?")
+    assert isinstance(person, Person) and 0 <= person.age <= 200
 
 
 def test_embeddings_of_documents_and_of_a_question(server: RunningServer) -> None:

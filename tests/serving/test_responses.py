@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel
 
 from lmdeploy.messages import Response
 from lmdeploy.serving.openai import responses_convert as convert
@@ -106,7 +107,7 @@ def test_log_probabilities_come_with_the_text(client: OpenAI) -> None:
         ({"prompt": {"id": "p"}}, ["prompt"]),
         ({"context_management": [{"type": "compaction"}]}, ["context_management"]),
         ({"input": []}, ["input", "empty"]),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, ["input.0.content.0", "input_image"]),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, ["content.0", "text only"]),
         ({"input": [{"type": "item_reference", "id": "x"}]}, ["input.0", "item_reference"]),
         ({"input": [{"type": "function_call", "name": "f"}]}, ["input.0.arguments", "required"]),
         ({"input": [{"content": "x"}]}, ["input.0.role", "required"]),
@@ -242,3 +243,21 @@ def test_a_streamed_call_adds_up(client: OpenAI) -> None:
     assert kinds.count("response.function_call_arguments.done") == 1 and kinds[-1] == "response.completed"
     assert [(i.type, getattr(i, "arguments", "")) for i in final.output] == [(i.type, getattr(i, "arguments", "")) for i in whole.output]
     assert [i.type for i in final.output] == ["message", "function_call"]
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def test_the_text_has_the_form_that_was_asked_for(client: OpenAI) -> None:
+    parsed = client.responses.parse(model="tiny", input="Who is the oldest person that you know?", text_format=Person, temperature=0, max_output_tokens=200)
+    assert isinstance(parsed.output_parsed, Person)
+    with client.responses.stream(
+        model="tiny", input="Who is the oldest person that you know?", text_format=Person, temperature=0, max_output_tokens=200
+    ) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_parsed == parsed.output_parsed
+    free: dict[str, Any] = {"format": {"type": "json_object"}}
+    assert isinstance(json.loads(client.responses.create(**{**ASK, "max_output_tokens": 200}, text=free).output_text), dict)  # type: ignore[arg-type]
