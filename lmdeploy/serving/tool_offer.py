@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,8 @@ from lmdeploy.serving.parsers.tools import INTERPRETER, ToolFormat
 logger = get_logger(__name__)
 
 MAX_NAME = 256
+#: seconds that a check may take if its culprit is to be looked for
+PATIENCE = 1.0
 #: a name stands between quotes, or between `<function=` and `>`
 _NAME = re.compile(r'[^\s<>"\\\x00-\x1f]+')
 
@@ -125,10 +128,13 @@ class Guarantee:
         """Raises RequestError naming the tool whose schema cannot be promised."""
         schemas = {name: schema_of(function) for name, function in offer.functions.items()}
         grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel, after=after)
+        begun = time.monotonic()
         problem = await self._problem(grammar)
         if problem is None:
             return grammar
-        culprits = [name for name in schemas if await self._problem(tool_grammar(self._notation, {name: schemas[name]}, required=True)) is not None]
+        culprits: list[str] = []
+        if time.monotonic() - begun < PATIENCE:  # else asking for each of them would keep other requests' grammars waiting
+            culprits = [name for name in schemas if await self._problem(tool_grammar(self._notation, {name: schemas[name]}, required=True)) is not None]
         for name in culprits or list(schemas):
             self._give_up(name, offer, problem)
             schemas[name] = ANY_OBJECT
