@@ -65,7 +65,7 @@ class Service:
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
         self.tool_format = tool_format(config.tool_call_parser, frontend.template)
         self.reasoning_format = reasoning_format(config.reasoning_parser, frontend.template)
-        self.guarantee: Guarantee | None = None
+        self.guarantee = None if self.tool_format is None else Guarantee(frontend.grammars.until_checked, self.tool_format)
         self.tag_ids = self._special_tags()  # special tokens that are parts of tags: readers must see them
         self.media = MediaPolicy(
             allowed_domains=None if config.allowed_media_domains is None else tuple(config.allowed_media_domains),

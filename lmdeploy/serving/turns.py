@@ -181,7 +181,9 @@ class Turn:
             tools = ToolParser(notation, self.offer.names, code=self.offer.code, one_call=not self.call.parallel_tool_calls)
         thoughts = None
         if tags is not None and self.thinking != "no":
-            thoughts = ReasoningParser(tags, opened=self.thinking == "open", interrupts=notation.tags if notation is not None and tools else ())
+            # a required call comes behind the closing tag: before it nothing is a call
+            interrupts = notation.tags if notation is not None and tools is not None and not self.offer.required else ()
+            thoughts = ReasoningParser(tags, opened=self.thinking == "open", interrupts=interrupts)
         return TurnReader(thoughts, tools, self.service.frontend.tokenizer, tags.close if tags else "")
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -226,7 +228,8 @@ def _thinking(service: Service, conversation: list[dict[str, Any]], kwargs: dict
     tags, template = service.reasoning_format, service.frontend.template
     if tags is None:
         return "no"
-    tail = conversation[-1].get("content") or ""
+    content = conversation[-1].get("content")
+    tail = content if isinstance(content, str) else ""
     if conversation[-1].get("role") != "assistant":
         tail = template.render([{"role": "user", "content": "-"}], template_kwargs=kwargs)
         if tail.rstrip().endswith(tags.close) or (kwargs or {}).get("enable_thinking") is False:

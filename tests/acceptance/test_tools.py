@@ -105,3 +105,27 @@ def test_a14_add_and_mul_in_turn(calculator: Calculator, stream: bool, temperatu
             messages += [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": value, "tool_call_id": calls[0][0]}]
     content, calls, finish = calculator.ask(messages, stream=stream, temperature=0.0)
     assert "16" in content and not calls and finish == "stop"
+
+
+def test_a14_tool_choice_is_obeyed(calculator: Calculator) -> None:
+    greeting: list[dict[str, Any]] = [{"role": "user", "content": "Hello! Who are you?"}]
+    for seed in range(4):
+        for choice, names in (("required", {"add", "mul"}), ({"type": "function", "function": {"name": "mul"}}, {"mul"})):
+            content, calls, finish = calculator.ask(
+                greeting, tool_choice=choice, temperature=0.8, seed=seed, stream=seed % 2 == 0, parallel_tool_calls=seed < 2
+            )
+            assert (content, len(calls), finish) == ("", 1, "tool_calls")
+            _, name, arguments = calls[0]
+            assert name in names and set(arguments) == {"a", "b"} and all(type(value) is int for value in arguments.values())
+    question: list[dict[str, Any]] = [{"role": "user", "content": "Compute (3+5)*2"}]
+    content, calls, finish = calculator.ask(question, tool_choice="none", temperature=0.0, max_tokens=40)
+    assert content and not calls and finish != "tool_calls"
+
+
+def test_a14_many_calls_with_noise_all_parse_and_fit(calculator: Calculator) -> None:
+    question: list[dict[str, Any]] = [{"role": "user", "content": "Compute (3+5)*2"}]
+    for seed in range(12):
+        _, calls, finish = calculator.ask(question, temperature=2.0, top_p=1.0, seed=seed, max_tokens=300)
+        for _, name, arguments in calls:
+            assert name in ("add", "mul") and set(arguments) == {"a", "b"} and all(type(value) is int for value in arguments.values())
+        assert finish in ("tool_calls", "stop", "length") and bool(calls) == (finish == "tool_calls")
