@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from lmdeploy.serving.page import EXAMPLES
+from lmdeploy.serving.page import BODIES, EXAMPLES
 from tests.serving.running import RunningServer
 
 QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "Count from 1 to 5."}], "temperature": 0, "max_tokens": 8}
@@ -59,6 +59,14 @@ def test_the_schema_refers_only_to_what_it_has(server: RunningServer) -> None:
     names = set(re.findall(r"#/components/schemas/(\w+)", text))
     assert names <= set(server.http.get("/openapi.json").json()["components"]["schemas"])
     assert {"ChatRequest", "ChatMessage", "CompletionRequest", "GenerateRequest", "EncodeRequest"} <= names
+
+
+def test_no_two_parts_of_the_page_share_a_name() -> None:
+    seen: dict[str, object] = {}
+    for model in BODIES.values():
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name, part in {**schema.pop("$defs", {}), model.__name__: schema}.items():
+            assert seen.setdefault(name, part) == part, f"two different schemas are called {name}"
 
 
 def test_the_page_tells_what_the_sampling_fields_mean_and_how_errors_look(server: RunningServer) -> None:

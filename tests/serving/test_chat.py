@@ -226,3 +226,22 @@ def test_the_model_may_be_named_by_name_path_or_folder(client: OpenAI, server: R
         assert ask(client, model=name, max_tokens=1).model == "tiny"
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_values_that_ask_for_nothing_are_accepted(server: RunningServer) -> None:
+    """What clients send when a user chose nothing."""
+    nulls = (
+        "temperature", "top_p", "n", "max_tokens", "logprobs", "top_logprobs", "stop", "seed", "user", "stream_options", "tools", "tool_choice", "logit_bias",
+        "response_format", "parallel_tool_calls", "presence_penalty", "frequency_penalty", "metadata", "store", "service_tier", "functions", "function_call",
+        "modalities", "prediction", "audio", "reasoning_effort", "web_search_options", "top_k", "min_p", "repetition_penalty", "session_id", "bad_words",
+    )  # fmt: skip
+    neutral = {
+        "tool_choice": "none", "parallel_tool_calls": True, "logprobs": False, "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "tools": [],
+        "response_format": {"type": "text"}, "modalities": ["text"], "stop": [], "logit_bias": {}, "stream_options": {}, "prompt_cache_key": "k", "verbosity": "low",
+    }  # fmt: skip
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 1}
+    for extra in (dict.fromkeys(nulls), neutral):
+        reply = server.http.post("/v1/chat/completions", json={**asked, **extra})
+        assert reply.status_code == 200, reply.text
+    for name, value in neutral.items():
+        assert server.http.post("/v1/chat/completions", json={**asked, name: value}).status_code == 200, name

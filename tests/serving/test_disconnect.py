@@ -16,6 +16,8 @@ from tests.serving.running import RunningServer
 LONG = {"model": "tiny", "prompt": "Once upon a time", "ignore_eos": True, "temperature": 0}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Tell me a story."}], "ignore_eos": True, "temperature": 0}
 
+ITEMS = {"model": "tiny", "input": "Tell me a story.", "ignore_eos": True, "temperature": 0}
+
 
 def send(server: RunningServer, route: str, body: dict[str, Any]) -> socket.socket:
     """A raw connection with the request sent and nothing read."""
@@ -38,6 +40,11 @@ def send(server: RunningServer, route: str, body: dict[str, Any]) -> socket.sock
         ("/v1/completions", {**LONG, "prompt": ["a", "b", "c"]}),
         ("/generate", {"prompt": "Once", "ignore_eos": True, "max_tokens": None, "stream": True}),
         ("/generate", {"prompt": "Once", "ignore_eos": True, "max_tokens": None}),
+        ("/v1/messages", {**CHAT, "max_tokens": 2000, "stream": True}),
+        ("/v1/messages", {**CHAT, "max_tokens": 2000}),
+        ("/v1/responses", {**ITEMS, "stream": True}),
+        ("/v1/responses", ITEMS),
+        ("/v1/embeddings", {"model": "tiny", "input": ["word " * 400] * 400}),
         ("/v1/chat/interactive", {"prompt": "Once", "ignore_eos": True, "stream": True}),
         ("/v1/chat/interactive", {"prompt": "Once", "ignore_eos": True}),
     ],

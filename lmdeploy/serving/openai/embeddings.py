@@ -53,7 +53,7 @@ async def pooling(request: Request) -> Response:
 
 async def _embed_all(service: Service, body: EmbeddingRequest) -> list[Answer]:
     """All inputs, in order; the first failure ends the others."""
-    slots = asyncio.Semaphore(WINDOW)
+    slots = asyncio.Semaphore(min(WINDOW, service.frontend.info.max_batch_size))
     return await together([_embed(service, body, text, place, slots) for place, text in enumerate(inputs_of(body))])
 
 

@@ -26,6 +26,7 @@ RETRY_SECONDS = "5"
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error",
 }  # fmt: skip
 #: routes whose errors have Anthropic's form, the gate's included
 _ANTHROPIC = ("/v1/messages", "/anthropic/")
