@@ -1,0 +1,104 @@
+"""The table of limits in docs/operate.md, made from the constants that enforce them. `python -m tests.docs.limits` writes it anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from annotated_types import Le, MaxLen
+
+from lmdeploy import config, grammar
+from lmdeploy.engine import grammar_check
+from lmdeploy.serving import admission, connections, http_protocol, keys
+from lmdeploy.serving.openai import completions, protocol
+from lmdeploy.serving.options import ServerConfig
+from lmdeploy.text import jinja_sandbox
+from lmdeploy.vision import prompt
+from lmdeploy.vision.policy import MediaPolicy
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "operate.md"
+BEGIN, END = "<!-- limits: made by tests/docs/limits.py -->\n", "<!-- end of limits -->\n"
+
+
+def default(name: str, owner: type = ServerConfig) -> Any:
+    """The default of an option."""
+    return next(f.default for f in dataclasses.fields(owner) if f.name == name)
+
+
+def bound(model: type[protocol.Body], field: str, kind: type) -> int:
+    """The upper bound that a field of a request body has, wherever it stands in its type."""
+
+    def search(annotation: Any) -> int | None:
+        for part in getattr(annotation, "__metadata__", ()):
+            for constraint in (part, *getattr(part, "metadata", ())):
+                if isinstance(constraint, kind):
+                    return int(constraint.max_length if isinstance(constraint, MaxLen) else constraint.le)  # type: ignore[attr-defined]
+        return next((found for inner in getattr(annotation, "__args__", ()) if (found := search(inner)) is not None), None)
+
+    found = search(typing.get_type_hints(model, include_extras=True)[field])
+    assert found is not None, f"{field} has no bound"
+    return found
+
+
+def size(count: int) -> str:
+    """Bytes as people write them."""
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    """(what, limit, option or '', what happens beyond)."""
+    chat, policy = protocol.ChatRequest, MediaPolicy()
+    return [
+        ("open connections", f"{default('max_connections')}", "--max-connections", "503, closed"),
+        ("requests ahead of their answers on one connection", f"{connections.MAX_PIPELINED}", "", "closed"),
+        ("request line and headers", size(http_protocol.MAX_HEAD), "", "400, closed"),
+        ("time for the headers", f"{default('receive_timeout'):g} s", "--receive-timeout", "408, closed"),
+        ("least pace of a body", f"{connections.MIN_BODY_RATE} bytes a second", "", "408, closed"),
+        ("time without reading an answer", f"{default('send_timeout'):g} s", "--send-timeout", "cut off, the answer is stopped"),
+        ("idle connection", f"{default('keep_alive_seconds'):g} s", "--keep-alive-seconds", "closed"),
+        ("body", f"{default('max_body_mib')} MiB", "--max-body-mib", "413"),
+        ("requests worked on", "max_batch_size and a quarter", "--max-concurrent-requests", "wait"),
+        ("requests that wait", f"{default('max_queue')}", "--max-queue", "503"),
+        ("time in the queue", f"{default('max_queue_seconds'):g} s", "--max-queue-seconds", "503"),
+        ("requests of one key", "no limit", "--max-concurrent-per-key", "429"),
+        ("whole request, waiting included", f"{default('request_timeout'):g} s", "--request-timeout", "504, or an error event in a stream"),
+        ("Retry-After", f"{admission.MIN_RETRY} to {admission.MAX_RETRY} s", "", ""),
+        ("API keys", f"{keys.MAX_KEYS}", "", "error at the start"),
+        ("conversations kept by /v1/chat/interactive", f"{default('max_sessions')}", "--max-sessions", "the oldest is forgotten"),
+        ("messages", f"{protocol.MAX_MESSAGES}", "", "400"),
+        ("tools", f"{bound(chat, 'tools', MaxLen)}", "", "400"),
+        ("prompts of /v1/completions", f"{protocol.MAX_PROMPTS}", "", "400"),
+        ("answers of one request (prompts x n)", f"{completions.MAX_ANSWERS}", "", "400"),
+        ("n", f"{bound(chat, 'n', Le)}", "", "400"),
+        ("top_logprobs, logprobs", f"{bound(chat, 'top_logprobs', Le)}", "", "400"),
+        ("stop strings", f"{protocol.MAX_STOPS}, together {config.MAX_WORD_CHARS} characters", "", "400"),
+        ("bad_words", f"{bound(chat, 'bad_words', MaxLen)}, together {config.MAX_WORD_CHARS} characters", "", "400"),
+        ("logit_bias", f"{bound(chat, 'logit_bias', MaxLen)} entries", "", "400"),
+        ("grammar (schema, regex, EBNF)", f"{size(grammar.MAX_GRAMMAR_BYTES)}, depth {grammar.MAX_GRAMMAR_DEPTH}", "", "400"),
+        ("choices of a grammar", f"{grammar.MAX_CHOICES}", "", "400"),
+        ("time to compile a grammar", f"{grammar_check.CHECK_SECONDS:g} s", "", "400"),
+        ("pictures of a request", f"{prompt.MAX_PICTURES}; 0 for a model that does not see", "", "400"),
+        ("one picture", f"{size(policy.max_bytes)}, {policy.max_pixels >> 20} Mi pixels", "", "400"),
+        ("fetching a picture", f"{policy.total_seconds:g} s, {policy.max_redirects} redirects", "", "400"),
+        ("rendering a chat template", f"{jinja_sandbox.MAX_SECONDS:g} s, {size(jinja_sandbox.MAX_OUTPUT)}", "", "400"),
+    ]
+
+
+def table() -> str:
+    """The Markdown table."""
+    lines = ["| what | limit | option | beyond it |", "|---|---|---|---|"]
+    lines += [f"| {what} | {limit} | {f'`{option}`' if option else ''} | {beyond} |" for what, limit, option, beyond in rows()]
+    return "\n".join(lines) + "\n"
+
+
+def write(page: Path = PAGE) -> None:
+    """Put the table between its marks."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
