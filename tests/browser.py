@@ -69,16 +69,15 @@ class Reader:
         self.page.locator(".lm-title span").filter(has_not_text="://").filter(has_text=re.compile(".")).wait_for()  # the model's name is known
 
     def send(self, text: str) -> None:
-        """Type and press Enter; does not wait for the answer."""
+        """Type and press Enter; returns when the question is in sight."""
+        before = self.page.locator("[data-testid=user]").count()
         self.page.fill("#lm-box textarea", text)
         self.page.press("#lm-box textarea", "Enter")
-        self.page.wait_for_selector("#lm-box .stop-button, .lm-note, .lm-error")
+        self.page.locator("[data-testid=user]").nth(before).wait_for()
 
     def ask(self, text: str) -> str:
         """Type, Enter, wait for the end; the answer's text, without the line of figures."""
-        before = self.page.locator("[data-testid=user]").count()
         self.send(text)
-        self.page.locator("[data-testid=user]").nth(before).wait_for()
         return self.finished()
 
     def finished(self) -> str:
