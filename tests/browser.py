@@ -57,7 +57,7 @@ class Reader:
     def __init__(self, browser: Any, url: str, *, viewport: dict[str, int] = DESKTOP, **options: Any) -> None:
         self.context = browser.new_context(viewport=viewport, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.requests: list[str] = []
         self.dialogs: list[str] = []
         self.console: list[str] = []

@@ -23,6 +23,7 @@ class ScriptedServer:
         self.models, self.script = models, script
         self.bodies: list[dict[str, Any]] = []
         self.fetched: list[str] = []
+        self.usage = (1000, 24)  # tokens of prompt and answer
         self.failure: tuple[int, dict[str, str]] | None = None
         self._sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
@@ -64,7 +65,8 @@ class ScriptedServer:
             yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             await asyncio.sleep(0.02)
         yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        yield _event({"choices": [], "usage": {"prompt_tokens": 1000, "completion_tokens": 24, "total_tokens": 1024}})
+        prompt, answered = self.usage
+        yield _event({"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}})
         yield "data: [DONE]\n\n"
 
 
