@@ -164,10 +164,10 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
             async for picture in _answer(server, [*history[:-1], again], known, chosen):
                 yield picture
 
-    def stop(history: list[Exchange]) -> tuple[Any, ...]:
-        if history:
-            history[-1].close("stopped")
-        return history, *_picture(history)
+    async def stop(history: list[Exchange]) -> None:
+        # not gradio's `cancels`: it may leave a page that waits for an event that is gone. The answer's own event ends as always, only sooner
+        for exchange in history[-1:]:
+            exchange.stop()
 
     def undo(history: list[Exchange]) -> tuple[Any, ...]:
         return history[:-1], *_picture(history[:-1], {"text": history[-1].question, "files": []} if history else None)
@@ -177,9 +177,9 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
 
     shown = [exchanges, *parts.all()]
     page.load(refresh, None, [cards, settings[0], parts.box, head], **_PRIVATE)
-    asked = parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
-    again = parts.retry.click(retry, [exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
-    parts.box.stop(stop, exchanges, shown, cancels=[asked, again], concurrency_limit=None, **_PRIVATE)
+    parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
+    parts.retry.click(retry, [exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
+    parts.box.stop(stop, exchanges, None, concurrency_limit=None, **_PRIVATE)
     parts.undo.click(undo, exchanges, shown, concurrency_limit=None, **_PRIVATE)
     parts.clear.click(clear, None, shown, concurrency_limit=None, **_PRIVATE)
 

@@ -77,9 +77,10 @@ class Exchange:
     finish_reason: str = ""
     usage: dict[str, int] = field(default_factory=dict)
     session_len: int | None = None
-    began: float = 0.0
+    began: float = field(default_factory=time.monotonic)
     first: float = 0.0
     last: float = 0.0
+    task: asyncio.Future[None] | None = None
 
     @property
     def open(self) -> bool:
@@ -91,6 +92,13 @@ class Exchange:
         if self.open:
             self.state = state
             self.last = self.last or time.monotonic()
+
+    def stop(self) -> None:
+        """End the answer here and on the server; what there is of it stays."""
+        if self.task is None:
+            self.close("stopped")
+        else:
+            self.task.cancel()
 
 
 class ChatServer:
@@ -193,11 +201,13 @@ def _data_url(path: str) -> str:
 async def answer(server: ChatServer, exchanges: list[Exchange], settings: Settings) -> AsyncGenerator[None, None]:
     """Fill the last exchange from the server; yields whenever the page should be painted again.
 
-    Never raises for what a server does: errors become part of the exchange. Closing the generator stops the answer, on the server too.
+    Never raises for what a server does: errors become part of the exchange. Closing the generator stops the answer, as `Exchange.stop` does.
     """
     current = exchanges[-1]
+    if not current.open:  # stopped before it began
+        return
     current.began, current.session_len = time.monotonic(), settings.session_len
-    pump = asyncio.ensure_future(_pump(server, exchanges, settings))
+    pump = current.task = asyncio.ensure_future(_pump(server, exchanges, settings))
     painted, since = ("", ""), 0.0
     try:
         while not pump.done():
@@ -209,6 +219,7 @@ async def answer(server: ChatServer, exchanges: list[Exchange], settings: Settin
     finally:
         pump.cancel()
         await asyncio.gather(pump, return_exceptions=True)
+        current.task = None
         current.close("stopped")
 
 

@@ -334,7 +334,7 @@ def test_thoughts_are_folded_and_code_is_coloured(visit: Visit, scripted: Script
     reader = visit(scripted_page)
     reader.ask("think")
     assert reader.page.get_by_text("Thoughts").is_visible()
-    assert not reader.page.get_by_text("Two and two.").is_visible()
+    reader.page.get_by_text("Two and two.").wait_for(state="hidden")
     reader.page.get_by_text("Thoughts").click()
     reader.page.get_by_text("Two and two.").wait_for()
     assert reader.page.locator("#lm-chat code .token").count() > 0
