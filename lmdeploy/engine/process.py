@@ -239,14 +239,14 @@ class EngineProcess:
     def _watch(self) -> None:
         """Thread: a child whose loop computes on one step for ever, or that answers no ping, hangs; kill it, the reader does the rest."""
         seconds = min(LOOK_SECONDS, self._stall_seconds / 4)
-        quiet, beat = 0.0, -1
+        quiet, beat, what = 0.0, -1, "it answers no ping"
         while not self._closing.wait(seconds) and self._failure is None:
             if not self._pings.wait_for(self._ping(), seconds):
-                quiet, what = quiet + 2 * seconds, "it answers no ping"
+                quiet += 2 * seconds
             elif self._last_stats.busy and self._last_stats.beat == beat:
                 quiet, what = quiet + seconds, "no step ends"
             else:
-                quiet, beat = 0.0, self._last_stats.beat
+                quiet, beat, what = 0.0, self._last_stats.beat, "it answers no ping"
             if quiet >= self._stall_seconds:
                 self._fail(f"the engine process {self.pid} hung ({what} for {quiet:.0f} s) and was killed")
                 self._child.kill()
