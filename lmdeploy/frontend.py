@@ -33,7 +33,7 @@ from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
 from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.grammar import Grammar, wanted_grammar
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Response, SamplingParams
+from lmdeploy.messages import SLEEPING, EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, Response, SamplingParams
 from lmdeploy.models.language_spec import language_spec
 from lmdeploy.prompts import Prompt, PromptEncoder, too_long
 from lmdeploy.spec import ModelSpec
@@ -69,6 +69,7 @@ class Frontend:
         self._ids = itertools.count(1)
         self._sinks: dict[int, tuple[Sink, int]] = {}  # and the number of answers
         self._counting = threading.RLock()  # re-entrant: a forgotten generator may be collected, and drop its request, at any point
+        self._asleep: frozenset[str] = frozenset()
         self._in_flight = 0  # answers of all submitted requests
         self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
         self.grammars = GrammarChecker(tokenizer.folder, client.info.vocab_size, spec.eos_token_ids)
@@ -146,6 +147,42 @@ class Frontend:
     def trouble(self) -> str | None:
         """Why requests are refused at the moment, or None: the engine is dead, or being restarted."""
         return self.client.trouble
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """What sleeps: 'weights', 'kv_cache', both or nothing."""
+        return self._asleep
+
+    def sleep(self, level: int = 1, drain_seconds: float = 30.0) -> None:
+        """Give back memory until `wakeup`: level 1 the KV cache and, on a GPU, the weights (kept in host memory), level 2 both on any device.
+
+        Requests are refused from now on; those that run may end within `drain_seconds`, then they are aborted.
+        """
+        if level not in (1, 2):
+            raise RequestError(f"level={level} must be 1 or 2", param="level")
+        before, self._asleep = self._asleep, frozenset(SLEEPING)
+        try:
+            self.client.obey(Order(action="sleep", level=level, drain_seconds=drain_seconds)).result()
+        except BaseException:
+            self._asleep = before
+            raise
+
+    def wakeup(self, tags: Iterable[str] = ()) -> None:
+        """Bring back what `tags` name ('weights', 'kv_cache'; none = all). Requests are taken when nothing sleeps any more."""
+        wanted = frozenset(tags) or frozenset(SLEEPING)
+        if unknown := sorted(wanted - set(SLEEPING)):
+            raise RequestError(f"tags={unknown[0]!r} is not one of {', '.join(SLEEPING)}", param="tags")
+        if self._asleep:
+            self.client.obey(Order(action="wake", tags=tuple(sorted(wanted)))).result()
+            self._asleep -= wanted
+
+    def update_weights(self, folder: str | Path, drain_seconds: float = 30.0) -> None:
+        """Replace the weights by those of a folder of the same model; raises CheckpointError when they do not fit, and keeps the old ones.
+
+        Running requests end with the old weights, or are aborted after `drain_seconds`; those that come meanwhile wait for the new ones.
+        """
+        self.client.obey(Order(action="update_weights", path=str(folder), drain_seconds=drain_seconds)).result()
+        self._asleep -= {"weights"}
 
     def stats(self) -> EngineStats:
         """The engine's counters and gauges."""
@@ -371,6 +408,8 @@ class Frontend:
     def _submit(self, prepared: Prepared, sink: Sink) -> int:
         if self.client.failure:
             raise EngineError(f"the engine has stopped: {self.client.failure}")
+        if self._asleep:
+            raise EngineError("the engine sleeps; wake it first", code="asleep")
         request_id = next(self._ids)
         with self._counting:
             self._sinks[request_id] = (sink, prepared.n)

@@ -102,6 +102,24 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     embedding: bytes | None = None  # float32 [M], of length 1; with the last output of a request that embeds
 
 
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine does between steps, when its running requests have ended, or were aborted after `drain_seconds`.
+
+    sleep: give back memory; level 1 drops the KV cache and keeps weights in host memory, level 2 drops both. wake: bring back what `tags` name (all of
+    SLEEPING when empty). update_weights: put those of the folder `path` in place of the old ones.
+    """
+
+    action: Literal["sleep", "wake", "update_weights"]
+    level: int = 1
+    tags: tuple[str, ...] = ()
+    path: str = ""
+    drain_seconds: float = 0.0
+
+
+#: what can sleep
+SLEEPING = ("weights", "kv_cache")
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
     """Counters since the start and gauges of now, for /metrics, /health and the progress lines."""
 

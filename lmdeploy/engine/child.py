@@ -6,11 +6,13 @@ It exits at once when the socket pair closes, so a dead parent leaves no orphan;
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
 import socket
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from lmdeploy import log
@@ -64,10 +66,22 @@ class _Child:
                 self._submit(client, message.request)
             elif isinstance(message, wire.Abort):
                 client.abort(message.request_id, message.index)
+            elif isinstance(message, wire.Obey):
+                self._obey(client, message)
             elif isinstance(message, wire.GetStats):
                 self._channel.send(wire.Stats(message.ticket, client.stats()))
             elif isinstance(message, wire.Stop):
                 return
+
+    def _obey(self, client: EngineThread, message: wire.Obey) -> None:
+        def tell(future: Future[None]) -> None:
+            error = future.exception()
+            text = "" if error is None else str(error) if isinstance(error, LmdeployError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):
+                self._channel.send(wire.Done(message.ticket, "" if error is None else type(error).__name__, text))
+
+        with contextlib.suppress(EngineError):  # it has failed: the next look tells the parent
+            client.obey(message.order).add_done_callback(tell)
 
     def _submit(self, client: EngineThread, request: EngineRequest) -> None:
         try:

@@ -10,15 +10,18 @@ import logging
 import queue
 import re
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 from lmdeploy.engine.engine import Engine
-from lmdeploy.errors import ConfigError, EngineError, RequestError
+from lmdeploy.errors import CheckpointError, ConfigError, EngineError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
 
 logger = get_logger(__name__)
 
@@ -59,6 +62,10 @@ class EngineClient(Protocol):
         """End a request, or its answer `index` alone; unfinished answers get a last output 'abort'. Unknown or finished ids are ignored."""
         ...
 
+    def obey(self, order: Order) -> Future[None]:
+        """Carry out an order between steps; the future has its end. Requests that come meanwhile wait. ConfigError, CheckpointError: nothing has changed."""
+        ...
+
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
         ...
@@ -86,7 +93,9 @@ class EngineThread:
     """
 
     def __init__(self, build: Callable[[], Engine]) -> None:
-        self._inbox: queue.SimpleQueue[EngineRequest | tuple[int, int | None] | None] = queue.SimpleQueue()  # request | what to abort | None = close
+        # a request | what to abort | an order | None = close
+        self._inbox: queue.SimpleQueue[EngineRequest | tuple[int, int | None] | _Pending | None] = queue.SimpleQueue()
+        self._pending: deque[_Pending | EngineRequest] = deque()  # an order, and what came after it
         self._lock = threading.Lock()  # guards _open and _failure: nothing is accepted after the loop has ended
         self._open: dict[int, set[int]] = {}  # request id -> answers that still need a final output
         self._failure: str | None = None
@@ -133,6 +142,15 @@ class EngineThread:
         """Queue an abort; nothing happens when the request has ended."""
         self._inbox.put((request_id, index))
 
+    def obey(self, order: Order) -> Future[None]:
+        """Queue an order; see `EngineClient`."""
+        pending = _Pending(order, Future(), time.monotonic() + order.drain_seconds)
+        with self._lock:
+            if self._failure is not None:
+                raise EngineError(self._failure)
+            self._inbox.put(pending)
+        return pending.done
+
     def stats(self) -> EngineStats:
         """Counters and gauges of now; requests still in the inbox are not counted."""
         stats = self._engine.stats()
@@ -168,6 +186,8 @@ class EngineThread:
             outputs: list[EngineOutput] = []
             if not self._drain_inbox(engine, outputs):
                 return
+            if self._pending:
+                self._proceed(engine, outputs)
             if engine.has_work:
                 outputs += engine.step()
             self._beat += 1
@@ -176,7 +196,7 @@ class EngineThread:
 
     def _drain_inbox(self, engine: Engine, refused: list[EngineOutput]) -> bool:
         """Take in everything that has arrived, waiting only when there is nothing else to do; False = close."""
-        block = not engine.has_work
+        block = not engine.has_work and not self._pending
         if block and logger.isEnabledFor(logging.DEBUG):
             engine.scheduler.check_integrity()
             stats = engine.stats()
@@ -191,10 +211,35 @@ class EngineThread:
             if message is None:
                 return False
             if isinstance(message, tuple):
-                engine.abort(*message)
+                refused += self._abort(engine, *message)
+            elif self._pending or isinstance(message, _Pending):
+                self._pending.append(message)
             else:
                 refused += self._add(engine, message)
             block = False
+
+    def _abort(self, engine: Engine, request_id: int, index: int | None) -> list[EngineOutput]:
+        """Abort in the engine, or a request that waits behind an order."""
+        waits = next((r for r in self._pending if isinstance(r, EngineRequest) and r.request_id == request_id), None)
+        if waits is None or index is not None:
+            engine.abort(request_id, index)
+            return []
+        self._pending.remove(waits)
+        return [EngineOutput(request_id=request_id, index=i, finish_reason="abort") for i in range(max(1, waits.n))]
+
+    def _proceed(self, engine: Engine, refused: list[EngineOutput]) -> None:
+        """Carry out the orders that can be, let in the requests behind them."""
+        while self._pending:
+            first = self._pending[0]
+            if isinstance(first, EngineRequest):
+                refused += self._add(engine, first)
+            elif engine.has_work:
+                if time.monotonic() >= first.deadline:
+                    engine.abort_all()
+                return
+            else:
+                first.carry_out(engine)
+            self._pending.popleft()
 
     def _add(self, engine: Engine, request: EngineRequest) -> list[EngineOutput]:
         """Give the engine a request; when it is refused, the final outputs that say so."""
@@ -225,11 +270,40 @@ class EngineThread:
             self._failure = reason
             outputs = [_error(request_id, i, reason, code) for request_id, indices in self._open.items() for i in sorted(indices)]
             self._open.clear()
+        for pending in self._left_orders():
+            pending.done.set_exception(EngineError(reason))
         if self._listener is not None and outputs:
             try:
                 self._listener(outputs)
             except Exception:
                 logger.exception("the listener failed while %d answers were ended", len(outputs))
+
+    def _left_orders(self) -> list[_Pending]:
+        left = [p for p in self._pending if isinstance(p, _Pending)]
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            left += [message] if isinstance(message, _Pending) else []
+        return [pending for pending in left if not pending.done.done()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """An order that waits for running requests to end."""
+
+    order: Order
+    done: Future[None]
+    deadline: float  # of time.monotonic(); then they are aborted
+
+    def carry_out(self, engine: Engine) -> None:
+        """Now. What leaves the engine broken is raised; what only could not be done is the future's alone."""
+        try:
+            engine.obey(self.order)
+        except BaseException as e:
+            self.done.set_exception(e)
+            if not isinstance(e, (ConfigError, CheckpointError)):
+                raise
+        else:
+            self.done.set_result(None)
 
 
 def _no_memory(error: BaseException) -> ConfigError | None:

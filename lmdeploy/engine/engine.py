@@ -18,7 +18,7 @@ from lmdeploy.engine.preparing import Preparing
 from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from lmdeploy.messages import SLEEPING, EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
 
 logger = get_logger(__name__)
 
@@ -60,6 +60,7 @@ class Engine:
         self._outputs: list[EngineOutput] = []  # to be handed out by the next step
         self._rate = _Rate(RATE_SECONDS)
         self._last_step_time = self._step_seconds = 0.0
+        self._asleep: set[str] = set()
 
     @property
     def info(self) -> EngineInfo:
@@ -78,6 +79,8 @@ class Engine:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises RequestError or OverloadedError, and then nothing was queued."""
+        if self._asleep:
+            raise RequestError(f"the engine sleeps ({' and '.join(sorted(self._asleep))}); wake it first", code="asleep")
         waiting = self._scheduler.num_waiting + len(self._preparing)
         if waiting >= self._max_waiting:
             raise OverloadedError(f"{waiting} requests are waiting and max_waiting={self._max_waiting}; try again later", code="overloaded")
@@ -112,6 +115,23 @@ class Engine:
         self._step_seconds = self._last_step_time - start
         self._rate.add(self._last_step_time, self._scheduler.counts.generated_tokens)
         return outputs
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in [*self._scheduler.unfinished, *self._preparing.unfinished]:
+            self.abort(request_id)
+
+    def obey(self, order: Order) -> None:
+        """Carry out an order, when there is no work. Raises ConfigError or CheckpointError when it could not be done, and then nothing has changed."""
+        assert not self.has_work
+        self._scheduler.forget_prefixes()
+        self._executor.obey(order)
+        if order.action == "sleep":
+            self._asleep = set(SLEEPING)
+        elif order.action == "wake":
+            self._asleep -= set(order.tags or SLEEPING)
+        else:
+            self._asleep.discard("weights")
 
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now; may be called from any thread."""

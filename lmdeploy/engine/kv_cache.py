@@ -48,8 +48,12 @@ class KVCache:
             raise ConfigError(f"the KV cache of {gib(count)} could not be allocated ({error}); lower cache_max_entry_count") from error
         self.nbytes = count
         self.layers: list[KVLayer] = [format.layer(memory[i * layer_bytes : (i + 1) * layer_bytes], *shape, dtype) for i in range(spec.num_layers)]
-        for i, center in enumerate(layout.key_centers):
-            self.layers[i] = dataclasses.replace(self.layers[i], key_center=center)
+        self.center(layout.key_centers)
+
+    def center(self, key_centers: tuple[Tensor | None, ...]) -> None:
+        """Set the centre of each layer's keys; () = no layer has one. What is stored already means nothing afterwards."""
+        for i, layer in enumerate(self.layers):  # in the list that others hold
+            self.layers[i] = dataclasses.replace(layer, key_center=key_centers[i] if key_centers else None)
 
     def free(self) -> None:
         """Drop the pool; its memory goes back when no view is left."""

@@ -71,6 +71,12 @@ class PrefixCache:
             node = parent.children[tokens] = self._nodes[block] = Node(parent, tokens, block)
         return node
 
+    def clear(self) -> None:
+        """Forget everything; nobody may hold a block."""
+        for root in list(self._roots.values()):
+            for node in list(root.children.values()):
+                self._on_evict(node.block)
+
     def _new_root(self, key: RootKey) -> Node:
         root = self._roots[key] = Node(None, (), -1, root_key=key)
         return root

@@ -31,6 +31,11 @@ class Preparing:
     def __len__(self) -> int:
         return sum(w.request.n for w in self._waiting.values())
 
+    @property
+    def unfinished(self) -> list[int]:
+        """Ids of the requests."""
+        return list(self._waiting)
+
     def add(self, request: EngineRequest) -> bool:
         """True when the request waits here; False when its grammar is compiled or it has none. Raises RequestError where there are no grammars."""
         grammar = request.sampling.grammar

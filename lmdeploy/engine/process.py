@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lmdeploy.engine import wire
 from lmdeploy.engine.client import Listener
 from lmdeploy.errors import EngineError, LmdeployError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, Order
 
 logger = get_logger(__name__)
 
@@ -41,6 +42,8 @@ STATS_SECONDS = 1.0
 #: pings that may be under way; a child that hangs is not sent more
 MAX_PINGS = 8
 STOP_SECONDS = 5.0
+#: an order, such as reading new weights, may take so long without a sign of life
+ORDER_SECONDS = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._delivering = threading.Lock()  # nothing is delivered after the last outputs that a failure makes
         self._open: dict[int, set[int]] = {}  # request id -> answers that have not ended
+        self._orders: dict[int, Future[None]] = {}
+        self._order_numbers = itertools.count(1)
         self._pings = _Pings()
         self._last_stats = EngineStats()
         self._listener: Listener | None = None
@@ -145,6 +150,17 @@ class EngineProcess:
         """Stop a request, or its answer `index` alone; unknown and finished ids are ignored."""
         if request_id in self._open:
             self._outbox.put(wire.Abort(request_id, index))
+
+    def obey(self, order: Order) -> Future[None]:
+        """Hand over an order; see `EngineClient`."""
+        done: Future[None] = Future()
+        with self._lock:
+            if self._failure or self._closing.is_set():
+                raise EngineError(f"the engine has stopped: {self._failure or 'it was closed'}")
+            ticket = next(self._order_numbers)
+            self._orders[ticket] = done
+        self._outbox.put(wire.Obey(ticket, order))
+        return done
 
     def stats(self) -> EngineStats:
         """Figures of now; the last known ones when the engine has not answered for a second."""
@@ -225,6 +241,8 @@ class EngineProcess:
                 elif isinstance(message, wire.Stats):
                     self._last_stats = message.stats
                     self._pings.answered(message.ticket)
+                elif isinstance(message, wire.Done):
+                    self._settle(message)
                 elif isinstance(message, wire.Failed):
                     reason = message.message
         except wire.WireError as e:
@@ -235,6 +253,13 @@ class EngineProcess:
             pass  # it died with something unread
         if not self._closing.is_set():
             self._fail(reason or f"the engine process ended: {self._cause_of_death()}")
+
+    def _settle(self, message: wire.Done) -> None:
+        done = self._orders.pop(message.ticket)
+        if message.kind:
+            done.set_exception(error_of(wire.Failed(message.kind, message.message)))
+        else:
+            done.set_result(None)
 
     def _watch(self) -> None:
         """Thread: a child whose loop computes on one step for ever, or that answers no ping, hangs; kill it, the reader does the rest."""
@@ -247,7 +272,7 @@ class EngineProcess:
                 quiet, what = quiet + seconds, "no step ends"
             else:
                 quiet, beat, what = 0.0, self._last_stats.beat, "it answers no ping"
-            if quiet >= self._stall_seconds:
+            if quiet >= (max(self._stall_seconds, ORDER_SECONDS) if self._orders else self._stall_seconds):
                 self._fail(f"the engine process {self.pid} hung ({what} for {quiet:.0f} s) and was killed")
                 self._child.kill()
                 return
@@ -279,6 +304,7 @@ class EngineProcess:
     def _end_all(self, finish_reason: FinishReason, error: str | None, code: str | None) -> None:
         with self._lock:
             rest, self._open = self._open, {}
+            orders, self._orders = self._orders, {}
         outputs = [
             EngineOutput(request_id=request_id, index=index, finish_reason=finish_reason, error=error, error_code=code)
             for request_id, indices in rest.items()
@@ -286,6 +312,8 @@ class EngineProcess:
         ]
         if outputs and self._listener is not None:
             self._listener(outputs)
+        for done in orders.values():
+            done.set_exception(EngineError(error or "the engine was closed", code="engine_failed"))
         self._ended.set()
 
     def _cause_of_death(self) -> str:

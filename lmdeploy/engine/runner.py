@@ -73,6 +73,7 @@ class ModelRunner:
         self.max_batch_size, self.max_tokens = config.max_batch_size, config.max_prefill_token_num
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.pictures = PictureSlots(vision)
+        self.kv_layout = kv_layout
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         self.guided = GuidedSlots(grammars, config.max_batch_size, device) if grammars is not None else None
         with torch.inference_mode():
@@ -108,6 +109,23 @@ class ModelRunner:
         self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
         self._wants: list[SamplingParams | None] = [None] * self.max_batch_size  # of slots that want more than tokens
         self._broken: dict[int, str] = {}
+
+    def drop_cache(self) -> None:
+        """Give back the KV pool."""
+        self.kv.free()
+        self.batches.kv = []
+        trim()
+
+    def set_layout(self, layout: KVLayout) -> None:
+        """Other key centres, in an empty pool."""
+        self.kv_layout = layout
+        self.kv.center(layout.key_centers)
+
+    @torch.inference_mode()
+    def make_cache(self) -> None:
+        """A pool of the same size, empty. Raises ConfigError when the memory is not there."""
+        self.kv = KVCache(self.model.spec, self.kv.num_blocks, self.kv.block_size, self.dtype, self.device, self.kv_layout)
+        self.batches.kv = self.kv.layers
 
     def close(self) -> None:
         """Drop weights, pool and buffers."""

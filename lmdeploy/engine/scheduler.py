@@ -91,6 +91,11 @@ class Scheduler:
         return self._num_unfinished > 0
 
     @property
+    def unfinished(self) -> list[int]:
+        """Ids of the requests that have not ended."""
+        return list(self._requests)
+
+    @property
     def num_waiting(self) -> int:
         """Answers without a slot."""
         return self._num_unfinished - len(self._running)
@@ -376,6 +381,12 @@ class Scheduler:
         self.counts.failed += 1
         self._end(seq)
         return final_output(seq, "error", message, code)
+
+    def forget_prefixes(self) -> None:
+        """What was computed is void: other weights, or no cache. Nothing may be running."""
+        assert not self.has_unfinished
+        if self.cache is not None:
+            self.cache.clear()
 
     # ------------------------------------------------------------------ failed steps
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from lmdeploy.config import EngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.kv_cache import KVLayout
 from lmdeploy.engine.memory import hold_steady
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import choose_format, gib, pool_request, unset_limits
+from lmdeploy.engine.weights import Facts, Weights
 from lmdeploy.errors import ConfigError
 from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.select import pads_rows, select
+from lmdeploy.layers.build import reload
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo
 from lmdeploy.models.decoder import Decoder
@@ -142,8 +146,12 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         step_seconds=runner.step_seconds,
         kv_quality=examined.quality,
     )
+
+    def layout() -> KVLayout:
+        return examine(model, model_path, resolved, kv_format, device, dtype).layout
+
     return Engine(
-        LocalExecutor(runner, info),
+        LocalExecutor(runner, info, _weights_of(model, encoder, model_path, config), layout if examined.layout.key_centers else None),
         max_prefill_token_num=resolved.max_prefill_token_num,
         max_waiting=resolved.max_waiting,
         enable_prefix_caching=resolved.enable_prefix_caching,
@@ -165,15 +173,31 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _load(model: Decoder, encoder: VisionEncoder | None, model_path: Path, config: EngineConfig) -> None:
-    """Pull all weights; in a vision-language folder the decoder's have other names."""
-    source = _weights(model_path, config)
+def _load(model: Decoder, encoder: VisionEncoder | None, model_path: Path, config: EngineConfig, folder: Path | None = None) -> None:
+    """Pull all weights; in a vision-language folder the decoder's have other names. `folder`: of new ones, for a model that is loaded."""
+    source = _source(folder or model_path, config)
     if encoder is not None:
-        encoder.load(source, model_path)
+        if folder is None:
+            encoder.load(source, model_path)
+        else:
+            reload(encoder, lambda: encoder.load(source, model_path))
         if not config.random_weights:
             source = RenamedSource(source, find_language(model_path).rules)
-    model.load(source)
+    model.load(source, again=folder is not None)
 
 
-def _weights(model_path: Path, config: EngineConfig) -> WeightSource:
-    return RandomSource() if config.random_weights else open_source(model_path)
+def _source(folder: Path, config: EngineConfig) -> WeightSource:
+    return RandomSource() if config.random_weights else open_source(folder)
+
+
+def _weights_of(model: Decoder, encoder: VisionEncoder | None, model_path: Path, config: EngineConfig) -> Weights:
+    def tensors() -> Iterator[torch.Tensor]:
+        yield from model.tensors()
+        if encoder is not None:
+            yield from encoder.tensors()
+
+    def facts_of(folder: Path) -> Facts:
+        spec = adapt_spec(language_spec(folder, config.hf_overrides), config) if (folder / "config.json").is_file() else model.spec
+        return Facts.of(spec, _source(folder, config))
+
+    return Weights(tensors, lambda folder: _load(model, encoder, model_path, config, folder), facts_of, model_path)

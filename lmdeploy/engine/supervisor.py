@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lmdeploy.engine.client import Listener
 from lmdeploy.engine.process import EngineProcess, Launched, launch
 from lmdeploy.errors import EngineError, LmdeployError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason
+from lmdeploy.messages import SLEEPING, EngineOutput, EngineRequest, EngineStats, FinishReason, Order
 
 logger = get_logger(__name__)
 
@@ -50,9 +51,11 @@ class SupervisedEngine:
         self._failure: str | None = None
         self._restarts = 0
         self._times: deque[float] = deque()
+        self._orders: list[Order] = []
         self._closing = threading.Event()
-        self._launched: Launched | None = None
+        self._launched: Launched | None = None  # a process that does not serve yet
         self._engine = self._open(config)
+        self._launched = None
         self.info = self._engine.info
         # the next process has the same geometry, or does not start: what callers were told stays true
         self._config = config.replace(cache_max_entry_count=self.info.memory.num_blocks, session_len=self.info.session_len)
@@ -108,6 +111,15 @@ class SupervisedEngine:
         else:
             self._tell(_ends(request, None))
 
+    def obey(self, order: Order) -> Future[None]:
+        """Hand over an order; see `EngineClient`. What was carried out is so in the next process too."""
+        with self._lock:
+            if self.trouble:
+                raise EngineError(f"there is no engine at the moment: {self.trouble}", code="engine_restarting")
+            done = self._engine.obey(order)
+        done.add_done_callback(lambda d: None if d.exception() else self._remember(order))
+        return done
+
     def stats(self) -> EngineStats:
         """Figures of the engine of now, counters since its start; zeros while there is none."""
         stats = EngineStats(waiting=len(self._held)) if self.trouble else self._engine.stats()
@@ -133,10 +145,20 @@ class SupervisedEngine:
             if self._closing.is_set():
                 raise EngineError("the engine was closed")
             self._launched = launch()
-        try:
-            return EngineProcess(self._model_path, config, launched=self._launched, stall_seconds=self._supervision.stall_seconds)
-        finally:
-            self._launched = None
+        return EngineProcess(self._model_path, config, launched=self._launched, stall_seconds=self._supervision.stall_seconds)
+
+    def _remember(self, order: Order) -> None:
+        """Keep the orders that lead a fresh engine to where this one is."""
+        with self._lock:
+            if order.action == "update_weights":
+                self._orders = [order, *(o for o in self._orders if o.action != "update_weights")]
+            elif order.action == "sleep":
+                self._orders = [o for o in self._orders if o.action == "update_weights"] + [order]
+            else:
+                self._orders.append(order)
+                woken = {tag for o in self._orders if o.action == "wake" for tag in o.tags or SLEEPING}
+                if woken == set(SLEEPING):
+                    self._orders = [o for o in self._orders if o.action == "update_weights"]
 
     def _on_outputs(self, outputs: list[EngineOutput]) -> None:
         """Listener of every process: ends that a failure made of requests that may be replayed are kept back."""
@@ -177,9 +199,8 @@ class SupervisedEngine:
                 return
             with self._lock:
                 self._restarts += 1
-                engine.start(self._on_outputs)
                 self._replay(engine)
-                self._engine = engine
+                self._engine, self._launched = engine, None
                 closing = self._closing.is_set()
             if closing:  # and `close` did not see this one
                 engine.close()
@@ -201,7 +222,7 @@ class SupervisedEngine:
             self._times.append(time.monotonic())
             logger.warning("the engine is started again (%d of at most %d times)", count + 1, self._supervision.max_restarts)
             try:
-                return self._checked(self._open(self._config))
+                return self._led(self._checked(self._open(self._config)))
             except LmdeployError as e:
                 reason = str(e)
                 if not self._closing.is_set():
@@ -214,6 +235,17 @@ class SupervisedEngine:
         if facts[0] != facts[1]:
             engine.close()
             raise EngineError(f"session_len, vocab_size, max_batch_size, num_blocks and block_size were {facts[0]} and are {facts[1]}; restart the server")
+        return engine
+
+    def _led(self, engine: EngineProcess) -> EngineProcess:
+        """The engine after the orders that the one before had obeyed: with new weights, or asleep."""
+        engine.start(self._on_outputs)
+        try:
+            for order in self._orders:
+                engine.obey(order).result()
+        except LmdeployError:
+            engine.close()
+            raise
         return engine
 
     def _replay(self, engine: EngineProcess) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from lmdeploy.errors import EngineError
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
 
 MAX_FRAME = 256 << 20
 _LENGTH = struct.Struct("!I")
@@ -47,6 +47,13 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
     request_id: int
     index: int | None = None
+
+
+class Obey(msgspec.Struct, tag=True, frozen=True):
+    """Carry out this order; answered with `Done`."""
+
+    ticket: int
+    order: Order
 
 
 class GetStats(msgspec.Struct, tag=True, frozen=True):
@@ -85,8 +92,16 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToChild = Start | Submit | Abort | GetStats | Stop
-ToParent = Ready | Failed | Outputs | Stats
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """An order was carried out, or met an error of class `kind`."""
+
+    ticket: int
+    kind: str = ""
+    message: str = ""
+
+
+ToChild = Start | Submit | Abort | Obey | GetStats | Stop
+ToParent = Ready | Failed | Outputs | Stats | Done
 
 
 class Channel(Generic[M]):

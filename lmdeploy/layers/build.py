@@ -6,7 +6,7 @@ Buffers are cut from the step's `Scratch` once per step, not once per layer: a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,24 @@ class Module(Protocol):
     def tensors(self) -> Iterator[Tensor]:
         """All weights."""
         ...
+
+
+class HasTensors(Protocol):
+    """What holds weights."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, in the same order each time."""
+        ...
+
+
+def reload(part: HasTensors, load: Callable[[], None]) -> None:
+    """Pull a loaded part's weights again, with `load`; every tensor keeps its address. Needs memory for the part once more while it does."""
+    before = list(part.tensors())
+    load()
+    for old, new in zip(before, part.tensors(), strict=True):
+        if new.data_ptr() != old.data_ptr():
+            old.copy_(new)
+            new.set_(old.untyped_storage(), old.storage_offset(), old.shape, old.stride())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.weight_format import Part
 from lmdeploy.inputs import ForwardInputs
 from lmdeploy.layers.attention import Attention, AttentionNames
-from lmdeploy.layers.build import BuildContext, Module, StepBuffers, StepShape
+from lmdeploy.layers.build import BuildContext, Module, StepBuffers, StepShape, reload
 from lmdeploy.layers.embedding import Embedding
 from lmdeploy.layers.linear import Head, Linear, TiedHead
 from lmdeploy.layers.mlp import MLP, MLPNames
@@ -112,10 +113,13 @@ class Decoder:
             return TiedHead(self.ctx, self.embedding.weight, self.embedding.name)
         return Head(self.ctx, [Part(self.prefix + self.names.head, spec.vocab_size, spec.hidden_size)])
 
-    def load(self, source: WeightSource) -> None:
-        """Pull all weights; a missing tensor raises with its name, and so does one that is left over."""
+    def load(self, source: WeightSource, *, again: bool = False) -> None:
+        """Pull all weights; a missing tensor raises with its name, and so does one that is left over. `again`: into the tensors that are there."""
         for part in self._parts():
-            part.load(source)
+            if again:
+                reload(part, partial(part.load, source))
+            else:
+                part.load(source)
         self._check_tied(source)
         repeated = (f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ()
         source.finish(ignore=(*repeated, *self.ctx.formats.unused))

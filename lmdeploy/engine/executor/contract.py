@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from lmdeploy.engine.plan import StepPlan, StepResult
-from lmdeploy.messages import EngineInfo
+from lmdeploy.messages import EngineInfo, Order
 
 
 class Executor(Protocol):
@@ -34,6 +34,10 @@ class Executor(Protocol):
 
     def result(self) -> StepResult:
         """Wait for the oldest submitted plan whose result was not fetched. Called exactly once per submitted plan."""
+        ...
+
+    def obey(self, order: Order) -> None:
+        """Sleep, wake, or take new weights; called when nothing was submitted. ConfigError and CheckpointError: nothing has changed."""
         ...
 
     def close(self) -> None:

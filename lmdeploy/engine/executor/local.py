@@ -6,20 +6,26 @@ A plan is computed when it is submitted; results wait in order. A failed step ra
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from lmdeploy.engine.kv_cache import KVLayout
 from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.engine.weights import Weights
 from lmdeploy.errors import EngineError
-from lmdeploy.messages import EngineInfo
+from lmdeploy.messages import SLEEPING, EngineInfo, Order
 
 
 class LocalExecutor:
     """See `executor.contract.Executor`. Owns the runner."""
 
-    def __init__(self, runner: ModelRunner, info: EngineInfo) -> None:
+    def __init__(self, runner: ModelRunner, info: EngineInfo, weights: Weights | None = None, layout: Callable[[], KVLayout] | None = None) -> None:
         self._runner: ModelRunner | None = runner
+        self._weights, self._layout = weights, layout  # of the cache: its key centres follow from the weights
+        self._sleeps = False  # the cache
         self._info = info
         self._done: deque[StepResult | Exception] = deque()
 
@@ -47,6 +53,28 @@ class LocalExecutor:
         if isinstance(done, Exception):
             raise done
         return done
+
+    def obey(self, order: Order) -> None:
+        """See the contract."""
+        if self._runner is None:
+            raise EngineError("the engine is closed")
+        assert self._weights is not None, "built without access to its weights"
+        if order.action == "sleep":
+            self._runner.drop_cache()
+            self._sleeps = True
+            self._weights.sleep(order.level)
+            torch.cuda.empty_cache()
+            return
+        tags = order.tags or SLEEPING
+        if order.action == "update_weights":
+            self._weights.update(Path(order.path))
+        elif "weights" in tags:
+            self._weights.wake()
+        if order.action == "wake" and "kv_cache" in tags and self._sleeps:
+            self._runner.make_cache()
+            self._sleeps = False
+        if order.action == "update_weights" and self._layout is not None:
+            self._runner.set_layout(self._layout())
 
     def close(self) -> None:
         """Free weights and KV cache; may be called twice."""

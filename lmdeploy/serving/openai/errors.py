@@ -31,7 +31,9 @@ _ANTHROPIC_TYPES = {
 #: routes whose errors have Anthropic's form, the gate's included
 _ANTHROPIC = ("/v1/messages", "/anthropic/")
 #: code of a failed answer -> HTTP status; all others are the request's fault
-_CODE_STATUS = {"engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "session_busy": 409, "timeout": 504}
+_CODE_STATUS = {
+    "engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "asleep": 503, "session_busy": 409, "timeout": 504,
+}  # fmt: skip
 MAX_SHOWN = 80
 
 
