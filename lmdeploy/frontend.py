@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -343,8 +343,8 @@ class Frontend:
         with contextlib.closing(self.stream(prepared)) as increments:  # type: ignore[type-var]  # Ctrl-C aborts at once
             return merge_increments(increments, prepared.n)
 
-    async def astream(self, prepared: Prepared, deadline: float | None = None) -> AsyncGenerator[Response, None]:
-        """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks.
+    async def astream(self, prepared: Prepared, deadline: float | None = None, began: Callable[[int], None] | None = None) -> AsyncGenerator[Response, None]:
+        """Increments of the answer(s); closing the generator (client gone) aborts the request and frees its blocks. `began` is told the request's id.
 
         To a reader that is slower than the engine, what has come meanwhile is given as one increment per answer. At `deadline` (of
         time.monotonic()) the answers that are not complete end with the error 'timeout'.
@@ -352,6 +352,8 @@ class Frontend:
         sink = AsyncSink()
         answers = answers_to(prepared, self.tokenizer)
         request_id = self._submit(prepared, sink)
+        if began is not None:
+            began(request_id)
         timer = None if deadline is None else sink.loop.call_later(deadline - time.monotonic(), self._expire, request_id, prepared.n, sink)
         finished = False
         try:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
+import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -298,6 +300,21 @@ class Pipeline:
         return [m.answers[0] for m in mergers]
 
     # ------------------------------------------------------------------ life
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back memory until `wakeup`: level 1 the KV cache and, on a GPU, the weights (they wait in host memory), level 2 both on any device.
+
+        Running requests end first.
+        """
+        self.frontend.sleep(level, drain_seconds=math.inf)
+
+    def wakeup(self, tags: Iterable[str] = ()) -> None:
+        """Bring back what `tags` name ('weights', 'kv_cache'; none = all)."""
+        self.frontend.wakeup(tags)
+
+    def update_weights(self, folder: str | os.PathLike[str]) -> None:
+        """Serve the weights of a folder of the same model; raises CheckpointError when they do not fit, and keeps the old ones."""
+        self.frontend.update_weights(os.fspath(folder), drain_seconds=math.inf)
 
     def close(self) -> None:
         """Stop the engine and free all its memory."""

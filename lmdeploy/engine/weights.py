@@ -110,7 +110,7 @@ class Weights:
                 self._load(self._folder)
             except Exception as again:
                 raise EngineError(f"new weights were half read ({e}), and the old ones cannot be loaded again: {again}") from e
-            raise
+            raise CheckpointError(f"{folder}: could not be read to the end ({e}); the old weights are in place") from e
         self._folder = folder
 
     def _allocate(self) -> list[torch.UntypedStorage]:

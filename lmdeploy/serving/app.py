@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -60,7 +61,7 @@ async def health(request: Request) -> Response:
     frontend = service_of(request).frontend
     problem = frontend.trouble
     if problem is None:
-        return JSONResponse({"status": "healthy", "message": ""})
+        return JSONResponse({"status": "sleeping" if frontend.asleep else "healthy", "message": ""})
     status = "unhealthy" if frontend.failure else "restarting"
     return JSONResponse({"status": status, "message": problem}, status_code=503, headers={"Retry-After": RETRY_SECONDS})
 
@@ -72,9 +73,13 @@ async def metrics(request: Request) -> Response:
 
 def _add_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
+        if isinstance(error, RequestValidationError):  # of a query
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"][1:])
+            error = HttpError(400, f"{name}: {first['msg']} (got {str(first['input'])[:80]!r})", code="invalid_value", param=name)
+        elif isinstance(error, HTTPException):
             error = HttpError(error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_"))
         return error_response(error, request.url.path)
 
-    for kind in (HttpError, LmdeployError, ClientGone, HTTPException, Exception):
+    for kind in (HttpError, LmdeployError, ClientGone, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, answer)

@@ -28,7 +28,7 @@ class Call:
     __slots__ = (
         *("id", "client_id", "client", "key", "method", "path", "http_version", "began", "began_ns", "deadline"),
         *("route", "status", "refused", "ended", "queue_seconds", "first_token", "prompt_tokens", "cached_tokens", "generated_tokens", "finish_reasons"),
-        "request",
+        *("request", "session"),
     )
 
     def __init__(self, scope: Scope, seconds: float) -> None:
@@ -51,6 +51,7 @@ class Call:
         self.first_token: float | None = None
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.finish_reasons: list[str] = []
+        self.session: int | None = None
         self.request: dict[str, Any] = {}  # sampling values, for traces
 
     @property

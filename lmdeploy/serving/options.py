@@ -87,6 +87,7 @@ class ServerConfig(CheckedOptions):
     )
     max_body_mib: int = option(16, "largest request body in MiB", check=between(1, 1024))
     allowed_media_domains: list[str] | None = option(None, "hosts, with their subdomains, that pictures may be fetched from; default: every public host")
+    allowed_weights_path: str | None = option(None, "folder below which POST /update_weights may name new weights; default: none are taken")
     allowed_media_path: str | None = option(None, "folder below which requests may name pictures as file:// or paths; default: no local files")
     share_prefix_cache: bool = option(
         False, "let requests of different API keys share cached prompt beginnings; a client could then tell by the time it takes what others have sent"
@@ -111,7 +112,9 @@ class ServerConfig(CheckedOptions):
             raise ConfigError("admin_key is empty; leave it out to have no admin routes")
         if self.admin_key and self.admin_key_file:
             raise ConfigError("admin_key and admin_key_file are both given; one is enough")
-        if self.allowed_media_path is not None and not os.path.isdir(self.allowed_media_path):
-            raise ConfigError(f"allowed_media_path {self.allowed_media_path} is no folder")
+        for name in ("allowed_media_path", "allowed_weights_path"):
+            folder = getattr(self, name)
+            if folder is not None and not os.path.isdir(folder):
+                raise ConfigError(f"{name} {folder} is no folder")
         if self.allow_credentials and "*" in self.allow_origins:
             raise ConfigError("allow_credentials with allow_origins='*' would let any web page act for a user; name the origins")

@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.serving.anthropic.protocol import CountRequest, MessagesRequest
+from lmdeploy.serving.admin import AbortRequest, UpdateWeightsRequest
 from lmdeploy.serving.openai.protocol import (
     Body,
     ChatRequest,
@@ -56,6 +57,8 @@ BODIES: dict[str, type[Body]] = {
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountRequest,
+    "/update_weights": UpdateWeightsRequest,
+    "/abort_request": AbortRequest,
 }
 
 #: what the Swagger page offers to send: every example must get a 200 as it stands (MODEL is replaced by the served name)
@@ -123,10 +126,11 @@ def openapi_schema(app: FastAPI, model_name: str, *, keys: bool) -> dict[str, An
         body = _explained(model.model_json_schema(ref_template="#/components/schemas/{model}"))
         parts.update(body.pop("$defs", {}))
         parts[model.__name__] = body
-        example = {k: (model_name if v == "MODEL" else v) for k, v in EXAMPLES[model].items()}
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}}
+        described: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+        if model in EXAMPLES:
+            described["example"] = {k: (model_name if v == "MODEL" else v) for k, v in EXAMPLES[model].items()}
         operation = schema["paths"][path]["post"]
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": True, "content": {"application/json": described}}
         if "stream" in model.model_fields:
             operation["responses"]["200"]["content"][_STREAMS.get(path, "text/event-stream")] = {"schema": {}}
     for operation in (operation for operations in schema["paths"].values() for operation in operations.values()):

@@ -28,6 +28,8 @@ def why_not_ready(service: Service) -> str | None:
         return f"the server is shutting down; {service.lifecycle.active} requests are being finished"
     if problem := service.frontend.trouble:
         return problem
+    if service.frontend.asleep:
+        return "the engine sleeps"
     if service.admission.full:
         return f"the queue is full: {service.admission.waiting} requests wait"
     return None

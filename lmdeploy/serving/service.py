@@ -25,8 +25,8 @@ from lmdeploy.grammar import wanted_grammar
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.admission import Admission
-from lmdeploy.serving.call import ANYBODY, CURRENT
-from lmdeploy.serving.keys import KeyRing
+from lmdeploy.serving.call import ANYBODY, CURRENT, Call
+from lmdeploy.serving.keys import ADMIN, KeyRing
 from lmdeploy.serving.lifecycle import Lifecycle
 from lmdeploy.serving.metrics import Metrics
 from lmdeploy.serving.openai.convert import Prompt
@@ -73,6 +73,7 @@ class Service:
         )
         self._fetching = asyncio.Semaphore(MAX_FETCHING)  # requests whose pictures are fetched and decoded at a time
         self._sessions: set[tuple[str, int]] = set()  # whose, and which
+        self._running: dict[int, Call] = {}  # the frontend's id of each request -> whose it is
 
     def _special_tags(self) -> frozenset[int]:
         tokenizer = self.frontend.tokenizer
@@ -96,6 +97,8 @@ class Service:
         if session in self._sessions:
             raise SessionBusyError(f"The session_id {session_id} is occupied.", param="session_id", code="session_busy")
         self._sessions.add(session)
+        if (call := CURRENT.get()) is not None:
+            call.session = session_id
         try:
             yield
         finally:
@@ -145,13 +148,35 @@ class Service:
         if call is not None and self.tracing is not None:
             call.request = request_attributes(prepared.sampling, prepared.n)
         observed = self.metrics.request(call)
+        ids: list[int] = []
+
+        def began(request_id: int) -> None:
+            if call is not None:
+                ids.append(request_id)
+                self._running[request_id] = call
+
         try:
-            async with aclosing(self.frontend.astream(prepared, None if call is None else call.deadline)) as answers:
+            async with aclosing(self.frontend.astream(prepared, None if call is None else call.deadline, began)) as answers:
                 async for response in answers:
                     observed.feed(response)
                     yield response
         finally:
             observed.end()
+            for request_id in ids:
+                del self._running[request_id]
+
+    def abort(self, session_id: int | None, call_id: str | None) -> int:
+        """End the running requests of a session, of one call, or all of them, within the caller's own key; how many there were."""
+        caller = CURRENT.get()
+        own = None if caller is None or caller.key in (ADMIN, ANYBODY) else caller.key
+        chosen = [
+            request_id
+            for request_id, call in self._running.items()
+            if own in (None, call.key) and (session_id is None or call.session == session_id) and (call_id is None or call.id == call_id)
+        ]
+        for request_id in chosen:
+            self.frontend.client.abort(request_id)
+        return len(chosen)
 
     async def collect(self, request: Request, prepared: list[Prepared]) -> list[list[Response]]:
         """All answers to all prompts, computed together. Raises the first failure, and ClientGone when nobody waits any more."""
