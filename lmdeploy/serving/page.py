@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from lmdeploy.config import GenerationConfig
-from lmdeploy.serving.anthropic.protocol import CountRequest, MessagesRequest
 from lmdeploy.serving.admin import AbortRequest, UpdateWeightsRequest
+from lmdeploy.serving.anthropic.protocol import CountRequest, MessagesRequest
 from lmdeploy.serving.openai.protocol import (
     Body,
     ChatRequest,
