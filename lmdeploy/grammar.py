@@ -37,12 +37,14 @@ class Grammar(msgspec.Struct, frozen=True):
     `text`: for json_schema the schema as JSON; regex: the whole answer matches it; ebnf: a grammar whose start rule is `root` (GBNF, `::=`) or
     `start` (Lark, `:`); choice: a JSON list of texts; json_object: ''; structural_tag: JSON of
     {"mode": "auto"|"required", "parallel": bool, "triggers": [str], "tags": [{"begin": str, "schema": {...} | null, "end": str}]}.
-    `after`: the answer is free until this text was generated; the grammar begins behind it.
+    `after`: the answer is free until this text was generated; the grammar begins behind it. With `begin`, only an answer that begins with that text
+    is free (reasoning that need not come); any other one is bound from its first token.
     """
 
     kind: GrammarKind
     text: str = ""
     after: str = ""
+    begin: str = ""
 
 
 def check_grammar(grammar: Any, param: str = "grammar") -> None:
@@ -53,13 +55,16 @@ def check_grammar(grammar: Any, param: str = "grammar") -> None:
         raise _invalid(f"kind={grammar.kind!r:.80} is not one of {', '.join(get_args(GrammarKind))}", param)
     try:
         size = len(grammar.text.encode("utf-8"))
-        grammar.after.encode("utf-8")
+        (grammar.after + grammar.begin).encode("utf-8")
     except UnicodeEncodeError as e:
         raise _invalid(f"it is not valid Unicode: a lone surrogate at position {e.start}", param) from None
     if size > MAX_GRAMMAR_BYTES:
         raise _invalid(f"it has {size} bytes; at most {MAX_GRAMMAR_BYTES} are allowed", param)
-    if len(grammar.after) > MAX_AFTER:
-        raise _invalid(f"'after' has {len(grammar.after)} characters; at most {MAX_AFTER} are allowed", param)
+    for name, text in (("after", grammar.after), ("begin", grammar.begin)):
+        if len(text) > MAX_AFTER:
+            raise _invalid(f"{name!r} has {len(text)} characters; at most {MAX_AFTER} are allowed", param)
+    if grammar.begin and not grammar.after:
+        raise _invalid("'begin' needs 'after'", param)
 
 
 def grammar_of(response_format: dict[str, Any] | None) -> Grammar | None:

@@ -59,7 +59,8 @@ def compile_text(grammar: Grammar, special: SpecialTokens) -> str:
     if not grammar.after:
         return body
     reference, rules = _up_to(special.split(grammar.after), "before")
-    top = f"{HEAD}start: {reference} @body\n{rules}{FREE}"
+    free = f"({_sequence(special.split(grammar.begin))} {reference})?" if grammar.begin else reference
+    top = f"{HEAD}start: {free} @body\n{rules}{FREE}"
     return json.dumps({"grammars": [{"lark_grammar": top}, {"name": "body", "lark_grammar": body}]})
 
 

@@ -124,10 +124,10 @@ class Guarantee:
         self._check, self._notation = check, notation
         self._told: set[str] = set()  # schemas that the log has told of
 
-    async def grammar(self, offer: ToolOffer, *, parallel: bool, after: str) -> Grammar | None:
+    async def grammar(self, offer: ToolOffer, *, parallel: bool) -> Grammar | None:
         """Raises RequestError naming the tool whose schema cannot be promised."""
         schemas = {name: schema_of(function) for name, function in offer.functions.items()}
-        grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel, after=after)
+        grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel)
         begun = time.monotonic()
         problem = await self._problem(grammar)
         if problem is None:
@@ -138,7 +138,7 @@ class Guarantee:
         for name in culprits or list(schemas):
             self._give_up(name, offer, problem)
             schemas[name] = ANY_OBJECT
-        grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel, after=after)
+        grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel)
         return grammar if await self._problem(grammar) is None else None
 
     async def _problem(self, grammar: Grammar) -> str | None:

@@ -12,12 +12,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 
 from lmdeploy.answer import Prepared
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
-from lmdeploy.grammar import Grammar, grammar_of
+from lmdeploy.grammar import grammar_of
 from lmdeploy.messages import Response
 from lmdeploy.serving.openai.errors import raise_if_failed
 from lmdeploy.serving.parsers.events import CallArguments, CallEnd, CallFailed, CallStart, Content, Event, Reasoning
@@ -240,14 +241,14 @@ def _thinking(service: Service, conversation: list[dict[str, Any]], kwargs: dict
 
 async def _guided(service: Service, call: TurnCall, offer: ToolOffer, thinking: str) -> GenerationConfig:
     """The generation config with the grammar that tools and reasoning ask for."""
-    gen, tags = call.gen, service.reasoning_format
-    wanted = gen.grammar or grammar_of(gen.response_format)
+    tags = service.reasoning_format
+    wanted = call.gen.grammar or grammar_of(call.gen.response_format)
     if offer.names and service.guarantee is not None:
         if wanted is not None:
             raise RequestError("response_format and tools exclude each other; send one, or tool_choice 'none'", param="response_format")
-        after = tags.close if tags is not None and thinking == "open" else ""
-        grammar = await service.guarantee.grammar(offer, parallel=call.parallel_tool_calls, after=after)
-        return gen if grammar is None else gen.replace(grammar=grammar)
-    if wanted is not None and tags is not None and thinking != "no" and not wanted.after:
-        return gen.replace(grammar=Grammar(wanted.kind, wanted.text, tags.close), response_format=None)
-    return gen
+        wanted = await service.guarantee.grammar(offer, parallel=call.parallel_tool_calls)
+    if wanted is None:
+        return call.gen
+    if tags is not None and thinking != "no" and not wanted.after and (offer.required or not offer.names):  # optional calls bind themselves
+        wanted = msgspec.structs.replace(wanted, after=tags.close, begin=tags.open if thinking == "may" else "")
+    return call.gen.replace(grammar=wanted, response_format=None)

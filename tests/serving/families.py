@@ -19,18 +19,20 @@ FAMILIES: dict[str, tuple[list[str], list[str], str]] = {
     "llama3": (["<|python_tag|>", "<|eom_id|>"], [], "{% if tools %}Environment: ipython{% endif %}"),
     "mistral": (["[TOOL_CALLS]", "[AVAILABLE_TOOLS]"], [], "{% if tools %}[TOOL_CALLS]{% endif %}"),
     "json": ([], [], "{% if tools %}{{ tools|length }}{% endif %}"),
+    "deepseek": ([], ["<tool_call>", "</tool_call>", "<think>", "</think>"], "{% if tools %}<tool_call>{% endif %}"),
     "qwen3": ([], ["<tool_call>", "</tool_call>", "<think>", "</think>"], "{% if tools %}<tool_call>{% endif %}"),
 }
-THINKING = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+_OFF = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+THINKING = {"deepseek": _OFF + "{% else %}<think>\n{% endif %}", "qwen3": _OFF + "{% endif %}"}
 
 
 def write_family(folder: Path, family: str) -> Path:
-    """A model folder; the answer of `qwen3` begins within the reasoning, as DeepSeek-R1's does."""
+    """A model folder; the answer of `deepseek` begins within the reasoning, that of `qwen3` may begin with it."""
     special, added, told = FAMILIES[family]
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *special]
     write_llama(folder, vocab_size=256 + len(special) + len(added), max_position_embeddings=4096, bos_token_id=256, eos_token_id=257)
     _write_tokenizer(folder, special, added)
-    template = told + CHATML + (THINKING if family == "qwen3" else "")
+    template = told + CHATML + THINKING.get(family, "")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "<|im_end|>"}))
     return folder
 

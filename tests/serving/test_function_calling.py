@@ -80,7 +80,7 @@ class Family:
         return str(self.frontend.tokenizer.token_id(text))
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - {"qwen3"}))
+@pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - {"deepseek", "qwen3"}))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     opened = Family(request.param, tmp_path_factory.mktemp("models") / request.param)
     yield opened
@@ -145,7 +145,7 @@ def test_without_a_call_the_noise_is_content(family: Family) -> None:
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
-    opened = Family("qwen3", tmp_path_factory.mktemp("models") / "thinker")
+    opened = Family("deepseek", tmp_path_factory.mktemp("models") / "thinker")
     yield opened
     opened.close()
 
@@ -183,6 +183,27 @@ def test_a_response_format_and_a_required_call_come_behind_the_reasoning(thinker
     assert not direct.reasoning_content and -9 <= json.loads(direct.content)["n"] <= 99
     called = thinker.ask(tool_choice="required", logit_bias=closing(thinker), parallel_tool_calls=False).choices[0].message
     assert called.reasoning_content and len(check(called.tool_calls, set(EXACT))) == 1
+
+
+def test_reasoning_that_need_not_come_does_not_loosen_the_guarantee(tmp_path: Path) -> None:
+    hybrid = Family("qwen3", tmp_path / "hybrid")
+    try:
+        opening = {hybrid.token("<think>"): 100.0}
+        schema = {"name": "n", "schema": EXACT["add"]}
+        for fields in (
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            {"tools": [], "response_format": {"type": "json_schema", "json_schema": schema}},
+        ):
+            plain = hybrid.ask(**fields).choices[0].message
+            thought = hybrid.ask(**fields, logit_bias={**opening, hybrid.token("</think>"): 100.0}).choices[0].message
+            for message in (plain, thought):
+                if message.tool_calls:
+                    check(message.tool_calls, set(EXACT))
+                else:
+                    jsonschema.validate(json.loads(message.content), EXACT["add"])
+            assert not plain.reasoning_content and thought.reasoning_content
+    finally:
+        hybrid.close()
 
 
 # ---------------------------------------------------------------- the embedded model

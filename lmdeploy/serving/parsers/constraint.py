@@ -18,19 +18,17 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAX_TAGS = 256
 
 
-def tool_grammar(
-    tools: ToolFormat, schemas: dict[str, dict[str, Any]], *, code: bool = False, required: bool = False, parallel: bool = True, after: str = ""
-) -> Grammar:
+def tool_grammar(tools: ToolFormat, schemas: dict[str, dict[str, Any]], *, code: bool = False, required: bool = False, parallel: bool = True) -> Grammar:
     """`schemas`: the tools that may be called, by name, and the schema of their arguments; `code`: a code interpreter too.
 
-    `after`: a required call comes behind this text (the end of the reasoning). InternLM2 and its like make one call an answer, whatever `parallel` says.
+    InternLM2 and its like make one call an answer, whatever `parallel` says.
     """
     several = parallel and not tools.one_call
     forms = _required_forms(tools, schemas, code) if required else list(tools.forms)
     text = _text(tools, forms, schemas, code=code, several=several, required=required)
     if not required and (len(text["tags"]) > MAX_TAGS or len(_json(text).encode()) > MAX_GRAMMAR_BYTES):  # each form repeats every schema
         text = _text(tools, _required_forms(tools, schemas, code), schemas, code=code, several=several, required=False)
-    return Grammar("structural_tag", _json(text), after if required else "")
+    return Grammar("structural_tag", _json(text))
 
 
 def _text(tools: ToolFormat, forms: list[CallForm], schemas: dict[str, dict[str, Any]], *, code: bool, several: bool, required: bool) -> dict[str, Any]:
