@@ -29,6 +29,7 @@ class Task:
     body: dict[str, Any]
     answers: dict[int, tuple[str, str]] = field(default_factory=dict)
     tokens: int = 0  # completion tokens of all answers
+    streams: bool = True  # OpenAI's events; other forms are asked for as whole answers
 
 
 def known_tasks() -> list[Task]:
@@ -53,6 +54,12 @@ def known_tasks() -> list[Task]:
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": shape}}
     tasks += [chat("guided", "Who are you?", response_format=schema), chat("guided regex", "A number?", response_format=_regex("[0-9]{3}-[0-9]{2}"))]
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}}}}
+    hello = {"model": "tiny", "temperature": 0, "messages": [{"role": "user", "content": "Count from 2 to 9."}]}
+    tasks += [
+        Task("responses", "/v1/responses", {"model": "tiny", "input": "Count from 1 to 9.", "temperature": 0, "max_output_tokens": 40}, streams=False),
+        Task("messages", "/v1/messages", {**hello, "max_tokens": 40}, streams=False),
+        Task("generate", GENERATE, {"input_ids": list(range(400, 440)), "max_tokens": 20, "temperature": 0}, streams=False),
+    ]
     return [*tasks, chat("tool", "How is the weather in Rome?", tools=[tool], tool_choice="required")]
 
 
@@ -190,7 +197,7 @@ class Clients:
                 if status != 200:
                     refused.append(f"{task.name} ({reply['error']['message']})")
                     continue
-                task.answers, task.tokens = answers_of(reply), reply["usage"]["completion_tokens"]
+                task.answers, task.tokens = answers_of(reply), reply.get("usage", {}).get("completion_tokens", 0)
                 self.tasks.append(task)
         return refused
 
@@ -219,7 +226,7 @@ class Clients:
         await self._stream(self._random.random() * 3)
 
     async def _stream(self, idle: float = 0.0) -> None:
-        task = self._random.choice(self.tasks)
+        task = self._random.choice([task for task in self.tasks if task.streams])
         usage = self._random.random() < 0.5
         body = {**task.body, "stream": True, **({"stream_options": {"include_usage": True}} if usage else {})}
         async with self.connect() as c:
@@ -241,7 +248,7 @@ class Clients:
             raise Wrong(f"{task.name}: {got} instead of {task.answers}")
 
     async def _leave_midway(self) -> None:
-        task = self._random.choice(self.tasks)
+        task = self._random.choice([task for task in self.tasks if task.streams])
         texts: dict[int, str] = collections.defaultdict(str)
         async with self.connect() as c:
             await c.send(task.path, json.dumps({**task.body, "stream": True}).encode())
@@ -301,7 +308,13 @@ def text_of(choice: dict[str, Any]) -> str:
 
 
 def answers_of(reply: dict[str, Any]) -> dict[int, tuple[str, str]]:
-    """index -> (text, finish reason) of a whole answer."""
+    """index -> (text, finish reason) of a whole answer, of any protocol."""
+    if "output" in reply:  # Responses
+        return {0: ("".join(part["text"] for item in reply["output"] for part in item["content"]), reply["status"])}
+    if "content" in reply:  # Anthropic
+        return {0: ("".join(part["text"] for part in reply["content"]), reply["stop_reason"])}
+    if "meta_info" in reply:
+        return {0: (reply["text"], reply["meta_info"]["finish_reason"]["type"])}
     return {c["index"]: (text_of(c), c["finish_reason"]) for c in reply["choices"]}
 
 

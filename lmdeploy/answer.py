@@ -135,12 +135,12 @@ def as_dict(entry: TokenLogprobs) -> dict[int, float]:
 
 
 def joined(increments: list[Response]) -> list[Response]:
-    """Increments in the order they came, those of each answer as one; ones with tensors stay as they are. May change the first of each answer."""
+    """Increments in the order they came, those of each answer as one; ones with tensors and errors stay alone. May change the first of each answer."""
     out: list[Response] = []
     open_answers: dict[int, Response] = {}
     for part in increments:
         whole = open_answers.get(part.index)
-        if whole is None or part.logits is not None or part.last_hidden_state is not None:
+        if whole is None or part.finish_reason == "error" or part.logits is not None or part.last_hidden_state is not None:
             out.append(part)
             open_answers[part.index] = part
             continue

@@ -179,6 +179,11 @@ def test_increments_that_waited_together_become_one_per_answer() -> None:
     assert (second.text, second.index, second.finish_reason) == ("x", 1, None)
 
 
+def test_the_text_before_an_error_stays_an_increment_of_its_own() -> None:
+    made = [Response("a", 1, 2, token_ids=[1]), Response("", 1, 2, finish_reason="error", error_message="the engine failed")]
+    assert [(p.text, p.finish_reason) for p in joined(made)] == [("a", None), ("", "error")]
+
+
 def test_increments_with_tensors_are_not_joined() -> None:
     made = [Response("a", 1, 2, token_ids=[1], logits=torch.zeros(1, 3)), Response("b", 2, 2, token_ids=[2], logits=torch.ones(1, 3))]
     assert [p.text for p in joined(made)] == ["a", "b"]
