@@ -145,8 +145,8 @@ class Soak:
         for w in self._watched:
             fds, threads = w.process.num_fds(), w.process.num_threads()
             self.report.append(
-                f"{w.name}: {w.rss[0]:.1f} MiB at first, {w.rss[-1]:.1f} at the end, growth after warm-up {w.growth():+.1f} (bound {bound}); "
-                f"files {w.fds} -> {fds}, threads {w.threads} -> {threads}"
+                f"{w.name}: MiB by tenths of the time {' '.join(f'{v:.0f}' for v in w.rss[:: max(len(w.rss) // 10, 1)])}, "
+                f"growth after warm-up {w.growth():+.1f} (bound {bound}); files {w.fds} -> {fds}, threads {w.threads} -> {threads}"
             )
             if w.growth() > bound:
                 self.problems.append(f"{w.name} grew by {w.growth():.1f} MiB")
