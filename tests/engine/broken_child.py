@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[2])
 #: token ids of prompts that do harm
-HANG, CRASH, NO_MEMORY, DEVICE_LOST = 5001, 5002, 5003, 5004
+HANG, CRASH, NO_MEMORY, DEVICE_LOST, DEVICE_ASSERT = 5001, 5002, 5003, 5004, 5005
 
 
 def command() -> list[str]:
@@ -40,6 +40,8 @@ def main() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         if DEVICE_LOST in tokens:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if DEVICE_ASSERT in tokens:  # really: an index beyond a table, found by the device itself
+            torch.zeros(4, device=self.device).index_select(0, torch.tensor([1 << 20], device=self.device)).cpu()
         return run(self, plan)
 
     runner.ModelRunner.run = harm  # type: ignore[method-assign]
