@@ -36,7 +36,7 @@ class Command:
 COMMANDS = (
     Command("chat", "lmdeploy.cli.chat", "talk with a model in the terminal"),
     Command("serve api_server", "lmdeploy.cli.serve", "serve a model over HTTP (OpenAI-style API)"),
-    Command("serve api_client", "lmdeploy.cli.serve", "talk with a model that api_server serves"),
+    Command("serve api_client", "lmdeploy.cli.api_client", "talk with a model that api_server serves"),
     Command("serve gradio", "lmdeploy.cli.ui", "chat with a model, or with a server's, in a browser"),
     Command("plan", "lmdeploy.cli.plan", "what a model takes, what fits and how fast, before anything is loaded"),
     Command("lite auto_awq", "lmdeploy.cli.lite", "write a 4-bit copy of a model (AWQ)"),

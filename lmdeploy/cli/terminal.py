@@ -20,10 +20,25 @@ from lmdeploy.messages import Response
 
 PROMPT = "double enter to end input >>> "
 NEW_CONVERSATION = "type `end` to begin a new conversation"
+REPEAT = "nothing was answered; type `again` to repeat the question"
 
 Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What belongs to an answer and is not said: reasoning, a call of a tool."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Anew:
+    """What came of the answer so far is void; it begins again."""
+
+
 #: messages so far, the user's last -> increments of the answer; closing the generator stops it
-Ask = Callable[[list[Message]], Generator[Response, None, None]]
+Ask = Callable[[list[Message]], Generator[Response | Aside | Anew, None, None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,13 @@ class Screen:
 
     def note(self, text: str = "", *, dim: bool = False) -> None:
         """A line that is not part of an answer."""
-        self.notes.write(f"\x1b[2m{text}\x1b[0m\n" if dim and self.styled else f"{text}\n")
+        self.aside(text, dim=dim)
+        self.notes.write("\n")
+        self.notes.flush()
+
+    def aside(self, text: str, *, dim: bool = True) -> None:
+        """A piece of text that is not part of an answer, at once."""
+        self.notes.write(f"\x1b[2m{text}\x1b[0m" if dim and self.styled else text)
         self.notes.flush()
 
 
@@ -177,6 +198,7 @@ class Conversation:
     def __init__(self, ask: Ask, reader: Reader, screen: Screen, *, session_len: int | None = None) -> None:
         self._ask, self._reader, self._screen = ask, reader, screen
         self._session_len = session_len
+        self._unanswered: str | None = None
         self.history: list[Message] = []
 
     def run(self) -> None:
@@ -191,8 +213,11 @@ class Conversation:
                 return
             if text.strip() == "end":
                 self.history.clear()
+                self._unanswered = None
                 self._screen.note("new conversation", dim=True)
             elif text.strip():
+                if text.strip() == "again" and self._unanswered is not None:
+                    text = self._unanswered
                 try:
                     self._turn(text)
                 except KeyboardInterrupt:  # between two increments; _answer handles the others
@@ -203,6 +228,7 @@ class Conversation:
     def _turn(self, text: str) -> None:
         """One question and its answer; a stopped answer stays in the history as far as it came, a failed one leaves no trace."""
         messages = [*self.history, {"role": "user", "content": text}]
+        self._unanswered = text
         self._screen.note()
         try:
             answer = self._answer(messages)
@@ -212,24 +238,39 @@ class Conversation:
             self._complain(e)
             return
         if answer:
-            self.history = [*messages, {"role": "assistant", "content": answer}]
+            self.history, self._unanswered = [*messages, {"role": "assistant", "content": answer}], None
+        elif self._reader.interactive:
+            self._screen.note(REPEAT, dim=True)
 
     def _complain(self, error: LmdeployError) -> None:
         self._screen.note(f"error: {error}")
         if getattr(error, "code", None) == "context_length_exceeded" and self.history:
             self._screen.note(NEW_CONVERSATION)
+        else:
+            self._screen.note("type `again` to repeat the question", dim=True)
 
     def _answer(self, messages: list[Message]) -> str:
         """Stream one answer to the screen; returns its text."""
-        timing, pieces = _Timing(), []
+        timing, pieces = _Timing(), list[str]()
         response: Response | None = None
-        stopped = False
+        aside = stopped = False
         with contextlib.closing(self._ask(messages)) as increments:
             try:
-                for response in increments:
-                    timing.note(response)
-                    pieces.append(response.text)
-                    self._screen.answer(response.text)
+                for item in increments:
+                    if isinstance(item, Anew):
+                        timing, response = _Timing(), None
+                        pieces.clear()
+                    elif isinstance(item, Aside):
+                        self._screen.aside(item.text)
+                        aside = True
+                    else:
+                        response = item
+                        timing.note(response)
+                        pieces.append(response.text)
+                        if aside and response.text:
+                            self._screen.note("\n")
+                            aside = False
+                        self._screen.answer(response.text)
             except KeyboardInterrupt:
                 if not self._reader.interactive:
                     raise
