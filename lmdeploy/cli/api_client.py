@@ -7,6 +7,7 @@ script the first such error is one line and the end. The history is kept on this
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Generator, Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lmdeploy.serving.client import APIClient
 
 #: seconds between two tries; the last goes on
-BACK_OFF = (1.0, 2.0, 4.0, 8.0, 10.0)
+BACK_OFF = (1.0, 2.0, 3.0, 5.0)
 KEY_HINT = "give it with --api-key or in LMDEPLOY_API_KEY"
 
 
@@ -161,7 +162,7 @@ class RemoteModel:
             return
         try:
             while (left := end - time.monotonic()) > 0:
-                self._screen.aside("\r" + text.format(int(left) + 1))
+                self._screen.aside("\r" + text.format(math.ceil(left)))
                 time.sleep(min(left, 1.0))
         finally:
             self._screen.aside("\r\x1b[K", dim=False)

@@ -69,7 +69,7 @@ class RealServer:
     def running(self) -> int:
         """Requests that the server computes now."""
         text = httpx.get(f"{self.url}/metrics", headers={"Authorization": "Bearer sesame"}, timeout=10, trust_env=False).text
-        found = re.search(r"^lmdeploy\w*running\w*(?:\{[^}]*\})? (\d+)", text, re.MULTILINE)
+        found = re.search(r"^lmdeploy:num_requests_running(?:\{[^}]*\})? (\d+)", text, re.MULTILINE)
         assert found, text[:2000]
         return int(found[1])
 
@@ -133,6 +133,7 @@ def test_an_answer_that_breaks_off_begins_anew_and_one_that_is_stopped_is_freed(
     child.expect_exact("talking with tiny")
     child.expect_exact(PROMPT)
     child.send("Tell me a story about a dog.\r\r")
+    child.expect_exact("dog.")  # the echo
     child.expect(r"[a-z]+ [a-z]+ [a-z]+ [a-z]+")
     real.kill()
     child.expect("no answer from|in the middle of the answer")
