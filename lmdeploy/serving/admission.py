@@ -1,6 +1,7 @@
 """`Admission`: who is worked on next. A bounded number of requests runs, a bounded number waits, and keys take turns.
 
-Keys are served round robin, so one that sends a thousand requests delays another key's next one by one place, not by a thousand.
+Keys are served round robin, so one that sends a thousand requests delays another key's next one by one place, not by a thousand; and
+in a full queue a key gives up places to keys that have fewer.
 Everything happens on the event loop's thread. `Retry-After` comes from the measured rate at which requests end.
 """
 
@@ -46,14 +47,28 @@ class Admission:
             self.running += 1
             self._in_flight[key] += 1
             return
-        if self.waiting >= self._max_queue:
-            raise HttpError(503, f"{self.waiting} requests are waiting, as many as max_queue allows; try again later", code="overloaded")
+        if self.waiting >= self._max_queue and not self._make_room(key):
+            raise self._overloaded()
         self._in_flight[key] += 1
         try:
             await self._wait(key, deadline, connection)
         except BaseException:
             self._forget(key)
             raise
+
+    def _overloaded(self) -> HttpError:
+        return HttpError(503, f"{self.waiting} requests are waiting, as many as max_queue allows; try again later", code="overloaded")
+
+    def _make_room(self, key: str) -> bool:
+        """In a full queue, send away the last request of the key that has most there, if that is more than `key` would have."""
+        longest = max(self._queues, key=lambda k: len(self._queues[k]), default=key)
+        own = self._queues.get(key, ())
+        if not self._queues or len(self._queues[longest]) <= len(own) + 1:
+            return False
+        turn = self._queues[longest][-1]
+        self._drop(longest, turn)
+        _end(turn, self._overloaded())
+        return True
 
     async def _wait(self, key: str, deadline: float, connection: Connection | None) -> None:
         loop = asyncio.get_running_loop()

@@ -52,6 +52,7 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
         allow_methods=config.allow_methods,
         allow_headers=config.allow_headers,
         allow_credentials=config.allow_credentials,
+        expose_headers=["X-Request-Id", "X-Lmdeploy-Id", "Retry-After"],
     )
     return app
 

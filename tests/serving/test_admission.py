@@ -77,6 +77,27 @@ def test_one_more_than_the_queue_holds_is_503_and_one_more_than_the_keys_share_4
     run(test)
 
 
+def test_a_key_that_fills_the_queue_gives_up_places_to_others() -> None:
+    async def test() -> None:
+        places = admission(limit=1, queue=4)
+        await places.enter("noisy", far())
+        noisy = [asyncio.create_task(places.enter("noisy", far())) for _ in range(4)]
+        await settled()
+        others = [asyncio.create_task(places.enter(key, far())) for key in ("a", "b", "a")]
+        await settled()
+        refused = [task for task in noisy if task.done()]
+        assert refused == noisy[2:], "its last ones"
+        assert all(getattr(task.exception(), "code", None) == "overloaded" for task in refused)
+        assert others[2].done(), "a third key's second request is no better than the noisy one's second"
+        assert places.waiting == 4
+        for key in ("noisy", "noisy", "a", "b", "noisy"):  # who runs, and then in turn
+            places.leave(key)
+            await settled()
+        assert (places.running, places.waiting) == (0, 0)
+
+    run(test)
+
+
 def test_who_waits_too_long_is_sent_away_and_takes_no_place() -> None:
     async def test() -> None:
         places = admission(seconds=0.05)
