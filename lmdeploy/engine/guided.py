@@ -24,6 +24,8 @@ Ints = NDArray[np.int64]
 
 #: rows of which the expanded mask is in memory at a time
 ROWS_AT_ONCE = 32
+#: tokens of fewer rows are taken in one by one, some microseconds each: waking other threads would cost more
+PARALLEL_ROWS = 32
 
 
 @dataclass(slots=True)
@@ -121,9 +123,13 @@ class GuidedSlots:
             for place, (slot, token) in enumerate(zip(mask.slots, tokens, strict=True))
             if token >= 0 and not complete[place] and token not in self._stops[slot]
         ]
-        if todo:
-            for (place, slot, _), good in zip(todo, self._executor.consume_token_par([(self._matchers[s], t) for _, s, t in todo]), strict=True):
-                complete[place] = good and self._matchers[slot].is_stopped()
+        pairs = [(self._matchers[slot], token) for _, slot, token in todo]
+        if len(pairs) < PARALLEL_ROWS:
+            good = [matcher.consume_token(token) for matcher, token in pairs]
+        else:
+            good = self._executor.consume_token_par(pairs)
+        for (place, _, _), (matcher, _), consumed in zip(todo, pairs, good, strict=True):
+            complete[place] = consumed and matcher.is_stopped()
         return complete
 
     def close(self) -> None:

@@ -235,9 +235,9 @@ class Sampler:
         count = min(int(top_k.max()) + FIRST_CANDIDATES // 4, x.shape[1])
         while True:
             top, ids = x.topk(count, dim=-1)
-            # all tokens that tie with the k-th must be candidates, or the choice among them would depend on `count`
+            # all tokens that tie with the k-th must be candidates, or the choice among them would depend on `count`; forbidden ones are never chosen
             edge = top.gather(1, (top_k - 1)[:, None])
-            if count == x.shape[1] or bool((top[:, -1:] < edge).all()):
+            if count == x.shape[1] or bool(((top[:, -1:] < edge) | (edge == NEGATIVE_INFINITY)).all()):
                 break
             count = min(count * 4, x.shape[1])
         top, ids = _canonical(top, ids)

@@ -104,6 +104,17 @@ def test_ties_at_the_top_k_border_are_broken_by_the_smaller_id() -> None:
     assert found.nonzero().flatten().tolist() == [0, 1, 2]
 
 
+def test_forbidden_tokens_do_not_make_top_k_look_at_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.full((5000,), float("-inf"))
+    logits[[7, 4000, 4999]] = torch.tensor([1.0, 2.0, 1.5])
+    widths: list[int] = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, count, dim=-1: widths.append(count) or topk(x, count, dim=dim))
+    shares = frequencies({"temperature": 1.0, "top_k": 50}, logits, 2000)
+    expected = torch.softmax(logits, dim=-1)
+    assert torch.allclose(shares, expected, atol=0.04) and max(widths) < 200
+
+
 def test_top_p_zero_and_top_k_one_and_temperature_zero_are_greedy() -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     rows = [{"temperature": 1.0, "top_p": 0.0}, {"temperature": 1.0, "top_k": 1}, {"temperature": 0.0}]

@@ -1,0 +1,274 @@
+"""Guided decoding: the grammar library in use beside xgrammar, and what guided requests cost the engine: `python -m benchmark.guided`.
+
+Both libraries get the same vocabularies (bytes of each id), schemas and texts. `--tokenizers` is a folder of model folders with large vocabularies;
+without it only the embedded model's 5,120 tokens are measured. xgrammar is left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmark import common
+from lmdeploy.checkpoint.hub import resolve_model
+from lmdeploy.config import GenerationConfig, TurbomindEngineConfig
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.errors import RequestError
+from lmdeploy.grammar import Grammar
+from lmdeploy.pipeline import Pipeline, pipeline
+from lmdeploy.text.tokenizer import Tokenizer
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+LARGE = {
+    "type": "object",
+    "properties": {f"field_{i}": {"anyOf": [PERSON, {"type": "array", "items": {"enum": [f"v{j}" for j in range(20)]}}]} for i in range(100)},
+    "required": [f"field_{i}" for i in range(100)],
+    "additionalProperties": False,
+}
+SCHEMAS = {
+    "small: 2 properties": PERSON,
+    "large: 100 properties, 27 kB": LARGE,
+    "200 optional properties": {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(200)}},
+    "maxLength 20,000": {"type": "string", "maxLength": 20_000},
+    "pattern ((a{0,50}){0,50}){0,50}": {"type": "string", "pattern": "^((a{0,50}){0,50}){0,50}$"},
+    "allOf of itself": {"allOf": [{"$ref": "#"}]},
+    "multipleOf 99,991": {"type": "integer", "multipleOf": 99_991},
+}
+TEXT = '{"name": "Ada Lovelace, née", "age": 36}'
+#: keyword -> (schema, a text that breaks it)
+KEYWORDS: dict[str, tuple[Any, str]] = {
+    "required": ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, "{}"),
+    "additionalProperties": ({"type": "object", "additionalProperties": False}, '{"b": 1}'),
+    "patternProperties": ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": False}, '{"x1": "a"}'),
+    "propertyNames": ({"type": "object", "propertyNames": {"pattern": "^x"}}, '{"y": 1}'),
+    "minProperties": ({"type": "object", "minProperties": 1}, "{}"),
+    "maxProperties": ({"type": "object", "maxProperties": 1}, '{"a": 1, "b": 1}'),
+    "dependentRequired": ({"type": "object", "dependentRequired": {"a": ["b"]}}, '{"a": 1}'),
+    "minItems": ({"type": "array", "minItems": 1}, "[]"),
+    "maxItems": ({"type": "array", "maxItems": 1}, "[1, 2]"),
+    "uniqueItems": ({"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True}, "[1, 1]"),
+    "contains": ({"type": "array", "contains": {"type": "integer"}}, '["a"]'),
+    "minLength": ({"type": "string", "minLength": 2}, '"a"'),
+    "pattern": ({"type": "string", "pattern": "^a+$"}, '"b"'),
+    "format": ({"type": "string", "format": "date"}, '"x"'),
+    "minimum": ({"type": "integer", "minimum": 3}, "2"),
+    "number minimum": ({"type": "number", "minimum": 3}, "2.5"),
+    "multipleOf": ({"type": "integer", "multipleOf": 3}, "4"),
+    "const": ({"const": 5}, "6"),
+    "allOf": ({"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 5}]}, "7"),
+    "oneOf": ({"oneOf": [{"type": "integer", "minimum": 3}, {"type": "integer", "maximum": 5}]}, "4"),
+    "not": ({"type": "integer", "not": {"const": 4}}, "4"),
+    "if": ({"type": "integer", "if": {"minimum": 3}, "then": {"maximum": 5}}, "7"),
+    "$ref": ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}}, '"a"'),
+    "remote $ref": ({"$ref": "https://example.com/schema.json"}, "1"),
+}
+
+
+class Matcher:
+    """What both libraries' matchers can do."""
+
+    def __init__(self, fill: Callable[[], Any], accept: Callable[[int], bool], ended: Callable[[], bool]) -> None:
+        self.fill, self.accept, self.ended = fill, accept, ended
+
+
+@dataclass
+class Library:
+    """One library over one vocabulary."""
+
+    name: str
+    seconds: float  # to take in the vocabulary
+    compile: Callable[[Any], Callable[[], Matcher]]  # raises for what it refuses
+
+
+def llguidance_on(tokenizer: Tokenizer) -> Library:
+    start = time.perf_counter()
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
+
+    def compile_schema(schema: Any) -> Callable[[], Matcher]:
+        grammar = Grammar("json_schema", json.dumps(schema))
+        first = compiler._compile(grammar)  # not the kept one
+
+        def make() -> Matcher:
+            matcher = first.deep_copy()
+            return Matcher(matcher.compute_bitmask, matcher.consume_token, matcher.is_accepting)
+
+        return make
+
+    return Library("llguidance", time.perf_counter() - start, compile_schema)
+
+
+def xgrammar_on(tokenizer: Tokenizer) -> Library | None:
+    try:
+        import xgrammar
+    except ImportError:
+        return None
+    vocabulary = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    start = time.perf_counter()
+    info = xgrammar.TokenizerInfo(vocabulary, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[tokenizer.eos_token_id])
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+    def compile_schema(schema: Any) -> Callable[[], Matcher]:
+        compiled = compiler.compile_json_schema(json.dumps(schema))
+        mask = xgrammar.allocate_token_bitmask(1, tokenizer.vocab_size)
+
+        def make() -> Matcher:
+            matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
+            return Matcher(lambda: matcher.fill_next_token_bitmask(mask), matcher.accept_token, matcher.is_terminated)
+
+        return make
+
+    return Library("xgrammar", time.perf_counter() - start, compile_schema)
+
+
+# ---------------------------------------------------------------------- measurements
+
+
+def imports() -> None:
+    for name in ("llguidance", "xgrammar"):
+        code = (
+            "import time, psutil, torch, numpy\nrss = lambda: psutil.Process().memory_info().rss\n"
+            f"s, m = time.perf_counter(), rss()\nimport {name}\nprint(f'{{(time.perf_counter() - s) * 1e3:.0f}} ms, {{(rss() - m) / 1e6:.0f}} MB')"
+        )
+        runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False) for _ in range(3)]
+        print(f"import {name} behind torch: {sorted(r.stdout.strip() for r in runs)[1] or 'not installed'}")
+
+
+def schemas(library: Library, limit: float) -> None:
+    for name, schema in SCHEMAS.items():
+        start = time.perf_counter()
+        try:
+            make = library.compile(schema)
+            seconds = time.perf_counter() - start
+            first = time.perf_counter()
+            make().fill()
+            print(f"  {name}: compile {seconds * 1e3:.1f} ms, first mask {(time.perf_counter() - first) * 1e3:.2f} ms")
+        except (RequestError, RuntimeError, ValueError) as e:
+            print(f"  {name}: refused after {(time.perf_counter() - start) * 1e3:.1f} ms: {' '.join(str(e).split())[:100]}")
+        if time.perf_counter() - start > limit:
+            print("  (the rest is left out)")
+            return
+
+
+def masks(library: Library, tokenizer: Tokenizer) -> None:
+    ids = longest_pieces(tokenizer, TEXT)
+    make = library.compile(PERSON)
+    cold, warm = [], []
+    for times in (cold, warm, warm):
+        matcher = make()
+        for token in ids:
+            start = time.perf_counter()
+            matcher.fill()
+            times.append(time.perf_counter() - start)
+            if not matcher.accept(token):
+                break
+    print(
+        f"  masks of {len(cold)} tokens of {TEXT}: median {statistics.median(warm) * 1e6:.0f} us, most {max(warm) * 1e6:.0f} us; first run most {max(cold) * 1e6:.0f} us"
+    )
+
+
+def keywords(library: Library, tokenizer: Tokenizer) -> None:
+    found: dict[str, list[str]] = {"kept": [], "refused": [], "passed over": []}
+    for name, (schema, text) in KEYWORDS.items():
+        try:
+            matcher = library.compile(schema)()
+        except (RequestError, RuntimeError, ValueError):
+            found["refused"].append(name)
+            continue
+        fits = all(matcher.accept(i) for i in longest_pieces(tokenizer, text, 1)) and matcher.ended()
+        found["passed over" if fits else "kept"].append(name)
+    for kind, names in found.items():
+        print(f"  {kind} ({len(names)}): {', '.join(names)}")
+
+
+def longest_pieces(tokenizer: Tokenizer, text: str, most: int = 16) -> list[int]:
+    """The text in the longest tokens that fit, from left to right."""
+    places = {tokenizer.token_bytes(i): i for i in reversed(range(tokenizer.vocab_size)) if i not in tokenizer.special_ids}
+    rest, ids = text.encode(), []
+    while rest:
+        piece = next(rest[:n] for n in range(most, 0, -1) if rest[:n] in places)
+        ids.append(places[piece])
+        rest = rest[len(piece) :]
+    return ids
+
+
+def engine(pipe: Pipeline, batch: int, repeats: int) -> None:
+    prompts = [[{"role": "user", "content": f"Tell me a story about {i} animals."}] for i in range(batch)]
+    forms = {
+        "plain": None,
+        "regex that allows any text": {"type": "regex_schema", "regex_schema": r"(.|\n)*"},
+        "JSON string, at most 2,000 characters": {
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": {"type": "string", "minLength": 1500, "maxLength": 2000}},
+        },
+        "JSON array of records": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array", "items": PERSON, "minItems": 50}}},
+    }
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
+    for _ in range(repeats + 1):
+        for name, form in forms.items():
+            gen = GenerationConfig(max_new_tokens=100, ignore_eos=True, temperature=0.8, random_seed=1, response_format=form)
+            steps, start, cpu = pipe.frontend.stats().steps, time.perf_counter(), time.process_time()
+            answers = pipe(prompts, gen_config=gen)
+            wall, cpu, steps = time.perf_counter() - start, time.process_time() - cpu, pipe.frontend.stats().steps - steps
+            rates[name].append((sum(a.generate_token_len for a in answers) / wall, cpu / steps * 1e3))
+    for name, values in rates.items():
+        rate, cpu = (statistics.median(column) for column in zip(*values[1:], strict=True))
+        print(f"  batch {batch}, {name}: {rate:.0f} tok/s, {cpu:.2f} ms of processor time a step")
+
+
+def apply_masks() -> None:
+    from concurrent.futures import Future
+
+    from lmdeploy.engine.guided import StepMask, forbid
+
+    for rows, size in ((1, 5120), (32, 5120), (1, 92544), (32, 92544)):
+        words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-size // 32)), dtype=torch.int32)
+        logits = torch.zeros(rows, size)
+        mask = StepMask(np.arange(rows), [0] * rows, words, Future(), np.zeros(rows, dtype=bool))
+        seconds = common.timed(lambda logits=logits, mask=mask: forbid(logits, mask), 21)  # type: ignore[misc]
+        best = common.timed(lambda logits=logits: logits.max(dim=-1), 21)  # type: ignore[misc]
+        print(f"  {rows} x {size}: {seconds * 1e3:.3f} ms (the greedy choice alone: {best * 1e3:.3f} ms)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizers", type=Path, help="folder of model folders")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds for a schema after which a library's other schemas are left out")
+    options = parser.parse_args()
+    embedded = resolve_model(None, None, None)
+    print(f"{common.machine()}; busy cores {common.busy_cores():.1f}")
+    imports()
+    for folder in [embedded, *(sorted(options.tokenizers.iterdir()) if options.tokenizers else [])]:
+        tokenizer = Tokenizer(folder)
+        for library in filter(None, (llguidance_on(tokenizer), xgrammar_on(tokenizer))):
+            print(f"{folder.name}, {tokenizer.vocab_size} tokens, {library.name}: vocabulary {library.seconds * 1e3:.0f} ms")
+            schemas(library, options.limit)
+            masks(library, tokenizer)
+            if folder == embedded:
+                keywords(library, tokenizer)
+    print("masks applied to logits on this CPU:")
+    apply_masks()
+    print("the engine, embedded model:")
+    with pipeline(None, backend_config=TurbomindEngineConfig(max_batch_size=32, cpu_threads=1)) as pipe:
+        for batch in (1, 16):
+            engine(pipe, batch, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Grammars on a CUDA device: the same masks and the same answers as on the CPU."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.guided import StepMask, forbid
+from lmdeploy.engine.start import build_engine
+from lmdeploy.grammar import Grammar
+from lmdeploy.messages import EngineRequest, SamplingParams
+from lmdeploy.text.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+PERSON = Grammar("json_schema", json.dumps(SCHEMA))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("vocabulary", [33, 5120, 128256])
+def test_a_mask_forbids_the_same_tokens_on_the_device(rows: int, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-vocabulary // 32)), generator=generator, dtype=torch.int32)
+    done: Future[None] = Future()
+    done.set_result(None)
+    for places in (np.arange(rows), np.arange(1, rows + 1)):
+        logits = torch.randn(int(places[-1]) + 1, vocabulary, generator=generator)
+        device = logits.cuda()
+        for target, source in ((logits, words), (device, words.pin_memory())):
+            forbid(target, StepMask(places, [0] * rows, source, done, np.zeros(rows, dtype=bool)))
+        assert torch.equal(device.cpu(), logits)
+
+
+def answers(engine: Engine, params: list[SamplingParams]) -> list[list[int]]:
+    for i, sampling in enumerate(params):
+        engine.add(EngineRequest(request_id=i, token_ids=[1, 5119, *range(300, 320 + i)], sampling=sampling))
+    found: list[list[int]] = [[] for _ in params]
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None, output.error
+            found[output.request_id] += output.token_ids
+    return found
+
+
+def test_guided_answers_are_those_of_the_cpu_and_fit(model_folder: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    greedy = SamplingParams(max_new_tokens=150, grammar=PERSON, stop_token_ids=(2, 5118))
+    plain = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    found = {}
+    for device in ("cpu", "cuda"):
+        engine = build_engine(model_folder, PytorchEngineConfig(device_type=device, dtype="float32", max_batch_size=8, cache_max_entry_count=64))
+        found[device] = answers(engine, [greedy, plain, greedy])
+        engine.close()
+    assert found["cuda"] == found["cpu"]
+    tokenizer = Tokenizer(model_folder)
+    for ids in (found["cuda"][0], found["cuda"][2]):
+        jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMA)
+
+
+def test_sampled_answers_in_a_full_batch_fit(model_folder: Path) -> None:
+    engine = build_engine(model_folder, TurbomindEngineConfig(device_type="cuda", max_batch_size=64, cache_max_entry_count=512))
+    params = [SamplingParams(max_new_tokens=200, temperature=1.0, top_p=0.9, seed=s, grammar=PERSON, stop_token_ids=(2, 5118)) for s in range(64)]
+    tokenizer = Tokenizer(model_folder)
+    for ids in answers(engine, params):
+        jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMA)
+    engine.close()
