@@ -7,7 +7,7 @@ Invariant: tables, scratch and KV stay where they are from start-up on, as CUDA 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ class SlotTables:
         self.blocks = torch.empty((num_slots, self.max_blocks), dtype=torch.int32, device=device).zero_()
         self.num_blocks = [0] * num_slots
         self.rope_lengths = np.zeros(num_slots, dtype=np.int64)
+        self.rope_lengths_device = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -46,17 +47,22 @@ class SlotTables:
         self.tokens[new.slot, :count] = torch.tensor(new.token_ids, dtype=torch.int32)
         self.num_blocks[new.slot] = 0
         self.rope_lengths[new.slot] = new.rope_length or count
+        self.rope_lengths_device[new.slot] = int(self.rope_lengths[new.slot])
 
-    def append_blocks(self, slot: int, blocks: list[int]) -> None:
-        """Append to the slot's block table."""
-        start = self.num_blocks[slot]
-        end = start + len(blocks)
-        assert end <= self.max_blocks, f"slot {slot}: {end} blocks, the table has {self.max_blocks}"
-        if end - start == 1:
-            self.blocks[slot, start] = blocks[0]
-        else:
-            self.blocks[slot, start:end] = torch.tensor(blocks, dtype=torch.int32)
-        self.num_blocks[slot] = end
+    def append_blocks(self, new: Iterable[tuple[int, list[int]]]) -> None:
+        """Append (slot, blocks) to the slots' block tables, in one copy to the device."""
+        places: list[int] = []
+        numbers: list[int] = []
+        for slot, blocks in new:
+            if blocks:
+                start = self.num_blocks[slot]
+                end = self.num_blocks[slot] = start + len(blocks)
+                assert end <= self.max_blocks, f"slot {slot}: {end} blocks, the table has {self.max_blocks}"
+                places += range(slot * self.max_blocks + start, slot * self.max_blocks + end)
+                numbers += blocks
+        if numbers:
+            both = torch.tensor([places, numbers], dtype=torch.int64).to(self.device)
+            self.blocks.view(-1).index_copy_(0, both[0], both[1].int())
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import BatchBuilder, SlotTables
 from lmdeploy.engine.key_centers import KeySample, key_centers
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
+from lmdeploy.engine.model import Model
 from lmdeploy.engine.plan import NewSequence, PlanItem
-from lmdeploy.engine.runner import Model
 from lmdeploy.engine.scores import rows_per_chunk
 from lmdeploy.engine.sizing import FORMATS
 from lmdeploy.errors import ConfigError, LmdeployError
@@ -67,7 +67,7 @@ class Probe:
         cache = KVCache(spec, blocks, BLOCK_SIZE, self.dtype, self.device, layout)
         tables = SlotTables(1, count, BLOCK_SIZE, self.device)
         tables.set(NewSequence(0, self.token_ids, count, SamplingParams(max_new_tokens=0), 0))
-        tables.append_blocks(0, list(range(blocks)))
+        tables.append_blocks([(0, list(range(blocks)))])
         builder = BatchBuilder(tables, cache.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
         hidden, cos, sin = [], [], []
         for start in range(0, count, self.chunk):

@@ -7,49 +7,64 @@ its sequences can be set up and computed again. What concerns one slot only (ids
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch
+from lmdeploy.engine.batch import BatchBuilder, Ints, SlotTables, StepBatch
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.graphs import STAGES, DecodeGraphs
 from lmdeploy.engine.guided import GuidedSlots, StepMask
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
+from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
 from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, size_pool
-from lmdeploy.inputs import ForwardInputs, Scratch
+from lmdeploy.inputs import Scratch
 from lmdeploy.kernels.row_buckets import buckets
 from lmdeploy.log import get_logger
 from lmdeploy.messages import SamplingParams, TokenLogprobs
 from lmdeploy.models.vision import VisionEncoder
-from lmdeploy.spec import ModelSpec
 
 logger = get_logger(__name__)
 Tensor = torch.Tensor
+Finish = Callable[[], None]
 
+#: bytes kept for the graphs of smaller steps
+GRAPH_ROOM = 256 << 20
 NO_TOKEN = "no token can be chosen: the logits are not numbers, or every token is forbidden"  # noqa: S105
 DEAD_END = "no token satisfies the grammar and the request's other limits (logit_bias, bad_words) at once, or the logits are not numbers"
 
 
-class Model(Protocol):
-    """What a runner asks of a model; `models.decoder.Decoder` is one."""
+class Arrivals:
+    """Chosen tokens on their way to the host: a few pinned buffers in turn, so that nothing waits before it must."""
 
-    spec: ModelSpec
-    weight_bytes: int
+    def __init__(self, most_rows: int, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
+        self._next = 0
 
-    def forward(self, inputs: ForwardInputs) -> Tensor:
-        """Hidden rows [R, M] of `inputs.logit_rows`; writes the KV of all new tokens."""
-        ...
+    def begin(self, tokens: Tensor) -> Callable[[], list[int]]:
+        """Start to copy int64 [S]; the returned function waits and gives them."""
+        if not self._cuda:
+            return tokens.tolist
+        buffer = self._buffers[self._next][: tokens.shape[0]]
+        self._next = (self._next + 1) % STAGES
+        buffer.copy_(tokens, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [R, V]; the caller may overwrite it."""
-        ...
+        def wait() -> list[int]:
+            arrived.synchronize()
+            numbers: list[int] = buffer.tolist()
+            return numbers
+
+        return wait
 
 
 class ModelRunner:
@@ -74,26 +89,35 @@ class ModelRunner:
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.pictures = PictureSlots(vision)
         self.kv_layout = kv_layout
+        self.graphs: DecodeGraphs | None = None
+        self.arrivals = Arrivals(self.max_batch_size, device)
+        self.graphed = device.type == "cuda" and not config.eager_mode
+        spare, reserved = int(self.graphed), 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         self.guided = GuidedSlots(grammars, config.max_batch_size, device) if grammars is not None else None
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
-            self._make_tables(min(pool.session_len, self.max_tokens + 1))  # the largest step needs no longer sequence
+            self._make_tables(min(pool.session_len, self.max_tokens + 1), spare)  # the largest step needs no longer sequence
             start = time.perf_counter()
             self._run_largest_step()
             if vision is not None:
                 vision.warm_up()
             self.step_seconds = time.perf_counter() - start
+            if self.graphed:
+                reserved = self._graph_bytes()
             if pads_rows:
                 self._run_buckets()
             self.kv.free()
             trim()
             token_bytes = bytes_per_token(model.spec, dtype, kv_layout.format)
-            size = size_pool(pool, token_bytes, free_bytes(device))
+            size = size_pool(pool, token_bytes, free_bytes(device) - reserved)
             self.session_len, self.note = size.session_len, size.note
-            self.kv = KVCache(model.spec, size.num_blocks, pool.block_size, dtype, device, kv_layout)
-            self._make_tables(min(size.session_len, size.num_blocks * pool.block_size))  # no sequence outgrows the pool
+            self.kv = KVCache(model.spec, size.num_blocks + spare, pool.block_size, dtype, device, kv_layout)
+            self._make_tables(min(size.session_len, size.num_blocks * pool.block_size), spare)  # no sequence outgrows the pool
             self.sampler.reserve(self.max_batch_size)
+            if self.graphed:
+                self.tables.blocks[-1] = size.num_blocks  # where rows that only fill up a graph write
+        self.renew_graphs()
         trim()
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
         shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_layout.format.name)
@@ -101,9 +125,9 @@ class ModelRunner:
             device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note
         )
 
-    def _make_tables(self, session_len: int) -> None:
+    def _make_tables(self, session_len: int, spare: int) -> None:
         spec = self.model.spec
-        self.tables = SlotTables(self.max_batch_size, session_len, self.kv.block_size, self.device)
+        self.tables = SlotTables(self.max_batch_size + spare, session_len, self.kv.block_size, self.device)
         self.sampling = SamplingTable(self.max_batch_size, spec.vocab_size, self.device)
         self.sampler = Sampler(self.sampling, self.tables.tokens)
         self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
@@ -115,6 +139,10 @@ class ModelRunner:
         self.kv.free()
         self.batches.kv = []
         trim()
+
+    def renew_graphs(self) -> None:
+        """Forget all captured steps: weights or cache are, or may be, elsewhere. New ones are captured when they are needed."""
+        self.graphs = self._make_graphs() if self.graphed and self.batches.kv else None
 
     def set_layout(self, layout: KVLayout) -> None:
         """Other key centres, in an empty pool."""
@@ -131,14 +159,18 @@ class ModelRunner:
         """Drop weights, pool and buffers."""
         if self.guided is not None:
             self.guided.close()
-        del self.model, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
+        del self.model, self.graphs, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
         trim()
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan; results in the order of its items."""
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin to compute a plan; the returned function waits for its results, which come in the order of the items. Call it once, before the one after next."""
         start = time.perf_counter()
         for slot in plan.released:
             self._wants[slot] = None
@@ -150,12 +182,18 @@ class ModelRunner:
             self._set_up(new)
         results = [SlotResult(item.slot, error=self._broken.get(item.slot)) for item in plan.items]
         places = [i for i, result in enumerate(results) if result.error is None]
-        for i in places:
-            self.tables.append_blocks(plan.items[i].slot, plan.items[i].new_blocks)
+        finish: Finish | None = None
         if places:
             items = plan.items if len(places) == len(results) else [plan.items[i] for i in places]
-            self._compute(items, [results[i] for i in places])
-        return StepResult(plan.step, results, time.perf_counter() - start)
+            self.tables.append_blocks((item.slot, item.new_blocks) for item in items)
+            finish = self._compute(items, [results[i] for i in places])
+
+        def result() -> StepResult:
+            if finish is not None:
+                finish()
+            return StepResult(plan.step, results, time.perf_counter() - start)
+
+        return result
 
     def _set_up(self, new: NewSequence) -> None:
         slot, params, vocab = new.slot, new.sampling, self.model.spec.vocab_size
@@ -175,9 +213,11 @@ class ModelRunner:
         more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state or params.embed
         self._wants[slot] = params if more else None
 
-    def _compute(self, items: list[PlanItem], results: list[SlotResult]) -> None:
+    def _compute(self, items: list[PlanItem], results: list[SlotResult]) -> Finish | None:
         special = [self._wants[item.slot] for item in items]
         wants_more = any(special)
+        if self.graphs is not None and not wants_more and all(item.num_tokens == 1 and item.sample for item in items):
+            return self._decode(self.graphs, items, results)
         all_rows = [self._wants_all(item, want) for item, want in zip(items, special, strict=True)] if wants_more else None
         batch = self.batches.build(items, all_rows)
         mask = self.guided.start(batch.slots) if self.guided is not None else None  # filled while the model computes
@@ -190,27 +230,55 @@ class ModelRunner:
         ordered = [results[i] for i in batch.order]
         if wants_more:
             self._add_rows(batch, hidden, ordered)
-        if batch.sample_items:
-            self._sample(batch, hidden, ordered, mask)
-
-    def _sample(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult], mask: StepMask | None) -> None:
+        if not batch.sample_items:
+            return None
         rows = hidden if batch.sample_rows is None else hidden.index_select(0, batch.sample_rows)
-        logits = self.model.logits(rows)
-        wanted = np.flatnonzero(self.sampling.logprobs[batch.slots] >= 0)
+        return self._sample(self.model.logits(rows), batch.slots, batch.lengths, [ordered[i] for i in batch.sample_items], mask)
+
+    def _decode(self, graphs: DecodeGraphs, items: list[PlanItem], results: list[SlotResult]) -> Finish | None:
+        """A step in which every sequence gets its next token: one graph, and the sampler only for rows that are not simply greedy."""
+        columns = np.array([(item.slot, item.start) for item in items], dtype=np.int64)
+        slots, lengths = columns[:, 0], columns[:, 1] + 1
+        mask = self.guided.start(slots) if self.guided is not None else None
+        try:
+            logits, tokens = graphs.run(slots, lengths)
+        finally:
+            if mask is not None:
+                mask.join()
+        table = self.sampling
+        if mask is None and table.greedy[slots].all() and not table.edited[slots].any() and (table.logprobs[slots] < 0).all():
+            return self._fetch(tokens, results)
+        return self._sample(logits, slots, lengths, results, mask)
+
+    def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: list[SlotResult], mask: StepMask | None) -> Finish | None:
+        """Choose the next token of rows of logits [S, V], which are overwritten."""
+        wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
         raw = torch.log_softmax(logits[torch.from_numpy(wanted).to(self.device)], dim=-1) if wanted.size else None
-        tokens = self.sampler.sample(logits, batch.slots, batch.lengths, mask)
-        places = torch.from_numpy(batch.slots * self.tables.width + batch.lengths).to(self.device)
+        tokens = self.sampler.sample(logits, slots, lengths, mask)
+        places = torch.from_numpy(slots * self.tables.width + lengths).to(self.device)
         self.tables.tokens.view(-1).index_copy_(0, places, tokens.clamp_min(0).int())
-        chosen = tokens.tolist()
-        for number, token in zip(batch.sample_items, chosen, strict=True):
-            if token < 0:
-                results[number].error = NO_TOKEN
-            else:
-                results[number].token_id = token
+        finish = self._fetch(tokens, results)
+        if mask is None and raw is None:
+            return finish
+        finish()  # the next step's masks depend on these tokens
         if mask is not None:
-            self._advance(mask, chosen, [results[number] for number in batch.sample_items])
+            self._advance(mask, [-1 if r.token_id is None else r.token_id for r in results], results)
         if raw is not None:
-            self._add_logprobs(batch, wanted.tolist(), raw, tokens, results)
+            self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
+        return None
+
+    def _fetch(self, tokens: Tensor, results: list[SlotResult]) -> Finish:
+        """Begin to copy the chosen tokens to the host; the returned function waits for them and notes them in the results."""
+        host = self.arrivals.begin(tokens)
+
+        def finish() -> None:
+            for result, token in zip(results, host(), strict=True):
+                if token < 0:
+                    result.error = NO_TOKEN
+                else:
+                    result.token_id = token
+
+        return finish
 
     def _advance(self, mask: StepMask, tokens: list[int], results: list[SlotResult]) -> None:
         """Take the tokens of guided rows into their matchers, and say which answers are complete or have failed."""
@@ -222,11 +290,11 @@ class ModelRunner:
             if result.error is not None:
                 result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
-    def _add_logprobs(self, batch: StepBatch, wanted: list[int], raw: Tensor, tokens: Tensor, results: list[SlotResult]) -> None:
-        counts = self.sampling.logprobs[batch.slots[wanted]].tolist()
+    def _add_logprobs(self, slots: Ints, wanted: list[int], raw: Tensor, tokens: Tensor, results: list[SlotResult]) -> None:
+        counts = self.sampling.logprobs[slots[wanted]].tolist()
         chosen = tokens[torch.tensor(wanted, device=self.device)].clamp_min(0)
         for row, logprobs in zip(wanted, token_logprobs(raw, chosen, counts), strict=True):
-            result = results[batch.sample_items[row]]
+            result = results[row]
             if result.error is None:
                 result.logprobs = logprobs
 
@@ -261,6 +329,21 @@ class ModelRunner:
     def _score_prompt(self, item: PlanItem, rows: Tensor, count: int) -> list[TokenLogprobs]:
         targets = self.tables.tokens[item.slot, item.start + 1 : item.start + 1 + rows.shape[0]].long()
         return prompt_logprobs(self.model.logits, rows, targets, count, self.chunk)
+
+    def _make_graphs(self) -> DecodeGraphs:
+        depends = self.model.spec.rope.depends_on_length
+        return DecodeGraphs(self.model, self.tables, self.kv.layers, self.scratch, self.max_batch_size, uses_rope_lengths=depends)
+
+    def _graph_bytes(self) -> int:
+        """What graphs take beside the cache: the memory of the largest one, which all share, and room for what each needs of the driver's."""
+        trim()
+        before = free_bytes(self.device)
+        graphs = self._make_graphs()
+        graphs.warm_up()
+        taken = max(before - free_bytes(self.device), 0)
+        del graphs
+        trim()
+        return taken + GRAPH_ROOM
 
     # -- start-up ----------------------------------------------------------------------------------------------------
 

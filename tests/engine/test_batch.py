@@ -23,7 +23,7 @@ def tables_with(items: list[PlanItem]) -> SlotTables:
         length = item.start + item.num_tokens
         ids = [1000 * item.slot + p for p in range(length)]
         tables.set(NewSequence(item.slot, ids, length, SamplingParams(max_new_tokens=1), 7 + item.slot))
-        tables.append_blocks(item.slot, [100 * item.slot + i for i in range(-(-length // BLOCK))])
+        tables.append_blocks([(item.slot, [100 * item.slot + i for i in range(-(-length // BLOCK))])])
     return tables
 
 
@@ -86,12 +86,12 @@ def test_blocks_are_appended_and_forgotten_with_the_sequence() -> None:
     tables = SlotTables(2, 40, BLOCK, CPU)
     new = NewSequence(1, [5, 6, 7], 3, SamplingParams(max_new_tokens=1), 0)
     tables.set(new)
-    tables.append_blocks(1, [9])
-    tables.append_blocks(1, [3, 4])
-    tables.append_blocks(1, [])
+    tables.append_blocks([(1, [9])])
+    tables.append_blocks([(1, [3, 4])])
+    tables.append_blocks([(1, [])])
     assert tables.blocks[1, :3].tolist() == [9, 3, 4] and tables.rope_lengths[1] == 3
     tables.set(new)
-    tables.append_blocks(1, [2])
+    tables.append_blocks([(1, [2])])
     assert tables.blocks[1, 0] == 2 and tables.num_blocks == [0, 1]
 
 
@@ -100,4 +100,4 @@ def test_more_blocks_or_tokens_than_a_session_has_are_a_broken_promise() -> None
     with pytest.raises(AssertionError, match="session_len 8"):
         tables.set(NewSequence(0, list(range(9)), 9, SamplingParams(max_new_tokens=1), 0))
     with pytest.raises(AssertionError, match="slot 0: 4 blocks"):
-        tables.append_blocks(0, [1, 2, 3, 4])
+        tables.append_blocks([(0, [1, 2, 3, 4])])

@@ -27,7 +27,7 @@ class LocalExecutor:
         self._weights, self._layout = weights, layout  # of the cache: its key centres follow from the weights
         self._sleeps = False  # the cache
         self._info = info
-        self._done: deque[StepResult | Exception] = deque()
+        self._done: deque[Callable[[], StepResult] | Exception] = deque()
 
     @property
     def info(self) -> EngineInfo:
@@ -39,7 +39,7 @@ class LocalExecutor:
         if self._runner is None:
             raise EngineError("the engine is closed")
         try:
-            self._done.append(self._runner.run(plan))
+            self._done.append(self._runner.launch(plan))
         except Exception as error:
             self._done.append(error)
 
@@ -48,11 +48,14 @@ class LocalExecutor:
         if self._runner is None:
             raise EngineError("the engine is closed")
         done = self._done.popleft()
+        if not isinstance(done, Exception):
+            try:
+                return done()
+            except Exception as late:
+                done = late
         if isinstance(done, torch.AcceleratorError):  # an illegal access, a failed assertion: no later call of this process works
             raise EngineError(f"the device is lost: {str(done).splitlines()[0]}") from done
-        if isinstance(done, Exception):
-            raise done
-        return done
+        raise done
 
     def obey(self, order: Order) -> None:
         """See the contract."""
@@ -61,6 +64,7 @@ class LocalExecutor:
         assert self._weights is not None, "built without access to its weights"
         if order.action == "sleep":
             self._runner.drop_cache()
+            self._runner.renew_graphs()
             self._sleeps = True
             self._weights.sleep(order.level)
             torch.cuda.empty_cache()
@@ -75,6 +79,7 @@ class LocalExecutor:
             self._sleeps = False
         if order.action == "update_weights" and self._layout is not None:
             self._runner.set_layout(self._layout())
+        self._runner.renew_graphs()
 
     def close(self) -> None:
         """Free weights and KV cache; may be called twice."""

@@ -1,0 +1,71 @@
+"""CUDA graphs and running ahead change nothing but the time: the same tokens as step by step, whatever is asked of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.graphs import row_buckets
+from lmdeploy.messages import Grammar, SamplingParams
+from tests.gpu.test_cuda import engine_on, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PROMPTS = [[1, 5119, *range(300, 300 + n)] for n in (3, 17, 64, 65, 200, 1, 254, 255, 256, 500, 513)]
+KINDS: dict[str, SamplingParams] = {
+    "greedy": SamplingParams(max_new_tokens=40, ignore_eos=True),
+    "seeded": SamplingParams(max_new_tokens=40, temperature=1.1, top_p=0.9, seed=7, ignore_eos=True),
+    "top-k": SamplingParams(max_new_tokens=40, temperature=0.8, top_k=20, min_p=0.02, seed=3, ignore_eos=True),
+    "penalties": SamplingParams(max_new_tokens=40, repetition_penalty=1.3, frequency_penalty=0.5, ignore_eos=True),
+    "logprobs": SamplingParams(max_new_tokens=12, logprobs=3, ignore_eos=True),
+    "stops": SamplingParams(max_new_tokens=60, stop_token_ids=(5118, 2)),
+    "grammar": SamplingParams(max_new_tokens=40, stop_token_ids=(5118, 2), grammar=Grammar("json_schema", '{"type": "object", "properties": {"n": {"type": "integer"}}}')),
+}
+
+
+@pytest.fixture(scope="module")
+def eager(model_folder: Path) -> Iterator[Engine]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    engine = engine_on("cuda", model_folder, eager_mode=True)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def graphed(model_folder: Path) -> Iterator[Engine]:
+    engine = engine_on("cuda", model_folder)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_give_the_tokens_of_eager_steps(kind: str, eager: Engine, graphed: Engine) -> None:
+    params = [KINDS[kind]] * len(PROMPTS)
+    assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
+
+
+def test_a_mixture_of_all_kinds_gives_the_same(eager: Engine, graphed: Engine) -> None:
+    params = [list(KINDS.values())[i % len(KINDS)] for i in range(len(PROMPTS))]
+    assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
+
+
+def test_every_policy_runs_in_graphs(model_folder: Path) -> None:
+    params = [SamplingParams(max_new_tokens=24, ignore_eos=True)] * len(PROMPTS)
+    for policy in (0, 8, "k8v4", 4, 16):
+        answers = []
+        for eager_mode in (True, False):
+            engine = engine_on("cuda", model_folder, quant_policy=policy, eager_mode=eager_mode, dtype="bfloat16")
+            answers.append(run(engine, params, PROMPTS))
+            engine.close()
+        same = sum(a == b for a, b in zip(*answers, strict=True))
+        assert same >= len(PROMPTS) - 2, f"{policy}: {same} of {len(PROMPTS)}"  # near ties may fall otherwise in bfloat16
+
+
+def test_buckets_cover_every_batch_size() -> None:
+    for most in (1, 7, 8, 100, 256, 1000):
+        sizes = row_buckets(most)
+        assert sizes[-1] == most and sizes == sorted(set(sizes))
