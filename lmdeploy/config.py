@@ -72,7 +72,7 @@ class EngineConfig(CheckedOptions):
     max_prefill_token_num: int = option(8192, "most tokens computed in one step; on CPU 1024 when not given", check=between(1, 1 << 20))
     device_type: str = option("auto", "where to run; auto: cuda if there is one, else cpu", choices=("auto", "cuda", "cpu"))
     vision_max_batch_size: int = option(1, "tiles of pictures that pass the vision part together", check=between(1, 256))
-    eager_mode: bool = option(False, "no CUDA graphs; this version has none either way")
+    eager_mode: bool = option(False, "no CUDA graphs, and no step launched before the tokens of the last one are seen")
     download_dir: str | None = option(None, "where the hub's files are kept")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     hf_overrides: dict[str, Any] | None = option(None, "values that replace config.json's", flag=False)

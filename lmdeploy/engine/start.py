@@ -157,6 +157,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         enable_prefix_caching=resolved.enable_prefix_caching,
         rope_depends_on_length=spec.rope.depends_on_length,
         grammars=grammars,
+        run_ahead=int(device.type == "cuda" and not resolved.eager_mode),  # the next step is launched before the tokens of this one are seen
     )
 
 
