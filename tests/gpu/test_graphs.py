@@ -23,7 +23,9 @@ KINDS: dict[str, SamplingParams] = {
     "penalties": SamplingParams(max_new_tokens=40, repetition_penalty=1.3, frequency_penalty=0.5, ignore_eos=True),
     "logprobs": SamplingParams(max_new_tokens=12, logprobs=3, ignore_eos=True),
     "stops": SamplingParams(max_new_tokens=60, stop_token_ids=(5118, 2)),
-    "grammar": SamplingParams(max_new_tokens=40, stop_token_ids=(5118, 2), grammar=Grammar("json_schema", '{"type": "object", "properties": {"n": {"type": "integer"}}}')),
+    "grammar": SamplingParams(
+        max_new_tokens=40, stop_token_ids=(5118, 2), grammar=Grammar("json_schema", '{"type": "object", "properties": {"n": {"type": "integer"}}}')
+    ),
 }
 
 
