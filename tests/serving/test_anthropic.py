@@ -267,3 +267,13 @@ def test_the_text_has_the_form_that_was_asked_for(client: Anthropic) -> None:
     answer = client.messages.create(model="tiny", max_tokens=200, messages=asked, extra_body=form)
     person = json.loads(answer.content[0].text)
     assert isinstance(person["name"], str) and isinstance(person["age"], int)
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "mul"}], ids=lambda c: c["type"])
+def test_a_call_that_must_come_comes(client: Anthropic, choice: Any) -> None:
+    for question in ("Compute (3+5)*2", "Tell me a story."):
+        ask = {"model": "tiny", "max_tokens": 200, "messages": [{"role": "user", "content": question}], "extra_body": {"temperature": 1}}
+        answer = client.messages.create(**ask, tools=TOOLS, tool_choice=choice)
+        calls = [block for block in answer.content if block.type == "tool_use"]
+        assert answer.stop_reason == "tool_use" and {c.name for c in calls} <= ({"mul"} if choice["type"] == "tool" else {"add", "mul"})
+        assert all(set(c.input) == {"a", "b"} for c in calls)

@@ -61,7 +61,7 @@ class Person(BaseModel):
     age: int = Field(ge=0, le=200)
 
 
-@pytest.mark.parametrize("method", ["json_schema"])
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output_is_an_object_of_the_class(model: ChatOpenAI, method: Any) -> None:
     person = model.with_structured_output(Person, method=method).invoke("Who is the oldest person that you know?")
     assert isinstance(person, Person) and 0 <= person.age <= 200

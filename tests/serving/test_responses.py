@@ -261,3 +261,12 @@ def test_the_text_has_the_form_that_was_asked_for(client: OpenAI) -> None:
         assert stream.get_final_response().output_parsed == parsed.output_parsed
     free: dict[str, Any] = {"format": {"type": "json_object"}}
     assert isinstance(json.loads(client.responses.create(**{**ASK, "max_output_tokens": 200}, text=free).output_text), dict)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "mul"}], ids=str)
+def test_a_call_that_must_come_comes(client: OpenAI, choice: Any) -> None:
+    for question in ("Compute (3+5)*2", "Tell me a story."):
+        answer = client.responses.create(model="tiny", input=question, tools=TOOLS, tool_choice=choice, temperature=1, max_output_tokens=200)
+        calls = [item for item in answer.output if item.type == "function_call"]
+        assert calls and {c.name for c in calls} <= ({"mul"} if isinstance(choice, dict) else {"add", "mul"})
+        assert all(set(json.loads(c.arguments)) == {"a", "b"} for c in calls)
