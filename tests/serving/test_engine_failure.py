@@ -68,6 +68,9 @@ def test_a_killed_engine_is_told_to_everybody_and_replaced(start: Start) -> None
         whole = pool.submit(server.http.post, "/v1/completions", json={**LONG, "prompt": "The weather"})
         while counter(server, "num_requests_running") < 2:
             time.sleep(0.01)
+        tokens = counter(server, "generation_tokens_total")
+        while counter(server, "generation_tokens_total") < tokens + 8:  # some of both, so that neither is replayed
+            time.sleep(0.01)
         first = server.engine
         first.kill()
         rest = [line for line in lines if line]
