@@ -7,6 +7,7 @@ files. Admin routes need the admin key, always. Prompts, keys and query strings 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Iterable
@@ -148,7 +149,7 @@ class Gate:
         self._service.metrics.answered(call)
         if self._service.tracing is not None and not quiet:
             self._service.tracing.ended(call, scope)
-        if not (quiet and call.status == 200):
+        if access.isEnabledFor(logging.INFO) and not (quiet and call.status == 200):
             access.info("%s", call.text(), extra={"fields": call.fields()})
 
 
