@@ -34,6 +34,11 @@ class _JsonLines(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
+def form() -> str:
+    """How lines are written now: one of FORMATS."""
+    return "json" if any(isinstance(handler.formatter, _JsonLines) for handler in logging.getLogger("lmdeploy").handlers) else "text"
+
+
 def setup(level: str = "WARNING", form: str | None = None) -> None:
     """Send `lmdeploy` records of `level` and above to stderr, one line each, with the time; `form` is one of FORMATS."""
     logger = logging.getLogger("lmdeploy")

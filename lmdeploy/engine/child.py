@@ -38,7 +38,7 @@ class _Child:
         """Load, announce, then serve until Stop. An error of the start goes to the parent as its class and its one line."""
         start = self._inbox.get()
         assert isinstance(start, wire.Start), "the first message is Start"
-        log.setup(start.log_level)
+        log.setup(start.log_level, start.log_format)
         try:
             client = _load(start)
         except Exception as e:

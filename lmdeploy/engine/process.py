@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmdeploy import errors
+from lmdeploy import errors, log
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine import wire
 from lmdeploy.engine.client import Listener
@@ -204,7 +204,7 @@ class EngineProcess:
     def _wait_until_ready(self, model_path: Path, config: EngineConfig) -> EngineInfo:
         level = logging.getLevelName(logging.getLogger("lmdeploy").getEffectiveLevel())
         options = {name: getattr(config, name) for name in sorted(config.given)}
-        self._outbox.put(wire.Start(str(model_path), config.backend, options, level))
+        self._outbox.put(wire.Start(str(model_path), config.backend, options, level, log.form()))
         message = None
         with contextlib.suppress(OSError, wire.WireError):
             message = self._channel.receive()

@@ -34,6 +34,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     backend: str
     options: dict[str, Any]
     log_level: str
+    log_format: str = "text"
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

@@ -69,10 +69,11 @@ class Gate:
     # ------------------------------------------------------------------ what may pass
 
     async def _serve(self, scope: Scope, wire: _Wire, call: Call, *, quiet: bool) -> None:
-        self._check(scope, call)
+        admin = self._is_admin(scope["path"])
+        self._check(scope, call, admin=admin)
         if self._service.lifecycle.draining and not quiet:
             raise HttpError(503, "the server is shutting down", code="shutting_down")
-        if self._is_admin(scope["path"]):  # neither queue nor time limit: it may be told to wait for the others' end
+        if admin:  # neither queue nor time limit: it may be told to wait for the others' end
             await self._app(scope, wire.receive, wire.send)
             return
         if call.method != "POST":
@@ -99,10 +100,10 @@ class Gate:
         finally:
             timer.cancel()
 
-    def _check(self, scope: Scope, call: Call) -> None:
+    def _check(self, scope: Scope, call: Call, *, admin: bool) -> None:
         name = self._name_of_caller(scope)
         call.key = name or ANYBODY
-        if self._is_admin(scope["path"]):
+        if admin:
             self._check_admin(name)
         elif self._keys.needed and name is None and not _is_open(scope["path"]):
             raise HttpError(401, "Missing or wrong API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'", code="invalid_api_key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pexpect
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from lmdeploy.cli.flags import FlagParser, engine_config
 from lmdeploy.cli.serve import add_api_server_flags, server_config
 from lmdeploy.cli.terminal import PROMPT
 from lmdeploy.errors import ConfigError
+from lmdeploy.serving.keys import KeyRing
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
@@ -167,6 +170,31 @@ def test_ssl_needs_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_KEYFILE", "key")
     monkeypatch.setenv("SSL_CERTFILE", "cert")
     assert server_config(parsed("--ssl")).ssl_keyfile == "key"
+
+
+def test_keys_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMDEPLOY_API_KEYS", "team-a:aaa,bbb")
+    monkeypatch.setenv("LMDEPLOY_ADMIN_KEY", "root")
+    config = server_config(parsed("--api-keys", "ccc"))
+    ring = KeyRing(config)
+    assert [ring.find(key) for key in (b"aaa", b"bbb", b"ccc", b"root", b"team-a")] == ["team-a", "key3", "key1", "admin", None]
+    assert server_config(parsed("--admin-key", "other")).admin_key == "other", "the flag goes before the environment"
+    assert server_config(parsed("--admin-key-file", "f")).admin_key is None
+    monkeypatch.setenv("LMDEPLOY_API_KEYS", " , ")
+    with pytest.raises(ConfigError, match="LMDEPLOY_API_KEYS holds no key"):
+        KeyRing(server_config(parsed()))
+
+
+def test_every_line_of_a_json_log_is_json(tmp_path: Path) -> None:
+    server = Server(tmp_path / "log", "--log-format", "json", "--log-level", "DEBUG", "--model-name", "tiny")
+    try:
+        assert httpx.get(server.url + "/v1/models", trust_env=False).status_code == 200
+    finally:
+        server.stop()
+    lines = [line for line in server.log.read_text().splitlines() if line.startswith("{")]
+    entries = [json.loads(line) for line in lines]
+    assert any(entry.get("path") == "/v1/models" and entry["status"] == 200 for entry in entries)
+    assert " - lmdeploy - " not in server.log.read_text(), "neither the server nor its engine falls back to text"
 
 
 @pytest.mark.parametrize("words", [["--proxy-url", "u"], ["--qos-config-path", "p"]])
