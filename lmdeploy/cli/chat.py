@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lmdeploy import log
 from lmdeploy.cli.flags import add_config_flags, add_engine_flags, add_model_flag, add_template_flags, config_values, engine_config, template_config, truth
-from lmdeploy.cli.startup import EMBEDDED, describe
+from lmdeploy.cli.startup import EMBEDDED, advised, describe
 from lmdeploy.cli.terminal import Conversation, Message, open_reader, open_screen
 from lmdeploy.config import ChatTemplateConfig, GenerationConfig
 from lmdeploy.errors import ConfigError, RequestError
@@ -61,7 +61,9 @@ def run_chat(args: argparse.Namespace) -> int:
         screen.note(EMBEDDED)
     from lmdeploy.frontend import Frontend
 
-    with Frontend.open(args.model_path, config, template) as frontend:
+    with advised(args.model_path, config):
+        opened = Frontend.open(args.model_path, config, template)
+    with opened as frontend:
         screen.note(describe(frontend, config))
         ask = LocalModel(frontend, generation, screen.note if "max_new_tokens" in args else None)
         Conversation(ask, reader, screen, session_len=frontend.info.session_len).run()

@@ -21,7 +21,7 @@ from lmdeploy.cli.flags import (
     refuse_unsupported,
     template_config,
 )
-from lmdeploy.cli.startup import EMBEDDED, describe
+from lmdeploy.cli.startup import EMBEDDED, advised, describe
 from lmdeploy.serving.options import ServerConfig
 
 #: flags of the public surface that the server cannot obey yet: name -> its neutral values
@@ -63,7 +63,8 @@ def run_api_server(args: argparse.Namespace) -> int:
     try:
         if args.model_path is None:
             print(EMBEDDED, flush=True)
-        frontend = Frontend.open(args.model_path, engine, template, separate_process=True, model_name=server.model_name, supervision=supervision_of(server))
+        with advised(args.model_path, engine):
+            frontend = Frontend.open(args.model_path, engine, template, separate_process=True, model_name=server.model_name, supervision=supervision_of(server))
     except BaseException:
         sock.close()
         raise

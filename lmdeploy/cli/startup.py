@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from lmdeploy.config import EngineConfig
+from lmdeploy.config import EngineConfig, TurbomindEngineConfig
+from lmdeploy.errors import ConfigError, LmdeployError
 
 if TYPE_CHECKING:
     from lmdeploy.frontend import Frontend
@@ -36,3 +39,37 @@ def by_kernel(names: dict[str, str]) -> str:
     for op, kernel in names.items():
         ops.setdefault(kernel, []).append(op)
     return "; ".join(f"{kernel}: {', '.join(group)}" for kernel, group in ops.items())
+
+
+@contextlib.contextmanager
+def advised(model_path: str | None, config: EngineConfig) -> Iterator[None]:
+    """An engine that does not start for lack of memory: the error also has the command of a setting that fits, where there is one."""
+    from lmdeploy.engine.sizing import SEE_PLAN
+
+    try:
+        yield
+    except ConfigError as error:
+        command = _smaller(model_path, config) if str(error).endswith(SEE_PLAN) else None
+        if command is None:
+            raise
+        raise ConfigError(f"{error}; this would start here: {command}") from error
+
+
+def _smaller(model_path: str | None, config: EngineConfig) -> str | None:
+    """The plan's advice for this machine, with sizes and quantisation left open."""
+    import torch
+
+    from lmdeploy.plan.options import PlanConfig
+    from lmdeploy.plan.plan import make_plan
+
+    wanted: dict[str, Any] = {}
+    if config.device_type != "cpu" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        wanted = {"gpu_memory": f"{total}B", "gpu_memory_used": f"{total - free}B"}
+    kept = ("dtype", "head_bits", "download_dir", "revision")
+    given = {name: getattr(config, name) for name in kept if name in config.given}
+    try:
+        advice = make_plan(model_path, TurbomindEngineConfig(**given), PlanConfig(bandwidth=1.0, **wanted)).advice
+    except LmdeployError:
+        return None
+    return " && ".join(advice.commands) if advice is not None else None

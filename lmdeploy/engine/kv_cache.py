@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmdeploy.engine.sizing import PLAIN, gib
+from lmdeploy.engine.sizing import PLAIN, SEE_PLAN, gib
 from lmdeploy.errors import ConfigError
 from lmdeploy.kv_layer import KVFormat, KVLayer
 from lmdeploy.spec import ModelSpec
@@ -45,7 +45,7 @@ class KVCache:
         try:
             memory = _resident(count) if device.type == "cpu" else torch.zeros(count, dtype=torch.uint8, device=device)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-            raise ConfigError(f"the KV cache of {gib(count)} could not be allocated ({error}); lower cache_max_entry_count") from error
+            raise ConfigError(f"the KV cache of {gib(count)} could not be allocated ({error}); lower cache_max_entry_count; {SEE_PLAN}") from error
         self.nbytes = count
         self.layers: list[KVLayer] = [format.layer(memory[i * layer_bytes : (i + 1) * layer_bytes], *shape, dtype) for i in range(spec.num_layers)]
         self.center(layout.key_centers)

@@ -18,6 +18,8 @@ MAX_POOL_TOKENS = 2**31 - 1  # block ids and slot numbers stay in int32 in kerne
 CPU_BATCH, CUDA_BATCH = 32, 256
 CPU_PREFILL_TOKENS = 1024
 PLAIN = KVFormat()
+#: at the end of every error for lack of memory; the command line adds a setting that fits
+SEE_PLAN = "`lmdeploy plan` shows what fits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +129,14 @@ def _with_session(request: PoolRequest, blocks: int, notes: list[str]) -> PoolSi
 def _share_too_small(request: PoolRequest, block_bytes: int, free: int) -> str:
     return (
         f"cache_max_entry_count={request.amount} of the {gib(free)} that are free after the weights is {gib(int(request.amount * free))}, but one KV block of "
-        f"{request.block_size} tokens takes {gib(block_bytes)}; use at least {1.01 * block_bytes / free:.2g}, or a smaller cache_block_seq_len"
+        f"{request.block_size} tokens takes {gib(block_bytes)}; use at least {1.01 * block_bytes / free:.2g}, or a smaller cache_block_seq_len; {SEE_PLAN}"
     )
 
 
 def _nothing_fits(block_bytes: int, free: int, block_size: int) -> str:
     return (
         f"no memory for the KV cache: one block of {block_size} tokens takes {gib(block_bytes)}, {gib(free)} are free after weights and step workspace; "
-        f"free memory, use a smaller cache_block_seq_len or a smaller model"
+        f"free memory, use a smaller cache_block_seq_len or a smaller model; {SEE_PLAN}"
     )
 
 

@@ -23,10 +23,10 @@ from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.kv_cache import KVLayout
-from lmdeploy.engine.memory import hold_steady
+from lmdeploy.engine.memory import free_bytes, hold_steady
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
-from lmdeploy.engine.sizing import choose_format, gib, pool_request, unset_limits
+from lmdeploy.engine.sizing import SEE_PLAN, choose_format, gib, pool_request, unset_limits
 from lmdeploy.engine.weights import Facts, Weights
 from lmdeploy.errors import ConfigError
 from lmdeploy.formats.choose import choose_formats
@@ -39,9 +39,10 @@ from lmdeploy.models.language import find_language
 from lmdeploy.models.language_spec import language_spec
 from lmdeploy.models.registry import build_model
 from lmdeploy.models.vision import UNREAD, VisionEncoder
+from lmdeploy.models.weight_bytes import FP8, HEADS, stored, weights_of
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec, RopeSpec
-from lmdeploy.vision.spec import load_vision_spec
+from lmdeploy.vision.spec import VisionSpec, load_vision_spec
 
 logger = get_logger(__name__)
 
@@ -102,6 +103,14 @@ def adapt_spec(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
     return dataclasses.replace(spec, use_logn=True) if config.use_logn_attn else spec
 
 
+def _check_room(spec: ModelSpec, vision: VisionSpec | None, config: EngineConfig, number_bytes: int, device: torch.device) -> None:
+    """Refuse before minutes of loading, or the system's killer, what cannot be held."""
+    storage = FP8 if config.model_format == "fp8" and not spec.quantization else stored(spec)
+    need, free = weights_of(spec, storage, HEADS[config.head_bits], number_bytes, vision=vision).total, free_bytes(device)
+    if need > free:
+        raise ConfigError(f"the weights take {gib(need)} as {storage.name}, but {gib(free)} are free on {device}; {SEE_PLAN}")
+
+
 def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     """Load the model of a folder and start an engine for it. Raises ConfigError or CheckpointError before any request is accepted."""
     start = time.perf_counter()
@@ -119,6 +128,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     dtype: torch.dtype = getattr(torch, resolved.dtype)
     kernels = select(resolved.backend, device.type, dtype, head_dim=spec.head_dim, threads=resolved.cpu_threads)
     vision = load_vision_spec(model_path)
+    _check_room(spec, vision, config, dtype.itemsize, device)
     encoder = None if vision is None else VisionEncoder(vision, spec.hidden_size, dtype, device, resolved.vision_max_batch_size)
     model = build_model(
         spec, dtype, device, kernels, Parallel(), formats if encoder is None else dataclasses.replace(formats, unused=(*formats.unused, *UNREAD))

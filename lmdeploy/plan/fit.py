@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.sizing import FORMATS, PoolSize, bytes_per_token, pool_request, size_pool, unset_limits
 from lmdeploy.errors import ConfigError
+from lmdeploy.models.weight_bytes import HEADS, Storage, Weights, check_split, weights_of
 from lmdeploy.plan.machines import Machine
-from lmdeploy.plan.weights import HEADS, Storage, Weights, check_split, weights_of
 from lmdeploy.spec import ModelSpec
 from lmdeploy.vision.spec import VisionSpec
 

@@ -16,10 +16,10 @@ from lmdeploy.engine.sizing import FORMATS, choose_format, gib
 from lmdeploy.errors import ConfigError
 from lmdeploy.models.language_spec import language_spec
 from lmdeploy.models.names import class_of
+from lmdeploy.models.weight_bytes import DENSE, FP8, PARTS, W4, W8, Storage, matrices, parameters, stored
 from lmdeploy.plan.fit import Fit, Subject, rank_weights, subject, try_fit
 from lmdeploy.plan.machines import choose_machine, cpu_number_bytes
 from lmdeploy.plan.options import PlanConfig
-from lmdeploy.plan.weights import DENSE, FP8, PARTS, W4, W8, Storage, matrices, parameters, stored
 from lmdeploy.vision.spec import load_vision_spec
 
 DEFAULT_CONTEXT = 4096

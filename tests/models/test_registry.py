@@ -59,6 +59,17 @@ def test_a_llama_like_model_takes_at_most_60_lines() -> None:
     import lmdeploy.models
 
     folder = Path(next(iter(lmdeploy.models.__path__)))
-    shared = {"__init__.py", "decoder.py", "moe.py", "names.py", "language.py", "language_spec.py", "registry.py", "vision.py", "vision_tower.py"}
+    shared = {
+        "__init__.py",
+        "decoder.py",
+        "moe.py",
+        "names.py",
+        "language.py",
+        "language_spec.py",
+        "weight_bytes.py",
+        "registry.py",
+        "vision.py",
+        "vision_tower.py",
+    }
     sizes = {p.name: len(p.read_text().splitlines()) for p in folder.glob("*.py") if p.name not in shared}
     assert sizes and max(sizes.values()) <= 60, sizes

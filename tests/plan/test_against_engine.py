@@ -14,7 +14,7 @@ from lmdeploy.messages import EngineInfo
 from lmdeploy.plan.machines import CPU_OTHER, cpu_number_bytes
 from lmdeploy.plan.options import PlanConfig
 from lmdeploy.plan.plan import Plan, make_plan
-from tests.plan.test_weights import SMALL
+from tests.models.test_weight_bytes import SMALL
 from tests.vision.folders import LAYOUTS, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "../shared/data/configs"

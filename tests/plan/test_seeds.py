@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from lmdeploy.config import TurbomindEngineConfig
+from lmdeploy.models.weight_bytes import DENSE, W4, parameters, weights_of
 from lmdeploy.plan.fit import Fit
 from lmdeploy.plan.machines import GIB, MIB
 from lmdeploy.plan.options import PlanConfig
 from lmdeploy.plan.plan import Plan, make_plan
-from lmdeploy.plan.weights import DENSE, W4, parameters, weights_of
 from lmdeploy.spec import ModelSpec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "../shared/data/configs"

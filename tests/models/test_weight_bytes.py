@@ -13,8 +13,8 @@ from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.models.language_spec import language_spec
 from lmdeploy.models.registry import build_model
+from lmdeploy.models.weight_bytes import DENSE, FP8, HEADS, check_split, matrices, parameters, stored, weights_of
 from lmdeploy.parallel import Parallel
-from lmdeploy.plan.weights import DENSE, FP8, HEADS, check_split, matrices, parameters, stored, weights_of
 from lmdeploy.spec import ModelSpec
 from lmdeploy.vision.spec import load_vision_spec
 
@@ -85,7 +85,7 @@ def test_act_order_counts_its_order() -> None:
 
 
 def test_w4_takes_67_bytes_for_128_weights() -> None:
-    from lmdeploy.plan.weights import W4
+    from lmdeploy.models.weight_bytes import W4
 
     assert W4.nbytes(1, 128, 2) == 67
 
