@@ -70,12 +70,12 @@ class GrammarChecker:
 
     def check(self, grammar: Grammar) -> None:
         """Wait for the verdict; raises RequestError(code='invalid_grammar') with the reason, OverloadedError when too many wait."""
-        _raise_if_bad(self._submit(grammar).result())
+        _raise_if_bad(self._submit(grammar).result(), grammar)
 
     async def until_checked(self, grammar: Grammar) -> None:
         """`check` for an event loop; afterwards `check` knows the verdict."""
         # shielded: others may wait for the same verdict, so a client that goes away must not cancel it
-        _raise_if_bad(await asyncio.shield(asyncio.wrap_future(self._submit(grammar))))
+        _raise_if_bad(await asyncio.shield(asyncio.wrap_future(self._submit(grammar))), grammar)
 
     def _submit(self, grammar: Grammar) -> Future[Verdict]:
         check_grammar(grammar, "response_format")
@@ -168,9 +168,9 @@ class GrammarChecker:
                         pipe.close()
 
 
-def _raise_if_bad(verdict: Verdict) -> None:
+def _raise_if_bad(verdict: Verdict, grammar: Grammar) -> None:
     if verdict.problem is not None:
-        raise invalid(verdict.problem)
+        raise invalid(verdict.problem, grammar.kind)
 
 
 def _spawn(arguments: list[str]) -> subprocess.Popen[bytes]:

@@ -44,9 +44,10 @@ class SpecialTokens:
     ids: frozenset[int]
 
 
-def invalid(problem: str) -> RequestError:
-    """The error for a grammar that is refused, one line."""
-    return RequestError(f"the grammar is refused: {' '.join(problem.split())}"[:600], param="response_format", code="invalid_grammar")
+def invalid(problem: str, kind: str = "") -> RequestError:
+    """The error for a grammar that is refused, one line; it names the field that a grammar of this kind comes from."""
+    param = "tools" if kind == "structural_tag" else "response_format"
+    return RequestError(f"the grammar is refused: {' '.join(problem.split())}"[:600], param=param, code="invalid_grammar")
 
 
 def compile_text(grammar: Grammar, special: SpecialTokens) -> str:
