@@ -15,13 +15,15 @@ from lmdeploy.spec import explain_not_a_model
 
 EMBEDDED = "tiny-internlm2-chat"
 WANTED = ("*.safetensors", "*.bin", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+#: config.json, and the likes of generation_config.json and quantize_config.json
+CONFIGS = ("*config.json",)
 UNWANTED = ("*.pth", "*.py", "*.gguf", "*.onnx", "original/*", "consolidated*", "training_args.bin", "optimizer.bin", "onnx/*")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
-def resolve_model(path: str | Path | None, download_dir: str | None = None, revision: str | None = None) -> Path:
-    """The folder of a model: the embedded one for None, an existing folder, or a download of the hub's `org/name`."""
+def resolve_model(path: str | Path | None, download_dir: str | None = None, revision: str | None = None, *, configs_only: bool = False) -> Path:
+    """The folder of a model: the embedded one for None, an existing folder, or a download of the hub's `org/name`; of that only its configs where these are enough."""
     if path is None:
         return embedded_model()
     if not str(path).strip():
@@ -34,7 +36,7 @@ def resolve_model(path: str | Path | None, download_dir: str | None = None, revi
             raise CheckpointError(explain_not_a_model(folder))
         return folder
     if isinstance(path, str) and _HUB_ID.fullmatch(path):
-        return _download(path, download_dir, revision)
+        return _download(path, download_dir, revision, configs_only)
     raise CheckpointError(f"{path}: there is no such folder, and it is no hub id (organisation/name)")
 
 
@@ -46,7 +48,7 @@ def embedded_model() -> Path:
     return folder
 
 
-def _download(name: str, download_dir: str | None, revision: str | None) -> Path:
+def _download(name: str, download_dir: str | None, revision: str | None, configs_only: bool) -> Path:
     """Fetch a hub model, or take it from the hub's cache when the hub cannot be reached."""
     # Imported here: huggingface_hub takes 0.3 s and most starts do not need it.
     from huggingface_hub import snapshot_download
@@ -54,9 +56,9 @@ def _download(name: str, download_dir: str | None, revision: str | None) -> Path
 
     get_logger(__name__).info("%s is no folder; looking it up on the hub", name)
     place = f"{name}{f' at {revision}' if revision else ''}"
-    unwanted = [*UNWANTED, *_second_copies(name, revision)]
+    wanted, unwanted = (list(CONFIGS), []) if configs_only else (list(WANTED), [*UNWANTED, *_second_copies(name, revision)])
     try:
-        found = snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(WANTED), ignore_patterns=unwanted)
+        found = snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=wanted, ignore_patterns=unwanted)
     except GatedRepoError:
         raise CheckpointError(f"{place}: the hub asks for a licence agreement and a token (`hf auth login`)") from None
     except RepositoryNotFoundError:

@@ -112,7 +112,7 @@ class Plan:
 
 def make_plan(model_path: str | None, config: EngineConfig, wanted: PlanConfig) -> Plan:
     """Read config.json and compute. Raises CheckpointError or ConfigError with one line."""
-    folder = resolve_model(model_path, config.download_dir, config.revision)
+    folder = resolve_model(model_path, config.download_dir, config.revision, configs_only=True)
     spec, vision = language_spec(folder), load_vision_spec(folder)
     class_of(spec)
     notes = []

@@ -87,6 +87,14 @@ def test_a_hub_id_is_downloaded_without_code_and_without_second_copies(monkeypat
     assert kept == ["model.safetensors", "tokenizer.model", "config.json", "qwen.tiktoken"]
 
 
+def test_where_configs_are_enough_no_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = ["config.json", "generation_config.json", "quantize_config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json", "a.py"]
+    hub = use(monkeypatch, tmp_path, files)
+    assert resolve_model("org/name", configs_only=True) == tmp_path
+    kept = filter_repo_objects(files, allow_patterns=hub.asked["allow_patterns"], ignore_patterns=hub.asked["ignore_patterns"])
+    assert list(kept) == files[:4]
+
+
 def test_bin_files_are_downloaded_when_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = use(monkeypatch, tmp_path, ["pytorch_model.bin"])
     resolve_model("org/name")
