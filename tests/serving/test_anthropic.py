@@ -277,3 +277,18 @@ def test_a_call_that_must_come_comes(client: Anthropic, choice: Any) -> None:
         calls = [block for block in answer.content if block.type == "tool_use"]
         assert answer.stop_reason == "tool_use" and {c.name for c in calls} <= ({"mul"} if choice["type"] == "tool" else {"add", "mul"})
         assert all(set(c.input) == {"a", "b"} for c in calls)
+
+
+def test_a_stream_that_fails_ends_with_an_error_event(serve: Callable[..., RunningServer]) -> None:
+    server = serve(request_timeout=0.8)
+    client = Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    events: list[str] = []
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        for event in client.messages.create(**{**BODY, "max_tokens": 2000}, stream=True, extra_body={"ignore_eos": True}):
+            events.append(event.type)
+    assert events[0] == "message_start" and "content_block_delta" in events and "message_stop" not in events
+    assert caught.value.body["error"]["type"] == "timeout_error"  # type: ignore[index,call-overload]
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        client.messages.create(**{**BODY, "max_tokens": 2000}, extra_body={"ignore_eos": True})
+    assert caught.value.status_code == 504
+    server.until_idle()

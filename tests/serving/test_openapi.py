@@ -54,8 +54,8 @@ def ask(operation: Any, examples: int, mode: GenerationMode = GenerationMode.POS
 
 @pytest.mark.parametrize("path", list(BODIES))
 def test_every_route_answers_what_the_page_says(page: Any, path: str) -> None:
-    ask(page[path]["POST"], 20)
-    ask(page[path]["POST"], 8, GenerationMode.NEGATIVE)
+    ask(page[path]["POST"], 15)
+    ask(page[path]["POST"], 4, GenerationMode.NEGATIVE)
 
 
 def test_so_do_the_routes_without_a_body(page: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -270,3 +271,15 @@ def test_a_call_that_must_come_comes(client: OpenAI, choice: Any) -> None:
         calls = [item for item in answer.output if item.type == "function_call"]
         assert calls and {c.name for c in calls} <= ({"mul"} if isinstance(choice, dict) else {"add", "mul"})
         assert all(set(json.loads(c.arguments)) == {"a", "b"} for c in calls)
+
+
+def test_a_stream_that_fails_ends_with_response_failed(serve: Callable[..., RunningServer]) -> None:
+    server = serve(request_timeout=0.8)
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    events = list(client.responses.create(model="tiny", input="Tell me a story.", stream=True, extra_body={"ignore_eos": True}))
+    assert events[0].type == "response.created" and any(e.type == "response.output_text.delta" for e in events)
+    last = events[-1]
+    assert last.type == "response.failed" and last.response.status == "failed" and last.response.error is not None
+    assert last.response.error.code == "server_error" and "longer" in last.response.error.message
+    assert last.response.id == events[0].response.id
+    server.until_idle()
