@@ -39,12 +39,36 @@ def timed(run: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(seconds)
 
 
-def measure_ceilings() -> Ceilings:
-    """Read bandwidth over 1 GiB and the matmul rate of 4096^3."""
+def measure_ceilings(device: str = "auto") -> Ceilings:
+    """Read bandwidth and the bfloat16 matmul rate of a device (auto: CUDA if there is one): over 8 GiB and 8192^3 there, 1 GiB and 4096^3 on a CPU."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return _cuda_ceilings()
     read = _read_bandwidth()
     a = torch.randn(4096, 4096).to(torch.bfloat16)
     rate = 2 * 4096**3 / timed(lambda: torch.mm(a, a), 3) / 1e9
     return Ceilings(read, rate)
+
+
+def _cuda_ceilings() -> Ceilings:
+    big = torch.ones(1 << 31, dtype=torch.float32, device="cuda")
+    read = big.nbytes / min(cuda_seconds(big.sum), cuda_seconds(big.amax)) / 1e9
+    del big
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return Ceilings(read, 2 * 8192**3 / cuda_seconds(lambda: torch.mm(a, a), 10) / 1e9)
+
+
+def cuda_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median seconds of `run` on the device, after one warm-up."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
 
 
 def _read_bandwidth() -> float:

@@ -69,6 +69,9 @@ def measure(engine: Engine, spec: ModelSpec, args: argparse.Namespace) -> Figure
     decode = {}
     for batch in args.batch:
         rates = []
+        ids += batch
+        run_batch(engine, prompts(spec, batch, args.decode_prompt), args.new_tokens, ids)  # kernels are compiled and graphs captured
+        ids += batch
         for _ in range(args.repeat):
             first, last = run_batch(engine, prompts(spec, batch, args.decode_prompt), args.new_tokens, ids)
             ids += batch
@@ -127,6 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="model folder or hub id; default: the embedded model")
     parser.add_argument("--random-weights", action="store_true", help="the folder needs only a config.json; weights are random")
     parser.add_argument("--backend", choices=("turbomind", "pytorch"), default="turbomind")
+    parser.add_argument("--eager-mode", action="store_true", help="no CUDA graphs")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill case (default 512)")
     parser.add_argument("--decode-prompt", type=int, default=32, help="prompt tokens of the decode cases (default 32)")
@@ -150,13 +154,14 @@ def main() -> None:
     spec = load_spec(folder, None)
     ceilings = common.measure_ceilings()
     start = time.perf_counter()
-    blocks = max(args.batch) * (longest // 64 + 2)
+    blocks = max(max(args.batch) * ((args.decode_prompt + args.new_tokens) // 64 + 2), longest // 64 + 2)
     config = config_class(
         dtype=args.dtype,
         session_len=min(longest, spec.max_position),
         max_batch_size=max(args.batch),
         cache_max_entry_count=blocks,
         enable_prefix_caching=False,
+        eager_mode=args.eager_mode,
         random_weights=args.random_weights,
         head_bits=args.head_bits,
         quant_policy=args.quant_policy,
