@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lmdeploy.serving.local import LocalServer
 
 DEFAULT_PORT = 6006
+#: the first version whose page asks nothing of other machines, as far as we tried
+GRADIO = (6, 31)
 _ADDRESS = re.compile(r"https?://.+|[\w.-]+:\d{1,5}(/.*)?|\[[0-9a-fA-F:]+\]:\d{1,5}(/.*)?")
 #: flags that mean something without a model, too
 _PAGE_FLAGS = {"model_path_or_server", "server_name", "server_port", "share", "api_key", "log_level", "debug"}
@@ -90,9 +92,8 @@ def _need_gradio() -> None:
         import gradio
     except ImportError as e:
         raise ConfigError("the web page needs gradio: pip install 'lmdeploy[ui]'") from e
-    major = gradio.__version__.split(".")[0]
-    if major.isdigit() and int(major) < 6:
-        raise ConfigError(f"the web page needs gradio 6 or newer, not {gradio.__version__}: pip install -U 'lmdeploy[ui]'")
+    if tuple(int(part) for part in re.findall(r"\d+", gradio.__version__)[:2]) < GRADIO:
+        raise ConfigError(f"the web page needs gradio {GRADIO[0]}.{GRADIO[1]} or newer, not {gradio.__version__}: pip install -U 'lmdeploy[ui]'")
 
 
 def _start(args: argparse.Namespace, level: str, key: str) -> LocalServer:

@@ -154,7 +154,7 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
         question = (value.get("text") or "").strip()[: ui_chat.MAX_QUESTION]
         images = [str(path) for path in value.get("files") or ()][: ui_chat.MAX_IMAGES]
         if question or images:
-            history = [*history, Exchange(question, images)][-ui_chat.MAX_EXCHANGES :]
+            history = ui_chat.kept([*history, Exchange(question, images)])
             async for picture in _answer(server, history, known, chosen):
                 yield picture
 
@@ -179,9 +179,10 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
     page.load(refresh, None, [cards, settings[0], parts.box, head], **_PRIVATE)
     parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
     parts.retry.click(retry, [exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
-    parts.box.stop(stop, exchanges, None, concurrency_limit=None, **_PRIVATE)
-    parts.undo.click(undo, exchanges, shown, concurrency_limit=None, **_PRIVATE)
-    parts.clear.click(clear, None, shown, concurrency_limit=None, **_PRIVATE)
+    # these wait in no queue: a full one must not keep a reader from Stop
+    parts.box.stop(stop, exchanges, None, queue=False, **_PRIVATE)
+    parts.undo.click(undo, exchanges, shown, queue=False, **_PRIVATE)
+    parts.clear.click(clear, None, shown, queue=False, **_PRIVATE)
 
 
 async def _answer(server: ChatServer, history: list[Exchange], known: list[ModelCard], chosen: tuple[Any, ...]) -> AsyncGenerator[tuple[Any, ...], None]:
@@ -212,7 +213,7 @@ def _picture(history: list[Exchange], box: dict[str, Any] | None = None) -> tupl
     running = bool(history) and history[-1].open
     ready = gr.update(interactive=bool(history) and not running)
     typed: dict[str, Any] = {} if box is None else {"value": box}
-    return ui_chat.bubbles(history), gr.update(submit_btn=not running, stop_btn=running, **typed), ready, ready, ready
+    return ui_chat.bubbles(history), gr.update(submit_btn=not running, stop_btn="Stop" if running else False, **typed), ready, ready, ready
 
 
 def _picker(found: list[ModelCard]) -> Any:

@@ -29,8 +29,8 @@ PAINT_SECONDS = 0.08
 IDLE_SECONDS = 0.5
 #: longest question in characters; what a model can take is said by its server, in tokens
 MAX_QUESTION = 1 << 18
-#: questions that a tab keeps; older ones are forgotten
-MAX_EXCHANGES = 200
+#: what a tab keeps, in exchanges and in characters; older ones are forgotten
+MAX_EXCHANGES, MAX_KEPT = 200, 1 << 20
 MAX_IMAGES = 8
 
 #: code of a Markdown text: fenced blocks (an open one reaches to the end), and spans within a line
@@ -81,6 +81,7 @@ class Exchange:
     first: float = 0.0
     last: float = 0.0
     task: asyncio.Future[None] | None = None
+    shown: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def open(self) -> bool:
@@ -186,6 +187,18 @@ def request_body(exchanges: list[Exchange], settings: Settings) -> dict[str, Any
     }
 
 
+def kept(exchanges: list[Exchange]) -> list[Exchange]:
+    """The latest of them, as many as a tab may keep; the last one always."""
+    size, first = 0, len(exchanges)
+    while first and len(exchanges) - first < MAX_EXCHANGES:
+        e = exchanges[first - 1]
+        size += len(e.question) + len(e.answer) + len(e.reasoning)
+        if size > MAX_KEPT and first < len(exchanges):
+            break
+        first -= 1
+    return exchanges[first:]
+
+
 def _content(exchange: Exchange) -> str | list[dict[str, Any]]:
     if not exchange.images:
         return exchange.question
@@ -208,14 +221,16 @@ async def answer(server: ChatServer, exchanges: list[Exchange], settings: Settin
         return
     current.began, current.session_len = time.monotonic(), settings.session_len
     pump = current.task = asyncio.ensure_future(_pump(server, exchanges, settings))
-    painted, since = ("", ""), 0.0
+    painted, since, pause = ("", ""), 0.0, PAINT_SECONDS
     try:
         while not pump.done():
-            await asyncio.wait({pump}, timeout=PAINT_SECONDS)
+            await asyncio.wait({pump}, timeout=pause)
             shown, now = (current.answer, current.reasoning), time.monotonic()
             if shown != painted or now - since > IDLE_SECONDS:
                 painted, since = shown, now
                 yield
+                # a long conversation, or many readers, take longer to paint: then less often
+                pause = min(max(PAINT_SECONDS, 4 * (time.monotonic() - now)), 1.0)
     finally:
         pump.cancel()
         await asyncio.gather(pump, return_exceptions=True)
@@ -259,7 +274,7 @@ def _take(current: Exchange, event: dict[str, Any]) -> None:
 
 def bubbles(exchanges: list[Exchange]) -> list[dict[str, Any]]:
     """The conversation as messages of a gradio Chatbot."""
-    return [bubble for exchange in exchanges for bubble in _bubbles(exchange)]
+    return [bubble for exchange in exchanges for bubble in exchange.shown or _bubbles(exchange)]
 
 
 def _bubbles(e: Exchange) -> list[dict[str, Any]]:
@@ -277,6 +292,8 @@ def _bubbles(e: Exchange) -> list[dict[str, Any]]:
     note = _note(e)
     if note:
         shown.append({"role": "assistant", "content": f'<div class="lm-note">{escape(note)}</div>'})
+    if not e.open:
+        e.shown = shown  # it stays as it is
     return shown
 
 

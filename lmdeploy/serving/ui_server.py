@@ -26,12 +26,14 @@ from lmdeploy.serving.ui_chat import MAX_IMAGES, ChatServer
 
 #: largest body of an event in bytes: a question and the settings; and largest picture
 MAX_EVENT, MAX_IMAGE = 4 << 20, 16 << 20
+#: tabs whose conversations are kept, the one used longest ago is forgotten; connections at a time
+MAX_TABS, MAX_CONNECTIONS = 1000, 4000
 #: seconds that streams get at shutdown
 GRACE_SECONDS = 2
 _SHOWN = ("/assets/", "/static/", "/svelte/")
 _READ = {"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/gradio_api/info", "/gradio_api/queue/data"}
 _READ_BELOW = ("/gradio_api/heartbeat/",)
-_WRITE = {"/gradio_api/queue/join": MAX_EVENT, "/gradio_api/cancel": 1 << 16, "/gradio_api/reset": 1 << 16}
+_WRITE = {"/gradio_api/queue/join": MAX_EVENT, "/gradio_api/run/predict": 1 << 16, "/gradio_api/cancel": 1 << 16, "/gradio_api/reset": 1 << 16}
 #: where pictures come in and go out; there only for a model that sees
 _UPLOAD, _FILE = "/gradio_api/upload", "/gradio_api/file="
 _POLICY = (
@@ -138,6 +140,8 @@ class PageServer(SignalServer):
 def build_app(server: ChatServer) -> PageGate:
     """The page of a server as an ASGI application."""
     page = ui.build_page(server).queue(max_size=ui.QUEUE, api_open=False)
+    page.state_session_capacity = MAX_TABS
+    page._queue.max_thread_count = ui.QUEUE + 20  # of running events of all kinds; 40 unless `launch` says otherwise, which is not used here
     app: Any = gr.mount_gradio_app(
         FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
         page,
@@ -160,7 +164,16 @@ def build_app(server: ChatServer) -> PageGate:
 def build_page_server(server: ChatServer) -> PageServer:
     """A uvicorn server of the page, not yet running."""
     gate = build_app(server)
-    config = uvicorn.Config(gate, log_level="warning", access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=GRACE_SECONDS, ws="none")
+    config = uvicorn.Config(
+        gate,
+        log_level="warning",
+        access_log=False,
+        log_config=None,
+        lifespan="on",
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
     return PageServer(config, gate)
 
 

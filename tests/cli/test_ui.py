@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,12 @@ def test_without_gradio_the_package_to_install_is_named(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["serve", "gradio", "http://localhost:1"]) == 2
     assert "pip install 'lmdeploy[ui]'" in capsys.readouterr().err
+
+
+def test_a_gradio_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.0.2"))
+    assert main(["serve", "gradio", "http://localhost:1"]) == 2
+    assert "gradio 6.31 or newer, not 6.0.2: pip install -U 'lmdeploy[ui]'" in capsys.readouterr().err
 
 
 def test_a_used_port_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ class ScriptedServer:
         self.models, self.script = models, script
         self.bodies: list[dict[str, Any]] = []
         self.fetched: list[str] = []
+        self.pause = 0.02  # seconds after each delta
         self.usage = (1000, 24)  # tokens of prompt and answer
         self.failure: tuple[int, dict[str, str]] | None = None
         self._sock = socket.create_server(("127.0.0.1", 0))
@@ -63,7 +64,7 @@ class ScriptedServer:
         yield ": a comment, as some servers send\n\n"
         for delta in [{"content": answer}] if isinstance(answer, str) else answer:
             yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(self.pause)
         yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         prompt, answered = self.usage
         yield _event({"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}})

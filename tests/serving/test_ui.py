@@ -406,6 +406,27 @@ def test_an_event_that_is_too_large_is_refused(page: RunningPage) -> None:
         httpx.post(page.url + "/gradio_api/queue/join", content=b'{"data": ["' + b"x" * (5 << 20) + b'"]}', timeout=20).raise_for_status()
 
 
+def test_the_queue_is_bounded_and_stop_does_not_wait_in_it(visit: Visit, scripted: ScriptedServer) -> None:
+    page = RunningPage(scripted.url)
+    reader = visit(page)
+    scripted.pause = 60
+    try:
+        reader.send("stop me")
+        parts = httpx.get(page.url + "/config").json()
+        number = next(d["id"] for d in parts["dependencies"] if d["targets"] and d["targets"][0][1] == "submit")
+        event = {"data": [{"text": "a", "files": []}, None, None, None, "", 5, 0.8, 40, 0.7, 0], "fn_index": number, "event_data": None}
+        with httpx.Client(base_url=page.url, timeout=60) as visitors:
+            statuses = [visitors.post("/gradio_api/queue/join", json={**event, "session_hash": f"visitor{i}"}).status_code for i in range(230)]
+            assert set(statuses[:199]) == {200}, "100 are answered, 100 wait"
+            assert statuses[-20:] == [503] * 20
+        reader.page.click("#lm-box .stop-button")
+        reader.finished()
+        assert reader.note().startswith("stopped")
+    finally:
+        page.stop()
+        scripted.pause = 0.02
+
+
 # ---------------------------------------------------------------------- without a browser
 
 
@@ -431,6 +452,14 @@ def test_memory_counts_answered_exchanges() -> None:
         return [m["content"] for m in ui_chat.request_body(exchanges, settings)["messages"]]
 
     assert (sent(0), sent(1), sent(50)) == (["d"], ["c", "C", "d"], ["a", "A", "c", "C", "d"])
+
+
+def test_a_tab_keeps_so_much_and_no_more() -> None:
+    small = [Exchange(str(i), answer="x") for i in range(300)]
+    assert [e.question for e in ui_chat.kept(small)] == [str(i) for i in range(100, 300)]
+    large = [Exchange("q", answer="x" * (ui_chat.MAX_KEPT // 2 - 10)) for _ in range(5)]
+    assert len(ui_chat.kept(large)) == 2
+    assert len(ui_chat.kept([Exchange("q" * 2 * ui_chat.MAX_KEPT)])) == 1, "the question that is asked is there"
 
 
 def test_errors_say_what_to_do() -> None:
