@@ -30,6 +30,10 @@ WINDOW_SECONDS = 600.0
 MAX_DELAY_SECONDS = 30.0
 
 
+#: a restart that takes so long, and so many times what the first start took, hangs
+MIN_START_SECONDS, START_FACTOR = 300.0, 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class Supervision:
     """`stall_seconds` without a sign of life = the engine hangs (None: see `process`); `max_restarts` in ten minutes, then it is given up."""
@@ -140,12 +144,20 @@ class SupervisedEngine:
 
     # ------------------------------------------------------------------ inside
 
-    def _open(self, config: EngineConfig) -> EngineProcess:
+    def _open(self, config: EngineConfig, limit: float | None = None) -> EngineProcess:
+        """A process that has loaded the model, within `limit` seconds (how long the first start may take is its watcher's to judge)."""
         with self._lock:
             if self._closing.is_set():
                 raise EngineError("the engine was closed")
             self._launched = launch()
-        return EngineProcess(self._model_path, config, launched=self._launched, stall_seconds=self._supervision.stall_seconds)
+        timer = threading.Timer(limit or 0, self._launched.process.kill)
+        timer.daemon = True
+        if limit is not None:
+            timer.start()
+        try:
+            return EngineProcess(self._model_path, config, launched=self._launched, stall_seconds=self._supervision.stall_seconds)
+        finally:
+            timer.cancel()
 
     def _remember(self, order: Order) -> None:
         """Keep the orders that lead a fresh engine to where this one is."""
@@ -222,7 +234,7 @@ class SupervisedEngine:
             self._times.append(time.monotonic())
             logger.warning("the engine is started again (%d of at most %d times)", count + 1, self._supervision.max_restarts)
             try:
-                return self._led(self._checked(self._open(self._config)))
+                return self._led(self._checked(self._open(self._config, max(MIN_START_SECONDS, START_FACTOR * self.info.start_seconds))))
             except LmdeployError as e:
                 reason = str(e)
                 if not self._closing.is_set():

@@ -38,7 +38,7 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     for module in (models, chat, completions, embeddings, responses, anthropic, generate, encode, interactive, ready, admin):
         app.include_router(module.router)
     app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 while the engine works, else 503")
+    app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="200 unless the engine was given up: then restart the server")
     if config.enable_metrics and not config.disable_metrics:
         app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse, summary="Prometheus figures")
     if not config.disable_fastapi_docs:
@@ -58,13 +58,12 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
 
 
 async def health(request: Request) -> Response:
-    """200 {"status": "healthy"} while the engine can answer; 503 with the reason while it is restarted, and when it was given up."""
+    """200 with status healthy, sleeping, or restarting while a failed engine is replaced: all is done that can be. 503 when it was given up."""
     frontend = service_of(request).frontend
-    problem = frontend.trouble
-    if problem is None:
-        return JSONResponse({"status": "sleeping" if frontend.asleep else "healthy", "message": ""})
-    status = "unhealthy" if frontend.failure else "restarting"
-    return JSONResponse({"status": status, "message": problem}, status_code=503, headers={"Retry-After": RETRY_SECONDS})
+    if frontend.failure:
+        return JSONResponse({"status": "unhealthy", "message": frontend.failure}, status_code=503, headers={"Retry-After": RETRY_SECONDS})
+    status = "restarting" if frontend.trouble else "sleeping" if frontend.asleep else "healthy"
+    return JSONResponse({"status": status, "message": frontend.trouble or ""})
 
 
 async def metrics(request: Request) -> Response:

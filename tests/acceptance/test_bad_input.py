@@ -372,7 +372,7 @@ def test_a_used_port_is_told_before_a_model_is_loaded(server: Server) -> None:
     assert len(done.stderr.splitlines()) == 1 and time.monotonic() - start < 20
 
 
-def test_a_killed_engine_ends_its_answers_is_told_and_leaves_a_server_that_stops(server: Server) -> None:
+def test_a_killed_engine_ends_its_answers_is_told_and_replaced(server: Server) -> None:
     [engine] = server.process.children(recursive=True)
     with server.http.stream("POST", "/v1/chat/completions", json=server.long) as reply:
         lines = reply.iter_lines()
@@ -380,9 +380,12 @@ def test_a_killed_engine_ends_its_answers_is_told_and_leaves_a_server_that_stops
         engine.kill()
         events = [line for line in lines if line]
     assert "killed by signal 9" in events[-2] and events[-1] == "data: [DONE]"
-    assert server.http.get("/health").status_code == 503
-    refused = server.http.post("/v1/chat/completions", json=server.body)
-    assert refused.status_code == 503 and "killed by signal 9" in refused.json()["error"]["message"]
+    deadline = time.monotonic() + 60
+    while (reply := server.http.post("/v1/chat/completions", json=server.body)).status_code != 200:
+        assert reply.status_code == 503 and reply.headers["retry-after"] and "killed by signal 9" in reply.json()["error"]["message"]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.process.children(recursive=True) != [engine]
     server.process.terminate()
     assert server.process.wait(20) == 0
     assert "Traceback" not in server.log.read_text()

@@ -188,6 +188,18 @@ def test_an_engine_that_fails_again_and_again_is_given_up(start: Start, model_fo
         engine.submit(request(6))
 
 
+def test_a_restart_that_never_gets_ready_counts_as_failed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdeploy.engine.supervisor.MIN_START_SECONDS", 1.0)
+    monkeypatch.setattr("lmdeploy.engine.supervisor.START_FACTOR", 0.0)
+    engine, inbox = start(max_restarts=1)
+    monkeypatch.setattr(process, "child_command", lambda: [sys.executable, "-c", "import time; time.sleep(600)"])
+    os.kill(engine.pid, signal.SIGKILL)
+    until(lambda: engine.failure is not None)
+    assert "loading" in (engine.failure or "") and "signal 9" in (engine.failure or "")
+    with pytest.raises(EngineError, match="has stopped"):
+        engine.submit(request(1))
+
+
 def test_the_first_start_fails_as_ever(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         SupervisedEngine(tmp_path, CONFIG)

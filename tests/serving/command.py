@@ -31,7 +31,7 @@ class ServerCommand:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
 
     def ready(self, seconds: float = 90) -> ServerCommand:
-        """Wait for /health to say that all is well."""
+        """Wait for /ready to say that all is well."""
         deadline = time.monotonic() + seconds
         while not self.healthy():
             assert self.popen.poll() is None, self.log.read_text()
@@ -42,7 +42,7 @@ class ServerCommand:
     def healthy(self) -> bool:
         """Whether the server answers and its engine works."""
         with contextlib.suppress(httpx.TransportError):
-            return self.http.get("/health").status_code == 200
+            return self.http.get("/ready").status_code == 200
         return False
 
     @property

@@ -120,6 +120,20 @@ def test_parts_wake_one_by_one(admin: RunningServer) -> None:
     assert say(admin) == text
 
 
+def test_an_engine_that_dies_asleep_comes_back_asleep(admin: RunningServer) -> None:
+    text, restarts = say(admin), admin.frontend.stats().restarts
+    post(admin, "/sleep?level=2")
+    psutil.Process(admin.frontend.client.pid).kill()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 60
+    while admin.frontend.stats().restarts == restarts or admin.frontend.trouble:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert admin.http.post("/v1/completions", json=SHORT).json()["error"]["code"] == "asleep"
+    assert resident(admin) < admin.frontend.info.memory.total - 0.9 * admin.frontend.info.memory.kv_pool
+    assert post(admin, "/wakeup").status_code == 200
+    assert say(admin) == text
+
+
 def test_running_answers_end_before_sleep_and_long_ones_are_aborted(admin: RunningServer) -> None:
     with ThreadPoolExecutor(2) as pool:
         short = pool.submit(admin.http.post, "/v1/completions", json={**SHORT, "max_tokens": 200})

@@ -48,10 +48,10 @@ def is_gone(process: psutil.Process, seconds: float = 10) -> bool:
 
 def until_trouble(server: ServerCommand, seconds: float = 30) -> httpx.Response:
     deadline = time.monotonic() + seconds
-    while (health := server.http.get("/health")).status_code == 200:
+    while (ready := server.http.get("/ready")).status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    return health
+    return ready
 
 
 def counter(server: ServerCommand, name: str) -> float:
@@ -81,9 +81,11 @@ def test_a_killed_engine_is_told_to_everybody_and_replaced(start: Start) -> None
     assert failed.json()["error"]["code"] == "engine_failed"
     server.ready()
     server.engine.kill()  # the second restart waits a second, time enough to look
-    health = until_trouble(server)
+    ready = until_trouble(server)
+    health = server.http.get("/health")
     refused = server.http.post("/v1/completions", json=SHORT)
-    assert (health.status_code, health.json()["status"]) == (503, "restarting")
+    assert ready.status_code == 503 and "signal 9" in ready.json()["message"]
+    assert (health.status_code, health.json()["status"]) == (200, "restarting"), "nobody must kill a server that is recovering"
     assert "signal 9" in health.json()["message"]
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "engine_restarting"
