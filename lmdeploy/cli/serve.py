@@ -45,9 +45,9 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     values = config_values(args, ServerConfig)
     if values.get("ssl"):
         values = {"ssl_keyfile": os.environ.get("SSL_KEYFILE"), "ssl_certfile": os.environ.get("SSL_CERTFILE"), **values}
-    if keys := os.environ.get("LMDEPLOY_API_KEYS"):
+    if (keys := os.environ.get("LMDEPLOY_API_KEYS")) is not None:  # set and empty is a mistake, which must not open the server
         values["api_key_lines"] = keys.replace(",", "\n").splitlines()
-    if "admin_key_file" not in values and (key := os.environ.get("LMDEPLOY_ADMIN_KEY")):
+    if "admin_key_file" not in values and (key := os.environ.get("LMDEPLOY_ADMIN_KEY")) is not None:
         values.setdefault("admin_key", key)
     return ServerConfig(**values)
 

@@ -27,7 +27,7 @@ class Call:
 
     __slots__ = (
         *("id", "client_id", "client", "key", "method", "path", "http_version", "began", "began_ns", "deadline"),
-        *("route", "status", "refused", "ended", "queue_seconds", "first_token", "prompt_tokens", "cached_tokens", "generated_tokens", "finish_reasons"),
+        *("route", "status", "error", "ended", "queue_seconds", "first_token", "prompt_tokens", "cached_tokens", "generated_tokens", "finish_reasons"),
         *("request", "session"),
     )
 
@@ -45,7 +45,7 @@ class Call:
         self.deadline = self.began + seconds
         self.route = "other"
         self.status = 499  # unless an answer is sent
-        self.refused: str | None = None  # the code of the gate's own refusal
+        self.error: str | None = None  # its code: of the gate's refusal, or of an answer that failed
         self.ended = self.began
         self.queue_seconds = 0.0  # in the server and in the engine
         self.first_token: float | None = None
@@ -71,8 +71,8 @@ class Call:
             parts.append(f"queue={self.queue_seconds:.3f}s ttft={self.ttft:.3f}s tokens={self.prompt_tokens}+{self.generated_tokens}")
         if self.finish_reasons:
             parts.append("finish=" + ",".join(self.finish_reasons[:8]))
-        if self.refused:
-            parts.append(f"refused={self.refused}")
+        if self.error:
+            parts.append(f"error={self.error}")
         if self.client_id:
             parts.append(f"client_id={self.client_id}")
         return " ".join([*parts, self.id])
@@ -95,7 +95,7 @@ class Call:
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.generated_tokens,
             "finish_reasons": self.finish_reasons[:8],
-            "refused": self.refused,
+            "error": self.error,
         }
 
 

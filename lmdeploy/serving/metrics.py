@@ -52,7 +52,7 @@ class Metrics:
         self._answered = Counter(
             "lmdeploy:http_requests", "HTTP requests by route, status and name of the key", ("route", "status", "key"), registry=self.registry
         )
-        self._refused = Counter("lmdeploy:http_requests_refused", "requests that the server itself refused, by reason", ("reason",), registry=self.registry)
+        self._failed = Counter("lmdeploy:http_requests_failed", "requests that were refused or failed, by the error's code", ("code",), registry=self.registry)
         for collector in (self.between_tokens, _EngineFigures(frontend, labels), _ServerFigures(admission, frontend, labels)):
             self.registry.register(collector)
 
@@ -79,8 +79,8 @@ class Metrics:
     def answered(self, call: Call) -> None:
         """Count one HTTP request. Every label is one of ours: routes of the app, names of known keys."""
         self._answered.labels(call.route, call.status, call.key).inc()
-        if call.refused is not None:
-            self._refused.labels(call.refused).inc()
+        if call.error is not None:
+            self._failed.labels(call.error).inc()
 
 
 class TokenTimes(Collector):
@@ -153,6 +153,7 @@ class ObservedRequest:
             self._metrics.per_token.observe((now - self._first) / (tokens - 1))
         if self._call is not None:
             self._call.finish_reasons.append(response.finish_reason)
+            self._call.error = response.error_code or self._call.error
 
     def end(self) -> None:
         """The request is over, for whatever reason."""

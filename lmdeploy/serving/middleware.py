@@ -136,7 +136,7 @@ class Gate:
     async def _fail(self, scope: Scope, wire: _Wire, call: Call, error: Exception) -> None:
         """Answer with the error; when the answer has begun already, all that can be done is to cut the connection."""
         if isinstance(error, HttpError):
-            call.refused = error.code
+            call.error = error.code
         else:
             logger.error("request %s failed", call.id, exc_info=error)
         if not wire.started:

@@ -108,6 +108,8 @@ class ServerConfig(CheckedOptions):
             raise ConfigError("ssl needs a key and a certificate: give --ssl-keyfile and --ssl-certfile, or set SSL_KEYFILE and SSL_CERTFILE")
         if self.api_keys is not None and not all(isinstance(k, str) and k for k in self.api_keys):
             raise ConfigError("api_keys must be non-empty strings")
+        if self.api_keys is not None and not self.api_keys:
+            raise ConfigError("api_keys is given but holds no key; leave it out to let everybody in")
         if self.admin_key == "":
             raise ConfigError("admin_key is empty; leave it out to have no admin routes")
         if self.admin_key and self.admin_key_file:

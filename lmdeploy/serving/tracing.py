@@ -71,8 +71,8 @@ class Tracing:
         operation = OPERATIONS.get(call.route)
         name = f"{operation} {self._model_name}" if operation else f"{call.method} {call.route}"
         span = self._tracer.start_span(name, context=parent, kind=trace.SpanKind.SERVER, start_time=call.began_ns, attributes=self._attributes(call, operation))
-        if call.status >= 500 or call.refused == "timeout":
-            span.set_status(trace.StatusCode.ERROR, call.refused or f"HTTP {call.status}")
+        if call.status >= 500 or call.error == "timeout":
+            span.set_status(trace.StatusCode.ERROR, call.error or f"HTTP {call.status}")
         if call.first_token is not None:
             inside = trace.set_span_in_context(span, parent)
             started = min(call.began_ns + int(call.queue_seconds * 1e9), end)
@@ -89,8 +89,8 @@ class Tracing:
             "lmdeploy.request.id": call.id,
             "lmdeploy.key": call.key,
         }
-        if call.refused or call.status >= 500:
-            found["error.type"] = call.refused or str(call.status)
+        if call.error or call.status >= 500:
+            found["error.type"] = call.error or str(call.status)
         if operation:
             found |= {"gen_ai.operation.name": operation, "gen_ai.provider.name": "lmdeploy", "gen_ai.request.model": self._model_name}
         if call.first_token is not None:

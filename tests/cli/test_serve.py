@@ -180,9 +180,13 @@ def test_keys_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert [ring.find(key) for key in (b"aaa", b"bbb", b"ccc", b"root", b"team-a")] == ["team-a", "key3", "key1", "admin", None]
     assert server_config(parsed("--admin-key", "other")).admin_key == "other", "the flag goes before the environment"
     assert server_config(parsed("--admin-key-file", "f")).admin_key is None
-    monkeypatch.setenv("LMDEPLOY_API_KEYS", " , ")
-    with pytest.raises(ConfigError, match="LMDEPLOY_API_KEYS holds no key"):
-        KeyRing(server_config(parsed()))
+    for nothing in (" , ", ""):
+        monkeypatch.setenv("LMDEPLOY_API_KEYS", nothing)
+        with pytest.raises(ConfigError, match="LMDEPLOY_API_KEYS holds no key"):
+            KeyRing(server_config(parsed()))
+    monkeypatch.delenv("LMDEPLOY_API_KEYS")
+    with pytest.raises(ConfigError, match="api_keys is given but holds no key"):
+        server_config(parsed("--api-keys"))
 
 
 def test_every_line_of_a_json_log_is_json(tmp_path: Path) -> None:

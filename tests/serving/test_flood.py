@@ -74,6 +74,6 @@ def test_a_flood_is_refused_in_order_and_leaves_nothing(process: ServerProcess) 
     for gauge in ("num_api_requests_waiting", "num_api_requests_routed", "kv_blocks_used", "num_requests_running"):
         (line,) = [line for line in figures.splitlines() if line.startswith(f"lmdeploy:{gauge}{{")]
         assert float(line.split()[-1]) == 0, line
-    refused = [line for line in figures.splitlines() if line.startswith("lmdeploy:http_requests_refused_total") and "overloaded" in line]
+    refused = [line for line in figures.splitlines() if line.startswith("lmdeploy:http_requests_failed_total") and "overloaded" in line]
     assert float(refused[0].split()[-1]) >= statuses[503]
     print(f"\n{dict(statuses)}, other key: {len(quiet)} answers, median {sorted(quiet)[len(quiet) // 2]:.2f} s, memory {(after - before) / 2**20:+.1f} MiB")

@@ -84,7 +84,7 @@ def test_a_line_of_the_log_tells_everything_but_secrets(serve: Callable[..., Run
     assert 0 <= line["queue_seconds"] <= line["ttft_seconds"] <= line["seconds"] < 30
     assert line["finish_reasons"] == ["length"] and line["client"].startswith("127.0.0.1:")
     refused = access.about(own_id(server.http.get("/v1/models", headers={"x-api-key": "guess"})))
-    assert (refused["status"], refused["key"], refused["refused"]) == (401, "-", "invalid_api_key")
+    assert (refused["status"], refused["key"], refused["error"]) == (401, "-", "invalid_api_key")
     everything = " ".join(f"{r.getMessage()} {r.__dict__}" for r in access.kept)
     for secret in ("sesame", "guess", "secret", "Count"):
         assert secret not in everything
