@@ -70,6 +70,9 @@ def offer_of(tools: list[dict[str, Any]] | None, choice: str, notation: ToolForm
     offer = _all(tools, notation)
     if choice == "none":
         return ToolOffer()
+    if notation is None and choice != "auto":
+        problem = "calls of this model are not read: it has no place for tools in its template, or the server runs with --tool-call-parser none"
+        raise RequestError(f"tool_choice={choice[:80]!r} cannot be obeyed; {problem}", param="tool_choice", code="unsupported")
     if named is None:
         return replace(offer, required=choice == "required")
     if named not in offer.names:
@@ -139,7 +142,10 @@ class Guarantee:
             self._give_up(name, offer, problem)
             schemas[name] = ANY_OBJECT
         grammar = tool_grammar(self._notation, schemas, code=offer.code, required=offer.required, parallel=parallel)
-        return grammar if await self._problem(grammar) is None else None
+        problem = await self._problem(grammar)
+        if problem is not None and offer.required:
+            raise RequestError(f"tools: a call cannot be guaranteed, as tool_choice asks: {problem}", param="tools", code="invalid_grammar")
+        return grammar if problem is None else None
 
     async def _problem(self, grammar: Grammar) -> str | None:
         try:
