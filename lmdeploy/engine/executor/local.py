@@ -84,6 +84,7 @@ class LocalExecutor:
     def close(self) -> None:
         """Free weights and KV cache; may be called twice."""
         runner, self._runner = self._runner, None
+        self._weights = self._layout = None  # both know the model
         self._done.clear()
         if runner is not None:
             runner.close()
