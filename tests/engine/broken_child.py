@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -28,9 +29,9 @@ def main() -> None:
 
     from lmdeploy.engine import child, runner
 
-    run = runner.ModelRunner.run
+    launch = runner.ModelRunner.launch
 
-    def harm(self: runner.ModelRunner, plan: runner.StepPlan) -> runner.StepResult:
+    def harm(self: runner.ModelRunner, plan: runner.StepPlan) -> Callable[[], runner.StepResult]:
         tokens = {token for new in plan.new for token in new.token_ids}
         if HANG in tokens:
             time.sleep(10_000)
@@ -42,9 +43,9 @@ def main() -> None:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if DEVICE_ASSERT in tokens:  # really: an index beyond a table, found by the device itself
             torch.zeros(4, device=self.device).index_select(0, torch.tensor([1 << 20], device=self.device)).cpu()
-        return run(self, plan)
+        return launch(self, plan)
 
-    runner.ModelRunner.run = harm  # type: ignore[method-assign]
+    runner.ModelRunner.launch = harm  # type: ignore[method-assign]
     child.main()
 
 
