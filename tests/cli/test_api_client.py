@@ -367,7 +367,7 @@ def test_a_server_that_came_back_with_another_model_goes_on_with_that(script: Sc
         (lambda handler: handler.answer(200, "<html>not an API</html>"), "no JSON"),
         (lambda handler: handler.answer(502, "Bad gateway"), "Bad gateway (HTTP 502)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "reply",
 )
 def test_without_a_person_every_error_is_one_line_and_the_end(script: Script, reply: Reply, part: str) -> None:
     script.replies = [reply]
