@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmdeploy.config import EngineConfig, PytorchEngineConfig
+from lmdeploy.config import EngineConfig, TurbomindEngineConfig
 from lmdeploy.engine import process
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.start import build_engine
@@ -42,7 +42,7 @@ def answer(engine: Engine, request_id: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def config() -> EngineConfig:
-    return PytorchEngineConfig(device_type="cuda", dtype="bfloat16", session_len=256, max_batch_size=4, max_prefill_token_num=256, cache_max_entry_count=4000)
+    return TurbomindEngineConfig(device_type="cuda", dtype="bfloat16", session_len=256, max_batch_size=4, max_prefill_token_num=256, cache_max_entry_count=4000)
 
 
 def test_sleep_gives_device_memory_back_and_waking_is_quick(config: EngineConfig, tmp_path: Path) -> None:
