@@ -10,8 +10,11 @@ import torch
 
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.graphs import row_buckets
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.select import select
 from lmdeploy.messages import Grammar, SamplingParams
 from tests.gpu.test_cuda import engine_on, run
+from tests.kernels.paged import FORMATS, Shape, error, numbers, paged_case, sequences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,3 +74,18 @@ def test_buckets_cover_every_batch_size() -> None:
     for most in (1, 7, 8, 100, 256, 1000):
         sizes = row_buckets(most)
         assert sizes[-1] == most and sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decoding", [0, 3])
+def test_whole_prompts_go_to_cudnn_and_come_out_right(dtype: torch.dtype, decoding: int) -> None:
+    attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention")
+    shape = Shape(16, 4, 128, 64, dtype, "cuda")
+    batch = sequences([(100 + i, 1) for i in range(decoding)] + [(700, 700), (513, 513)])
+    case = paged_case(FORMATS["16"], shape, batch)
+    keys, values = (torch.cat([numbers(shape, 10 * s.seed + part, s.length, 4, 128)[s.length - s.new :] for s in batch]) for part in range(2))
+    assert attention._suits_cudnn(case.q, case.layer, case.meta, 0)
+    kernels = select("turbomind", "cuda", dtype, head_dim=128)
+    found = torch.full((case.q.shape[0], 16 * 128), float("nan"), dtype=dtype, device="cuda")
+    kernels.attention(case.q, keys, values, case.layer, case.meta, 128**-0.5, 0, found)
+    assert error(found, case.attend(REFERENCE)) <= 1.2e-2

@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels.cache_read import attend
@@ -20,6 +22,8 @@ from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 SPLIT = 256  # keys of a decode program
+#: prompts of a step that cuDNN computes, one call each, and the fewest tokens that are worth one
+MOST_PROMPTS, SHORTEST_PROMPT = 8, 512
 CHUNK = 16  # splits that the last step of decoding adds up at once
 TURNED = tl.constexpr(32)  # dims of a result that are turned back at once
 #: p times a row's scale may be too small for float16; this much larger it fits, and the largest stays in reach.
@@ -261,6 +265,25 @@ def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: i
         )  # fmt: skip
 
 
+def _suits_cudnn(q: Tensor, kv: KVLayer, meta: AttentionMeta, window: int) -> bool:
+    """Whether all that is not decoding are a few long prompts without history, whose keys need not come from the cache."""
+    lens, keys = meta.query_lens[meta.num_decode :], meta.kv_lens_host[meta.num_decode :]
+    simple = kv.plain and window <= 0 and q.dtype is not torch.float32 and q.shape[2] in (64, 128) and q.is_cuda
+    return simple and len(lens) <= MOST_PROMPTS and lens == keys and min(lens) >= SHORTEST_PROMPT and torch.backends.cudnn.is_available()
+
+
+def _whole_prompts(q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, scale: float, out: Tensor) -> None:
+    """cuDNN's attention for each prompt: about twice the rate of the tiles here (benchmark/RESULTS.md)."""
+    start = meta.num_decode
+    for count in meta.query_lens[meta.num_decode :]:
+        rows = slice(start, start + count)
+        heads = [part[rows].transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            found = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out[rows].view(count, q.shape[1], q.shape[2]).copy_(found.squeeze(0).transpose(0, 1))
+        start += count
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
     """Causal attention of the new tokens of each sequence over its cached keys; see `api.Kernels`. q [T, H, D], out [T, H * D]."""
     assert q.shape[2] % 2 == 0 and q.stride(2) == 1 and out.stride(1) == 1 and meta.block_table.stride(1) == 1
@@ -268,4 +291,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta,
     if meta.num_decode:
         _decode(q, kv, meta, scale, window, out)
     if len(meta.query_lens) > meta.num_decode:
-        _extend(q, kv, meta, scale, window, out)
+        if _suits_cudnn(q, kv, meta, window):
+            _whole_prompts(q, k, v, meta, scale, out)
+        else:
+            _extend(q, kv, meta, scale, window, out)
