@@ -82,6 +82,7 @@ class ModelRunner:
         pads_rows: bool = False,
         vision: VisionEncoder | None = None,
         grammars: GrammarCompiler | None = None,
+        graphed: bool = False,
     ) -> None:
         assert config.max_batch_size is not None
         self.model, self.device, self.dtype = model, device, dtype
@@ -91,7 +92,7 @@ class ModelRunner:
         self.kv_layout = kv_layout
         self.graphs: DecodeGraphs | None = None
         self.arrivals = Arrivals(self.max_batch_size, device)
-        self.graphed = device.type == "cuda" and not config.eager_mode
+        self.graphed = graphed
         spare, reserved = int(self.graphed), 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         self.guided = GuidedSlots(grammars, config.max_batch_size, device) if grammars is not None else None

@@ -30,7 +30,7 @@ from lmdeploy.engine.sizing import SEE_PLAN, choose_format, gib, pool_request, u
 from lmdeploy.engine.weights import Facts, Weights
 from lmdeploy.errors import ConfigError
 from lmdeploy.formats.choose import choose_formats
-from lmdeploy.kernels.select import pads_rows, select
+from lmdeploy.kernels.select import can_be_captured, pads_rows, select
 from lmdeploy.layers.build import reload
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo
@@ -141,7 +141,10 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     if examined.quality is not None:
         judge(examined.quality, resolved.strict_quality)
     pool, grammars = pool_request(config, resolved), _grammars(opening)
-    runner = ModelRunner(model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars)
+    graphed = not resolved.eager_mode and can_be_captured(kernels, device.type, spec)
+    runner = ModelRunner(
+        model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars, graphed=graphed
+    )
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
@@ -167,7 +170,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         enable_prefix_caching=resolved.enable_prefix_caching,
         rope_depends_on_length=spec.rope.depends_on_length,
         grammars=grammars,
-        run_ahead=int(device.type == "cuda" and not resolved.eager_mode),  # the next step is launched before the tokens of this one are seen
+        run_ahead=int(graphed),  # the next step is launched before the tokens of this one are seen
     )
 
 

@@ -17,6 +17,7 @@ from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
 from lmdeploy.kernels.reference import REFERENCE, dequantising, dequantising_w8
 from lmdeploy.kernels.row_buckets import Linear, padded
 from lmdeploy.log import get_logger
+from lmdeploy.spec import ModelSpec
 
 logger = get_logger(__name__)
 
@@ -119,6 +120,11 @@ def _report(need: Need, build: NativeBuild | None, triton: TritonSet) -> Report:
 def pads_rows(kernels: Kernels) -> bool:
     """Whether products pad their rows to buckets, which then want to be met at start-up."""
     return kernels.linear is PADDED
+
+
+def can_be_captured(kernels: Kernels, device_type: str, spec: ModelSpec) -> bool:
+    """Whether a decode step may become a CUDA graph: no operator of it looks at numbers on the host. The reference's attention and experts do."""
+    return device_type == "cuda" and kernels.names["attention"] != "torch" and not (spec.num_experts and kernels.names["experts"] == "torch")
 
 
 def _torch_set(need: Need) -> Kernels:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmdeploy.config import PytorchEngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.graphs import row_buckets
 from lmdeploy.kernels.reference import REFERENCE
@@ -68,6 +69,15 @@ def test_every_policy_runs_in_graphs(model_folder: Path) -> None:
             engine.close()
         same = sum(a == b for a, b in zip(*answers, strict=True))
         assert same >= len(PROMPTS) - 2, f"{policy}: {same} of {len(PROMPTS)}"  # near ties may fall otherwise in bfloat16
+
+
+def test_kernels_that_look_at_the_host_are_not_captured(model_folder: Path) -> None:
+    """Attention of the plain torch set loops over lengths on the host: a graph of it would repeat the lengths of its capture."""
+    plain = engine_on("cuda", model_folder, PytorchEngineConfig)
+    params = [KINDS["greedy"]] * len(PROMPTS)
+    once = run(plain, params, PROMPTS)
+    assert run(plain, params, PROMPTS) == once
+    plain.close()
 
 
 def test_buckets_cover_every_batch_size() -> None:
