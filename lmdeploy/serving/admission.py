@@ -142,6 +142,25 @@ class Admission:
         return min(max(math.ceil((self.waiting + 1) / rate), MIN_RETRY), MAX_RETRY)
 
 
+class Place:
+    """What one request takes of an `Admission`: `take` it before work begins, at most once; the gate gives it back."""
+
+    def __init__(self, admission: Admission, key: str, deadline: float, connection: Connection | None) -> None:
+        self._admission, self._key, self._deadline, self._connection = admission, key, deadline, connection
+        self._taken = False
+
+    async def take(self) -> None:
+        """Wait for it; raises what `Admission.enter` raises."""
+        if not self._taken:
+            await self._admission.enter(self._key, self._deadline, self._connection)
+            self._taken = True
+
+    def give_back(self) -> None:
+        """The request is over."""
+        if self._taken:
+            self._admission.leave(self._key)
+
+
 def _end(turn: asyncio.Future[None], why: Exception) -> None:
     """Nobody waits for this turn any more."""
     if not turn.done():

@@ -14,6 +14,8 @@ from typing import Any
 
 from starlette.types import Scope
 
+from lmdeploy.serving.admission import Place
+
 #: what may be repeated in a header and a log line
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: who calls without a key
@@ -28,7 +30,7 @@ class Call:
     __slots__ = (
         *("id", "client_id", "client", "key", "method", "path", "http_version", "began", "began_ns", "deadline"),
         *("route", "status", "error", "ended", "queue_seconds", "first_token", "prompt_tokens", "cached_tokens", "generated_tokens", "finish_reasons"),
-        *("request", "session"),
+        *("request", "session", "place"),
     )
 
     def __init__(self, scope: Scope, seconds: float) -> None:
@@ -52,6 +54,7 @@ class Call:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.finish_reasons: list[str] = []
         self.session: int | None = None
+        self.place: Place | None = None  # among those that are worked on
         self.request: dict[str, Any] = {}  # sampling values, for traces
 
     @property

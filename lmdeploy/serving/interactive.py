@@ -22,7 +22,7 @@ from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import as_http_error, error_body, raise_if_failed, read_body
 from lmdeploy.serving.openai.protocol import InteractiveRequest
 from lmdeploy.serving.openai.stream import EventStream
-from lmdeploy.serving.service import Service, caller, service_of, unless_gone
+from lmdeploy.serving.service import Service, admitted, caller, service_of, unless_gone
 
 router = APIRouter(tags=["lmdeploy"])
 
@@ -45,30 +45,44 @@ class Conversations:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._sessions: OrderedDict[SessionKey, Conversation] = OrderedDict()
+        self._sessions: dict[str, OrderedDict[int, Conversation]] = {}  # of each key, the most recently used last
+        self._count = 0
         self._ids = itertools.count(1)
 
     def new_id(self) -> int:
         """A session id that is not in use."""
-        return next(i for i in self._ids if (caller(), i) not in self._sessions)
+        return next(i for i in self._ids if self.find((caller(), i)) is None)
 
-    def open(self, session: SessionKey) -> Conversation:
-        """The session, new when unknown; the least recently used one makes room."""
-        conversation = self._sessions.setdefault(session, Conversation())
-        self._sessions.move_to_end(session)
-        while len(self._sessions) > self._limit:
-            self._sessions.popitem(last=False)
-        conversation.cancelled = False
-        return conversation
+    def find(self, session: SessionKey) -> Conversation | None:
+        """The session, if there is one."""
+        key, number = session
+        return self._sessions.get(key, {}).get(number)
+
+    def keep(self, session: SessionKey, conversation: Conversation) -> None:
+        """Keep a session, as the most recently used one; the least recently used one of the key that has most makes room."""
+        key, number = session
+        own = self._sessions.setdefault(key, OrderedDict())
+        self._count += number not in own
+        own[number] = conversation
+        own.move_to_end(number)
+        if self._count > self._limit:
+            # of keys that have equally many, the one that wants more
+            most = max(self._sessions, key=lambda k: (len(self._sessions[k]), k == key))
+            self.end((most, next(iter(self._sessions[most]))))
 
     def cancel(self, session: SessionKey) -> None:
         """Stop the running answer of a session."""
-        if session in self._sessions:
-            self._sessions[session].cancelled = True
+        if (conversation := self.find(session)) is not None:
+            conversation.cancelled = True
 
     def end(self, session: SessionKey) -> None:
         """Forget a session."""
-        self._sessions.pop(session, None)
+        key, number = session
+        own = self._sessions.get(key, OrderedDict())
+        if own.pop(number, None) is not None:
+            self._count -= 1
+            if not own:
+                del self._sessions[key]
 
 
 @router.post("/v1/chat/interactive", summary="Chat with a history kept by the server")
@@ -86,6 +100,7 @@ async def chat_interactive(request: Request) -> Response:
         with service.session(given):
             sessions.end((caller(), given))
         return JSONResponse(_line("", 0, 0, 0, "stop"))
+    await admitted()
     with ExitStack() as held:
         session_id = sessions.new_id() if given is None else given
         held.enter_context(service.session(session_id))
@@ -115,17 +130,19 @@ class Turn:
 
     def __init__(self, service: Service, sessions: Conversations, session_id: int, body: InteractiveRequest) -> None:
         self._service, self._sessions, self._key, self._body = service, sessions, (caller(), session_id), body
-        self._conversation = sessions.open(self._key)
+        self._conversation = sessions.find(self._key) or Conversation()
         self._before = self._conversation.tokens
 
     async def prepare(self) -> None:
-        """Check and tokenise the history with the new turn. A refused turn leaves the session as it was."""
+        """Check and tokenise the history with the new turn. A refused turn leaves the session as it was, and makes none."""
         body = self._body
         asked = [{"role": "user", "content": body.prompt}] if isinstance(body.prompt, str) else convert.messages_of(body.prompt)
         if not body.prompt:
             raise RequestError("the prompt is empty", param="prompt")
         self._asked = [*self._conversation.history, *asked]
         self._prepared = await self._service.prepare(self._asked, convert.interactive_config(body))
+        self._conversation.cancelled = False
+        self._sessions.keep(self._key, self._conversation)
 
     async def lines(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer's increments in the wire's form; keeps or ends the session after the last one."""

@@ -16,12 +16,13 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmdeploy.log import get_logger
+from lmdeploy.serving.admission import Place
 from lmdeploy.serving.call import ANYBODY, CURRENT, Call, header
 from lmdeploy.serving.connections import EXTENSION, Connection
 from lmdeploy.serving.keys import ADMIN
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, error_response
 from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.service import Service
+from lmdeploy.serving.service import Service, admitted
 
 logger = get_logger(__name__)
 access = get_logger("lmdeploy.access")
@@ -31,7 +32,12 @@ _OPEN_FOLDER = "/static/"
 #: paths that are asked every few seconds by machines; their lines would drown the others
 _QUIET = ("/health", "/ready", "/metrics")
 #: admin routes that a flag opens to ordinary clients, as the public surface has it: path -> option
-ADMIN_FLAGS = {"/terminate": "allow_terminate_by_client", "/abort_request": "enable_abort_handling"}
+_ABORT, _INTERACTIVE = "/abort_request", "/v1/chat/interactive"
+#: what ends a running answer must not wait for its end; nothing but a small body is such a request
+_STOPS, SMALL_BODY = (_ABORT, _INTERACTIVE), 64 << 10
+#: routes that compute nothing on the engine
+_LIGHT = ("/tokenize", "/detokenize", "/v1/encode", "/v1/messages/count_tokens", "/anthropic/v1/messages/count_tokens")
+ADMIN_FLAGS = {"/terminate": "allow_terminate_by_client", _ABORT: "enable_abort_handling"}
 #: an answer ends itself at its time limit; whatever does not is cut so many seconds later
 _GRACE = 5.0
 
@@ -81,12 +87,16 @@ class Gate:
             return
         # without keys, clients are told apart by their addresses
         turn = call.key if call.key != ANYBODY else call.client.rpartition(":")[0]
-        await self._service.admission.enter(turn, call.deadline, wire.connection)
-        call.queue_seconds = time.monotonic() - call.began
+        path, service = scope["path"], self._service
+        place = call.place = Place(service.light_admission if path in _LIGHT else service.admission, turn, call.deadline, wire.connection)
+        if path in _STOPS and _is_small(scope):  # reading a small body costs nothing: the route itself waits if it is to compute
+            wire.limit = SMALL_BODY
+        else:
+            await admitted()
         try:
             await self._pass(scope, wire, call)
         finally:
-            self._service.admission.leave(turn)
+            place.give_back()
 
     async def _pass(self, scope: Scope, wire: _Wire, call: Call) -> None:
         """Run the app. Answers end themselves at the time limit; what does not is cancelled a little later."""
@@ -158,7 +168,8 @@ class _Wire:
     """The way between app and client: counts the body, notes the status, adds ids."""
 
     def __init__(self, scope: Scope, call: Call, receive: Receive, send: Send, limit: int, service: Service) -> None:
-        self._call, self._receive, self._send, self._limit, self._service = call, receive, send, limit, service
+        self._call, self._receive, self._send, self._service = call, receive, send, service
+        self.limit = limit  # of the body, in bytes
         self._size = 0
         self.started = self.given_up = False
         connection = scope.get("extensions", {}).get(EXTENSION, {}).get("connection")
@@ -174,8 +185,8 @@ class _Wire:
         """The next part of the body; raises 413 as soon as there is too much of it."""
         message = await self._receive()
         self._size += len(message.get("body", b""))
-        if self._size > self._limit:
-            raise _too_large(self._limit)
+        if self._size > self.limit:
+            raise _too_large(self.limit)
         return message
 
     async def send(self, message: Message) -> None:
@@ -202,6 +213,12 @@ def _too_large(limit: int) -> HttpError:
 
 def _is_open(path: str) -> bool:
     return path in _OPEN or path.startswith(_OPEN_FOLDER)
+
+
+def _is_small(scope: Scope) -> bool:
+    """Whether the body is said to be small; one without a length may be anything."""
+    length = header(scope, b"content-length")
+    return length.isdigit() and int(length) <= SMALL_BODY
 
 
 def _is_opened(path: str, config: ServerConfig) -> bool:

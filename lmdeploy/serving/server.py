@@ -114,6 +114,7 @@ class HttpServer(SignalServer):
         for listener in [*self.servers, *(sockets or ())]:
             listener.close()
         self._service.admission.close()
+        self._service.light_admission.close()
         self._service.frontend.abort_all()
         for connection in list(self.server_state.connections):
             connection.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -45,6 +46,8 @@ T = TypeVar("T")
 _LONG_PROMPT = 1 << 14
 #: requests whose pictures are fetched and cut at the same time; more wait
 MAX_FETCHING = 4
+#: requests of routes that compute nothing on the engine (tokenising, counting) that are worked on at a time; more wait
+MAX_LIGHT = 8
 
 
 class Service:
@@ -60,6 +63,8 @@ class Service:
         # a few more than the engine computes together, so that a place in its batch never waits for HTTP
         places = config.max_concurrent_requests or batch + max(batch // 4, 4)
         self.admission = Admission(places, config.max_queue, config.max_queue_seconds, config.max_concurrent_per_key)
+        # what needs no engine never waits for those that do
+        self.light_admission = Admission(MAX_LIGHT, config.max_queue, config.max_queue_seconds, config.max_concurrent_per_key)
         self.metrics = Metrics(frontend, self.model_name, self.admission)
         self.tracing = Tracing(config.otlp_endpoint, self.model_name) if config.otlp_endpoint else None
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
@@ -228,6 +233,14 @@ class Service:
                     inbox.put_nowait(response)
         finally:
             inbox.put_nowait(None)
+
+
+async def admitted() -> None:
+    """Wait until the current request may be worked on. The gate calls it before nearly all routes; a second call waits for nothing."""
+    call = CURRENT.get()
+    if call is not None and call.place is not None:
+        await call.place.take()
+        call.queue_seconds = time.monotonic() - call.began
 
 
 def caller() -> str:

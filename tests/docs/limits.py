@@ -66,7 +66,7 @@ def rows() -> list[tuple[str, str, str, str]]:
         ("whole request, waiting included", f"{default('request_timeout'):g} s", "--request-timeout", "504, or an error event in a stream"),
         ("Retry-After", f"{admission.MIN_RETRY} to {admission.MAX_RETRY} s", "", ""),
         ("API keys", f"{keys.MAX_KEYS}", "", "error at the start"),
-        ("conversations kept by /v1/chat/interactive", f"{default('max_sessions')}", "--max-sessions", "the oldest is forgotten"),
+        ("conversations kept by /v1/chat/interactive", f"{default('max_sessions')}", "--max-sessions", "the oldest of the key that has most is forgotten"),
         ("messages", f"{protocol.MAX_MESSAGES}", "", "400"),
         ("tools", f"{bound(chat, 'tools', MaxLen)}", "", "400"),
         ("prompts of /v1/completions", f"{protocol.MAX_PROMPTS}", "", "400"),

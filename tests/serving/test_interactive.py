@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from lmdeploy.serving.call import ANYBODY
-from lmdeploy.serving.interactive import Conversations
+from lmdeploy.serving.interactive import Conversation, Conversations
 from tests.serving.running import RunningServer
 
 
@@ -82,6 +82,29 @@ def test_only_so_many_sessions_are_kept(serve: Callable[..., RunningServer]) -> 
 
 def test_new_ids_are_never_in_use() -> None:
     sessions = Conversations(10)
-    sessions.open((ANYBODY, 1))
+    sessions.keep((ANYBODY, 1), Conversation())
     assert sessions.new_id() == 2
     assert sessions.new_id() == 3
+
+
+def test_refused_requests_make_no_sessions(serve: Callable[..., RunningServer]) -> None:
+    server = serve(max_sessions=2)
+    say(server, "Hello", session_id=1, interactive_mode=True)
+    for session_id in range(10, 15):
+        assert say(server, "", session_id=session_id, interactive_mode=True).status_code == 400
+        assert say(server, "word " * 3000, session_id=session_id, interactive_mode=True).status_code == 400
+    assert say(server, "Hi", session_id=1).json()["history_tokens"] > 0
+
+
+def test_a_key_with_many_sessions_makes_room_of_its_own(serve: Callable[..., RunningServer]) -> None:
+    server = serve(max_sessions=3, api_key_lines=["a:key-a", "b:key-b"])
+
+    def talk(key: str, session_id: int, **fields: Any) -> int:
+        body = {"prompt": "Hi", "session_id": session_id, "request_output_len": 2, **fields}
+        return int(server.http.post("/v1/chat/interactive", json=body, headers={"x-api-key": key}).json()["history_tokens"])
+
+    talk("key-a", 1, interactive_mode=True)
+    for session_id in range(1, 8):
+        talk("key-b", session_id, interactive_mode=True)
+    assert talk("key-a", 1) > 0, "another key's sessions take none of its own"
+    assert talk("key-b", 7) > 0 and talk("key-b", 6) > 0 and talk("key-b", 5) == 0

@@ -217,3 +217,45 @@ def test_what_nobody_foresaw_is_a_500_with_an_id_and_no_details(serve: Callable[
     assert reply.status_code == 500
     assert reply.json()["error"]["code"] == "internal_error" and "private" not in reply.text
     assert access.about(own_id(reply))["status"] == 500
+
+
+# ---------------------------------------------------------------------- what waits for no place
+
+
+def test_what_ends_an_answer_or_needs_no_engine_does_not_wait_for_a_place(serve: Callable[..., RunningServer]) -> None:
+    server = serve(max_concurrent_requests=1, max_queue=0, enable_abort_handling=True)
+    post = server.http.post
+    # with no queue, whatever needs a place is refused as long as the answer runs
+    with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True, "session_id": 4}) as running:
+        lines = running.iter_lines()
+        next(lines)
+        for path, body in {
+            "/tokenize": {"prompt": "a b"},
+            "/detokenize": {"tokens": [1, 2]},
+            "/v1/encode": {"input": "a b"},
+            "/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]},
+            "/anthropic/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]},
+        }.items():
+            assert post(path, json=body).status_code == 200, path
+        turn = {"prompt": "Hi", "session_id": 4}
+        assert post("/v1/chat/interactive", json={**turn, "cancel": True}).status_code == 200
+        assert post("/v1/chat/interactive", json={**turn, "session_id": 5}).status_code == 503, "an answer needs a place"
+        assert post("/v1/chat/interactive", json={**turn, "prompt": "x" * (64 << 10), "cancel": True}).status_code == 503, "a large body is not read first"
+        assert post("/v1/completions", json=LONG).status_code == 503, "it is still running"
+        assert post("/abort_request", json={"session_id": 4}).json()["aborted"] == 1
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    server.until_idle()
+    assert post("/v1/chat/interactive", json=turn).status_code == 200
+
+
+def test_a_route_that_waits_by_itself_gives_its_place_back(serve: Callable[..., RunningServer]) -> None:
+    server = serve(max_concurrent_requests=1, max_queue=0)
+    turn = {"prompt": "Hi", "request_output_len": 2}
+    for body, status in ((turn, 200), ({**turn, "stream": True}, 200), ({**turn, "prompt": "word " * 3000}, 400), (turn, 200)):
+        assert server.http.post("/v1/chat/interactive", json=body).status_code == status
+        deadline = time.monotonic() + 5
+        while server.app.state.service.admission.running:
+            assert time.monotonic() < deadline, "the place was not given back"
+            time.sleep(0.005)
+    big = server.http.post("/abort_request", content=b" " * (64 << 10), headers={"authorization": "Bearer x"})
+    assert big.status_code in (401, 403), "not opened to clients: an admin route as ever"
