@@ -56,7 +56,7 @@ class Conversations:
     def find(self, session: SessionKey) -> Conversation | None:
         """The session, if there is one."""
         key, number = session
-        return self._sessions.get(key, {}).get(number)
+        return self._sessions[key].get(number) if key in self._sessions else None
 
     def keep(self, session: SessionKey, conversation: Conversation) -> None:
         """Keep a session, as the most recently used one; the least recently used one of the key that has most makes room."""
@@ -78,10 +78,10 @@ class Conversations:
     def end(self, session: SessionKey) -> None:
         """Forget a session."""
         key, number = session
-        own = self._sessions.get(key, OrderedDict())
-        if own.pop(number, None) is not None:
+        if self.find(session) is not None:
             self._count -= 1
-            if not own:
+            del self._sessions[key][number]
+            if not self._sessions[key]:
                 del self._sessions[key]
 
 
