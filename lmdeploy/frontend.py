@@ -40,7 +40,7 @@ from lmdeploy.spec import ModelSpec
 from lmdeploy.text.chat_template import ChatTemplate, load_chat_template
 from lmdeploy.text.fit import check_fit
 from lmdeploy.text.tokenizer import Tokenizer
-from lmdeploy.vision.policy import OWN, MediaPolicy
+from lmdeploy.vision.policy import MediaPolicy
 from lmdeploy.vision.spec import VisionSpec, load_vision_spec
 
 logger = get_logger(__name__)
@@ -200,9 +200,12 @@ class Frontend:
         template_kwargs: dict[str, Any] | None = None,
         rope_length: int = 0,
         cache_salt: str = "",
-        media: MediaPolicy = OWN,
+        media: MediaPolicy | None = None,
     ) -> Prepared:
-        """Check and tokenise one prompt: text, OpenAI messages, or token ids. Raises RequestError naming field, value and limit."""
+        """Check and tokenise one prompt: text, OpenAI messages, or token ids. Raises RequestError naming field, value and limit.
+
+        `media` says where pictures may come from; without it none are taken.
+        """
         ids, pictures = self.prompts.encode(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs, media=media)
         session_len, pool = self.info.session_len, self.info.memory.num_blocks * self.info.memory.block_size
         room = min(session_len, pool) - len(ids)
@@ -239,11 +242,9 @@ class Frontend:
         """A request for the pooled last hidden state of its prompt, scaled to length 1; the prompt may be as long as session_len."""
         return Prepared(self.prompts.checked_ids(token_ids), SamplingParams(max_new_tokens=0, embed=pooling), 1, [], True, True, False)
 
-    def encode_prompt(
-        self, prompt: Prompt, *, do_preprocess: bool = True, tools: list[dict[str, Any]] | None = None, template_kwargs: dict[str, Any] | None = None
-    ) -> list[int]:
-        """Token ids of a prompt, template applied unless `do_preprocess` is False or ids are given."""
-        return self.prompts.encode(prompt, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)[0]
+    def encode_prompt(self, prompt: Prompt, *, media: MediaPolicy | None = None, **options: Any) -> list[int]:
+        """Token ids of a prompt; `media` as for `prepare`, `options` those of `PromptEncoder.encode`."""
+        return self.prompts.encode(prompt, media=media, **options)[0]
 
     def _sampling(self, gen: GenerationConfig, max_new_tokens: int) -> SamplingParams:
         eos = self.tokenizer.eos_token_id

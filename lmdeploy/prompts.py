@@ -8,7 +8,7 @@ from lmdeploy.errors import RequestError
 from lmdeploy.messages import Picture
 from lmdeploy.text.chat_template import ChatTemplate
 from lmdeploy.text.tokenizer import Tokenizer
-from lmdeploy.vision.policy import OWN, MediaPolicy
+from lmdeploy.vision.policy import MEDIA_REFUSED, MediaPolicy
 from lmdeploy.vision.prompt import expand, has_pictures, refuse_pictures, take_pictures
 from lmdeploy.vision.spec import VisionSpec
 
@@ -30,12 +30,17 @@ class PromptEncoder:
         self,
         prompt: Prompt,
         *,
+        media: MediaPolicy | None,
         do_preprocess: bool = True,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-        media: MediaPolicy = OWN,
+        add_generation_prompt: bool = True,
+        any_length: bool = False,
     ) -> tuple[list[int], list[Picture]]:
-        """Token ids and pictures; the template applies unless `do_preprocess` is False or ids are given. `media`: see `load_image`."""
+        """Token ids and pictures; the template applies unless `do_preprocess` is False or ids are given.
+
+        `media`: where pictures may come from, None = the caller takes none. `any_length`: to count tokens, not to compute them.
+        """
         if not isinstance(prompt, (str, list)) or not len(prompt):
             problem = "empty" if isinstance(prompt, (str, list)) else f"of type {type(prompt).__name__}"
             raise RequestError(f"the prompt is {problem}; give text, a list of messages or token ids", param="prompt")
@@ -43,7 +48,7 @@ class PromptEncoder:
             return self.checked_ids(prompt), []
         if isinstance(prompt, str):
             text = self.template.render([{"role": "user", "content": prompt}], guard_special=True) if do_preprocess else prompt
-            return self._tokens(text), []
+            return self._tokens(text, any_length), []
         if not do_preprocess:
             raise RequestError("do_preprocess=False needs a text or token ids, not messages", param="messages")
         messages: Any = prompt
@@ -51,12 +56,15 @@ class PromptEncoder:
         if self.vision is None:
             refuse_pictures(messages)
         elif has_pictures(messages):
+            if media is None:
+                raise RequestError("pictures are not taken here", param="messages", code=MEDIA_REFUSED)
             messages, pictures = take_pictures(messages, self.vision, media)
         # guard: special tokens that users and tools write stay text, so that they cannot forge turns
-        text = self.template.render(messages, tools=tools, template_kwargs=template_kwargs, guard_special=True)
+        text = self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs, guard_special=True)
         if pictures is None or self.vision is None:
-            return self._tokens(text), []
-        self._refuse_hopeless(text)
+            return self._tokens(text, any_length), []
+        if not any_length:
+            self._refuse_hopeless(text)
         ids, placed = expand(text, pictures, self.vision, lambda part, bos: self.tokenizer.encode(part, add_bos=bos), self.tokenizer.added_token_id)
         return self._in_vocabulary(ids), placed
 
@@ -67,8 +75,9 @@ class PromptEncoder:
                 raise RequestError(f"token id {token!r} at position {position} is not in [0, {self.vocab_size - 1}]", param="input_ids")
         return list(ids)
 
-    def _tokens(self, text: str) -> list[int]:
-        self._refuse_hopeless(text)
+    def _tokens(self, text: str, any_length: bool) -> list[int]:
+        if not any_length:
+            self._refuse_hopeless(text)
         return self._in_vocabulary(self.tokenizer.encode(text, add_bos=True))
 
     def _in_vocabulary(self, ids: list[int]) -> list[int]:

@@ -52,6 +52,23 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"| {policy.connect_seconds:g}, {policy.total_seconds:g} |" in PAGE
 
 
+def test_the_server_never_encodes_a_prompt_without_its_media_policy() -> None:
+    found = []
+    for path in sorted((ROOT / "lmdeploy" / "serving").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        # called, or handed to partial or a thread
+        calls = [(n, n.func if isinstance(n.func, ast.Attribute) else None, n.args) for n in nodes if isinstance(n, ast.Call)]
+        for call, method, args in calls:
+            names = [a for a in (method, *args) if isinstance(a, ast.Attribute) and a.attr in ("encode_prompt", "prepare") and _is_frontend(a.value)]
+            found += [(path.name, any(k.arg == "media" and ast.unparse(k.value) == "self.media" for k in call.keywords)) for _ in names]
+        assert not [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == "own_files"] and "OWN" not in {getattr(n, "id", "") for n in nodes}
+    assert len(found) == 3 and all(given for _, given in found), found
+
+
+def _is_frontend(value: ast.expr) -> bool:
+    return ast.unparse(value).endswith(("frontend", "prompts"))
+
+
 @pytest.mark.parametrize("folder", ["lmdeploy", "benchmark", "scripts", "examples"])
 def test_no_pickle_anywhere(folder: str) -> None:
     files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and (p.suffix == ".py" or p.suffix == "" and folder == "scripts")]

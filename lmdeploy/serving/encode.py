@@ -16,6 +16,7 @@ from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, TokenizeRequest
 from lmdeploy.serving.service import Service, service_of, unless_gone
+from lmdeploy.serving.tool_offer import offer_of, with_code_prompt
 
 router = APIRouter(tags=["lmdeploy"])
 
@@ -26,18 +27,18 @@ async def encode(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, EncodeRequest)
     texts = [body.input] if isinstance(body.input, str) else body.input
-    ids = await asyncio.to_thread(_encode, service, texts, bool(body.do_preprocess), body.add_bos is not False)
+    if body.do_preprocess:
+        ids = [await service.encode(text) for text in texts]
+    else:
+        ids = await asyncio.to_thread(_encode, service, texts, body.add_bos is not False)
     lengths = [len(i) for i in ids]
     if isinstance(body.input, str):
         return JSONResponse({"input_ids": ids[0], "length": lengths[0]})
     return JSONResponse({"input_ids": ids, "length": lengths})
 
 
-def _encode(service: Service, texts: list[str], do_preprocess: bool, add_bos: bool) -> list[list[int]]:
-    frontend = service.frontend
-    if do_preprocess:
-        return [frontend.encode_prompt(text, do_preprocess=True) for text in texts]
-    return [frontend.tokenizer.encode(text, add_bos=add_bos) for text in texts]
+def _encode(service: Service, texts: list[str], add_bos: bool) -> list[list[int]]:
+    return [service.frontend.tokenizer.encode(text, add_bos=add_bos) for text in texts]
 
 
 @router.post("/tokenize", summary="Tokenise a text or a conversation")
@@ -48,25 +49,24 @@ async def tokenize(request: Request) -> Response:
     service.check_model(body.model or service.model_name)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give exactly one of prompt and messages", param="prompt")
-    ids = await asyncio.to_thread(_tokenize, service, body)
+    ids = await _tokenize(service, body)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.frontend.info.session_len}
     if body.return_token_strs:
         answer["token_strs"] = [service.frontend.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
     return JSONResponse(answer)
 
 
-def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
-    tokenizer, template = service.frontend.tokenizer, service.frontend.template
+async def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
-        return tokenizer.encode(body.prompt, add_bos=body.add_special_tokens is not False)
-    text = template.render(
-        convert.messages_of(body.messages or []),
-        tools=body.tools or None,
-        add_generation_prompt=body.add_generation_prompt is not False,
+        return (await asyncio.to_thread(_encode, service, [body.prompt], body.add_special_tokens is not False))[0]
+    offer = offer_of(body.tools, "auto", service.tool_format)
+    messages = convert.messages_of(body.messages or [])
+    return await service.encode(
+        with_code_prompt(messages) if offer.code else messages,
+        tools=offer.shown or None,
         template_kwargs=body.chat_template_kwargs,
-        guard_special=True,
+        add_generation_prompt=body.add_generation_prompt is not False,
     )
-    return tokenizer.encode(text, add_bos=True)
 
 
 @router.post("/detokenize", summary="The text of token ids")

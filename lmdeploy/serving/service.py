@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +78,8 @@ class Service:
             allowed_domains=None if config.allowed_media_domains is None else tuple(config.allowed_media_domains),
             allowed_path=None if config.allowed_media_path is None else Path(config.allowed_media_path),
         )
-        self._fetching = asyncio.Semaphore(MAX_FETCHING)  # requests whose pictures are fetched and decoded at a time
+        # fetch and decode pictures: threads, not places, so that a client that leaves does not make room before its fetch has ended
+        self._eyes = ThreadPoolExecutor(MAX_FETCHING, "pictures")
         self._sessions: set[tuple[str, int]] = set()  # whose, and which
         self._running: dict[int, Call] = {}  # the frontend's id of each request -> whose it is
 
@@ -122,24 +125,42 @@ class Service:
         self._log_prompt(prompt)
         if (grammar := wanted_grammar(gen)) is not None:
             await self.frontend.grammars.until_checked(grammar)
-        options: dict[str, Any] = {"do_preprocess": do_preprocess, "tools": tools, "template_kwargs": template_kwargs}
-        if has_pictures(prompt):
-            async with self._fetching:
-                prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, media=self.media, **options)
-        elif _size(prompt) < _LONG_PROMPT:
-            prepared = self.frontend.prepare(prompt, gen, **options)
-        else:
-            prepared = await asyncio.to_thread(self.frontend.prepare, prompt, gen, **options)
+        work = partial(self.frontend.prepare, prompt, gen, media=self.media, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
+        prepared = await self._encoded(prompt, work)
         for notice in prepared.notices:
             logger.info("%s", notice)
         return prepared
 
+    async def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids that `prepare` would compute for the same prompt, however many."""
+        work = partial(
+            self.frontend.encode_prompt,
+            prompt,
+            media=self.media,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            any_length=True,
+        )
+        return await self._encoded(prompt, work)
+
     async def token_ids(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text without a template, or checked ids, for requests that compute a prompt alone."""
         self._log_prompt(prompt)
-        if len(prompt) < _LONG_PROMPT:
-            return self.frontend.encode_prompt(prompt, do_preprocess=False)
-        return await asyncio.to_thread(self.frontend.encode_prompt, prompt, do_preprocess=False)
+        return await self._encoded(prompt, partial(self.frontend.encode_prompt, prompt, media=self.media, do_preprocess=False))
+
+    async def _encoded(self, prompt: Prompt, work: Callable[[], T]) -> T:
+        """The result of `work` on the prompt, done where it stalls nobody: pictures are fetched by a few threads of their own."""
+        if has_pictures(prompt):
+            return await asyncio.get_running_loop().run_in_executor(self._eyes, work)
+        return work() if _size(prompt) < _LONG_PROMPT else await asyncio.to_thread(work)
 
     def _log_prompt(self, prompt: Prompt) -> None:
         if self.config.max_log_len:
@@ -251,7 +272,9 @@ def caller() -> str:
 
 def _size(prompt: Prompt) -> int:
     """About how much there is to tokenise."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(m["content"] or "") if isinstance(m, dict) else 1 for m in prompt)
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return len(prompt)
+    return sum(len(m["content"] or "") for m in prompt if isinstance(m, dict))
 
 
 def service_of(request: Request) -> Service:

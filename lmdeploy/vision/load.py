@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,13 +72,21 @@ def _bytes_of(source: str, policy: MediaPolicy) -> bytes:
 
 def _file(path: Path, policy: MediaPolicy) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(policy.max_bytes + 1)
+        with open(path, "rb", opener=_open_at_once) as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            data = file.read(policy.max_bytes + 1) if regular else b""
     except (OSError, ValueError) as e:
         raise refused(f"the picture {str(path)[:200]!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if not regular:
+        raise refused(f"the picture {str(path)[:200]!r} is no regular file")
     if len(data) > policy.max_bytes:
         raise too_large(len(data), policy)
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe without a writer would keep the thread for good."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _data_url(source: str, policy: MediaPolicy) -> bytes:

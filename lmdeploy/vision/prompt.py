@@ -26,6 +26,8 @@ MAX_PICTURES = 16
 PLACE = "<IMAGE_TOKEN>"
 #: type of a content part -> the key that holds the picture
 PARTS = {"image_url": "image_url", "image_data": "image_data", "input_image": "image_url", "image": "image"}
+#: where a picture stood in the request, for errors; other protocols' messages have other numbers than ours
+AT = "at"
 #: text around a picture's tokens and the token itself, where the vocabulary has it
 CONTEXT = {"internvl": ("<img>", "<IMG_CONTEXT>", "</img>"), "llava": ("", "<image>", "")}
 
@@ -67,7 +69,7 @@ def refuse_pictures(messages: Any) -> None:
         content = message.get("content") if isinstance(message, dict) else None
         for number, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict) and part.get("type") in PARTS:
-                where = f"messages.{i}.content.{number}"
+                where = part.get(AT, f"messages.{i}.content.{number}")
                 raise RequestError(f"{where}: this model reads text only, not {part['type']!r}", param=where, code="unsupported")
 
 
@@ -91,7 +93,7 @@ def _content(parts: list[Any], where: str, spec: VisionSpec, policy: MediaPolicy
             if len(pictures.found) >= MAX_PICTURES:
                 raise RequestError(f"more than {MAX_PICTURES} pictures in one request; send fewer", param=where, code="too_many_images")
             marks.append(pictures.mark(len(pictures.found)))
-            pictures.found.append(_picture(part[PARTS[kind]], f"{where}.{number}", spec, policy))
+            pictures.found.append(_picture(part.get(PARTS[kind]), part.get(AT, f"{where}.{number}"), spec, policy))
         elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lmdeploy import GenerationConfig, Pipeline, PytorchEngineConfig, pipeline
 from lmdeploy.answer import Prepared
+from lmdeploy.vision.policy import OWN
 from tests.vision.folders import LAYOUTS, PICTURE, write
 
 NEW = 6
@@ -63,7 +64,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(layout: str, tmp_path: Pa
         vision = pipe.frontend.prompts.vision
         for images in ([picture(40, 30)], [picture(70, 25)], [picture(20, 90, 1), picture(33, 33, 2)]):
             content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What do you see?"}]
-            prepared = pipe.frontend.prepare([{"role": "user", "content": content}], gen)
+            prepared = pipe.frontend.prepare([{"role": "user", "content": content}], gen, media=OWN)
             assert [p.count for p in prepared.pictures] and len(prepared.pictures) == len(images)
             tokens, logprobs = expected(model, prepared, vision)
             assert answer(pipe, prepared)[0] == tokens  # in chunks of 32 tokens

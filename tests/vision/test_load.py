@@ -117,3 +117,10 @@ def test_nothing_outside_the_allowed_folder_is_reached(tmp_path: Path) -> None:
 def test_other_types_are_named(source: object) -> None:
     with pytest.raises(RequestError, match=type(source).__name__):
         load_image(source)
+
+
+def test_what_is_no_regular_file_is_refused_at_once_for_ones_own_program_too(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(RequestError, match="no regular file|cannot be read"):
+            load_image(path)

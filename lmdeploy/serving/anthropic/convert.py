@@ -11,6 +11,7 @@ from lmdeploy.messages import Response
 from lmdeploy.serving.anthropic.protocol import Block, Content, CountRequest, Message, MessagesRequest, Tool
 from lmdeploy.serving.openai.convert import new_id
 from lmdeploy.serving.turns import TurnAnswer, TurnCall
+from lmdeploy.vision.prompt import AT
 
 T = TypeVar("T")
 
@@ -149,9 +150,9 @@ def _turn(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _picture(block: Block, where: str) -> dict[str, Any]:
     source = _need(block.source, f"{where}.source")
     if source.type == "url":
-        return {"type": "image_url", "image_url": {"url": _need(source.url, f"{where}.source.url")}}
+        return {"type": "image_url", "image_url": {"url": _need(source.url, f"{where}.source.url")}, AT: where}
     kind, data = _need(source.media_type, f"{where}.source.media_type"), _need(source.data, f"{where}.source.data")
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}, AT: where}
 
 
 def _result(block: Block, where: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from typing import Any
@@ -48,7 +47,7 @@ async def count_tokens(request: Request) -> Response:
     service.check_model(body.model)
     call = convert.turn_call(body, {})
     shown = offer_of(call.tools, call.tool_choice, service.tool_format).shown or None
-    ids = await asyncio.to_thread(service.frontend.encode_prompt, call.messages, tools=shown, template_kwargs=call.template_kwargs)
+    ids = await service.encode(call.messages, tools=shown, template_kwargs=call.template_kwargs)
     return JSONResponse({"input_tokens": len(ids)})
 
 

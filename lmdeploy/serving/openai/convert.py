@@ -27,6 +27,7 @@ from lmdeploy.serving.parsers.tools import INTERPRETER
 from lmdeploy.serving.tool_offer import CODE_INTERPRETER
 from lmdeploy.serving.turn_call import TurnCall
 from lmdeploy.text.tokenizer import Tokenizer
+from lmdeploy.vision.prompt import AT
 
 #: field of the wire = field of GenerationConfig; null means "not given"
 _SAME = (
@@ -259,7 +260,7 @@ def content_of(content: str | list[ContentPart] | None, place: str) -> str | lis
             raise RequestError(f"{where}: a part of type {part.type!r} needs image_url", param=where)
         else:
             url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-            parts.append({"type": "image_url", "image_url": {"url": url}})
+            parts.append({"type": "image_url", "image_url": {"url": url}, AT: where})
     return parts if any(p["type"] != "text" for p in parts) else "\n".join(p["text"] for p in parts)
 
 
