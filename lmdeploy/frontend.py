@@ -70,6 +70,7 @@ class Frontend:
         self._sinks: dict[int, tuple[Sink, int]] = {}  # and the number of answers
         self._counting = threading.RLock()  # re-entrant: a forgotten generator may be collected, and drop its request, at any point
         self._asleep: frozenset[str] = frozenset()
+        self._ordering = threading.Lock()  # one order at a time, so that `_asleep` is what the last one left
         self._in_flight = 0  # answers of all submitted requests
         self._room = max(max_waiting // 2, 1)  # a batch fills the engine's queue up to here; the rest is for others
         self.grammars = GrammarChecker(tokenizer.folder, client.info.vocab_size, spec.eos_token_ids)
@@ -160,29 +161,32 @@ class Frontend:
         """
         if level not in (1, 2):
             raise RequestError(f"level={level} must be 1 or 2", param="level")
-        before, self._asleep = self._asleep, frozenset(SLEEPING)
-        try:
-            self.client.obey(Order(action="sleep", level=level, drain_seconds=drain_seconds)).result()
-        except BaseException:
-            self._asleep = before
-            raise
+        with self._ordering:
+            before, self._asleep = self._asleep, frozenset(SLEEPING)
+            try:
+                self.client.obey(Order(action="sleep", level=level, drain_seconds=drain_seconds)).result()
+            except BaseException:
+                self._asleep = before
+                raise
 
     def wakeup(self, tags: Iterable[str] = ()) -> None:
         """Bring back what `tags` name ('weights', 'kv_cache'; none = all). Requests are taken when nothing sleeps any more."""
         wanted = frozenset(tags) or frozenset(SLEEPING)
         if unknown := sorted(wanted - set(SLEEPING)):
             raise RequestError(f"tags={unknown[0]!r} is not one of {', '.join(SLEEPING)}", param="tags")
-        if self._asleep:
-            self.client.obey(Order(action="wake", tags=tuple(sorted(wanted)))).result()
-            self._asleep -= wanted
+        self._order(Order(action="wake", tags=tuple(sorted(wanted))))  # always: the engine knows best what sleeps
 
     def update_weights(self, folder: str | Path, drain_seconds: float = 30.0) -> None:
         """Replace the weights by those of a folder of the same model; raises CheckpointError when they do not fit, and keeps the old ones.
 
         Running requests end with the old weights, or are aborted after `drain_seconds`; those that come meanwhile wait for the new ones.
         """
-        self.client.obey(Order(action="update_weights", path=str(folder), drain_seconds=drain_seconds)).result()
-        self._asleep -= {"weights"}
+        self._order(Order(action="update_weights", path=str(folder), drain_seconds=drain_seconds))
+
+    def _order(self, order: Order) -> None:
+        with self._ordering:
+            self.client.obey(order).result()
+            self._asleep = order.sleeping_after(self._asleep)
 
     def stats(self) -> EngineStats:
         """The engine's counters and gauges."""

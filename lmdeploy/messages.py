@@ -115,6 +115,12 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     path: str = ""
     drain_seconds: float = 0.0
 
+    def sleeping_after(self, before: frozenset[str]) -> frozenset[str]:
+        """What sleeps when it has been carried out."""
+        if self.action == "sleep":
+            return frozenset(SLEEPING)
+        return before - ({"weights"} if self.action == "update_weights" else set(self.tags or SLEEPING))
+
 
 #: what can sleep
 SLEEPING = ("weights", "kv_cache")

@@ -233,7 +233,7 @@ class EngineThread:
             first = self._pending[0]
             if isinstance(first, EngineRequest):
                 refused += self._add(engine, first)
-            elif engine.has_work:
+            elif engine.has_work and first.order.action != "wake":  # an engine that works does not sleep: nobody need end for that
                 if time.monotonic() >= first.deadline:
                     engine.abort_all()
                 return

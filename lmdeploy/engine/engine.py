@@ -18,7 +18,7 @@ from lmdeploy.engine.preparing import Preparing
 from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import SLEEPING, EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
 
 logger = get_logger(__name__)
 
@@ -60,7 +60,7 @@ class Engine:
         self._outputs: list[EngineOutput] = []  # to be handed out by the next step
         self._rate = _Rate(RATE_SECONDS)
         self._last_step_time = self._step_seconds = 0.0
-        self._asleep: set[str] = set()
+        self._asleep: frozenset[str] = frozenset()
 
     @property
     def info(self) -> EngineInfo:
@@ -122,16 +122,16 @@ class Engine:
             self.abort(request_id)
 
     def obey(self, order: Order) -> None:
-        """Carry out an order, when there is no work. Raises ConfigError or CheckpointError when it could not be done, and then nothing has changed."""
+        """Carry out an order, when there is no work. Raises ConfigError or CheckpointError when it could not be done, and then nothing has changed.
+
+        To wake what does not sleep is allowed at any time and does nothing.
+        """
+        if order.action == "wake" and not self._asleep:
+            return
         assert not self.has_work
         self._scheduler.forget_prefixes()
         self._executor.obey(order)
-        if order.action == "sleep":
-            self._asleep = set(SLEEPING)
-        elif order.action == "wake":
-            self._asleep -= set(order.tags or SLEEPING)
-        else:
-            self._asleep.discard("weights")
+        self._asleep = order.sleeping_after(self._asleep)
 
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now; may be called from any thread."""

@@ -255,7 +255,10 @@ class EngineProcess:
             self._fail(reason or f"the engine process ended: {self._cause_of_death()}")
 
     def _settle(self, message: wire.Done) -> None:
-        done = self._orders.pop(message.ticket)
+        with self._lock:
+            done = self._orders.pop(message.ticket, None)
+        if done is None:
+            return  # it was ended by a failure, which was seen first
         if message.kind:
             done.set_exception(error_of(wire.Failed(message.kind, message.message)))
         else:

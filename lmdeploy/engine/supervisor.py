@@ -42,6 +42,32 @@ class Supervision:
     max_restarts: int = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the orders that were carried out have led: what a fresh engine must become."""
+
+    weights: str | None = None  # folder of the newest weights, None: those of the start
+    level: int = 1  # of the last sleep
+    asleep: frozenset[str] = frozenset()
+
+    def after(self, order: Order) -> Standing:
+        """The same, one order later."""
+        return Standing(
+            order.path if order.action == "update_weights" else self.weights,
+            order.level if order.action == "sleep" else self.level,
+            order.sleeping_after(self.asleep),
+        )
+
+    def orders(self) -> list[Order]:
+        """What leads a fresh engine there."""
+        orders = [] if self.weights is None else [Order(action="update_weights", path=self.weights)]
+        if self.asleep:
+            orders.append(Order(action="sleep", level=self.level))
+            if awake := tuple(part for part in SLEEPING if part not in self.asleep):
+                orders.append(Order(action="wake", tags=awake))
+        return orders
+
+
 class SupervisedEngine:
     """An `EngineClient` over a succession of processes. The first start raises what goes wrong with it, as `EngineProcess` does."""
 
@@ -55,7 +81,7 @@ class SupervisedEngine:
         self._failure: str | None = None
         self._restarts = 0
         self._times: deque[float] = deque()
-        self._orders: list[Order] = []
+        self._standing = Standing()
         self._closing = threading.Event()
         self._launched: Launched | None = None  # a process that does not serve yet
         self._engine = self._open(config)
@@ -121,7 +147,8 @@ class SupervisedEngine:
             if self.trouble:
                 raise EngineError(f"there is no engine at the moment: {self.trouble}", code="engine_restarting")
             done = self._engine.obey(order)
-        done.add_done_callback(lambda d: None if d.exception() else self._remember(order))
+            # under the lock: orders are noted in the order in which they were carried out
+            done.add_done_callback(lambda d: None if d.exception() else self._note(order))
         return done
 
     def stats(self) -> EngineStats:
@@ -149,28 +176,22 @@ class SupervisedEngine:
         with self._lock:
             if self._closing.is_set():
                 raise EngineError("the engine was closed")
-            self._launched = launch()
-        timer = threading.Timer(limit or 0, self._launched.process.kill)
+            launched = self._launched = launch()
+        timer = threading.Timer(limit or 0, launched.process.kill)
         timer.daemon = True
-        if limit is not None:
-            timer.start()
         try:
-            return EngineProcess(self._model_path, config, launched=self._launched, stall_seconds=self._supervision.stall_seconds)
+            if limit is not None:
+                timer.start()
+            return EngineProcess(self._model_path, config, launched=launched, stall_seconds=self._supervision.stall_seconds)
+        except BaseException:
+            launched.process.kill()  # when not even the timer could be started
+            raise
         finally:
             timer.cancel()
 
-    def _remember(self, order: Order) -> None:
-        """Keep the orders that lead a fresh engine to where this one is."""
+    def _note(self, order: Order) -> None:
         with self._lock:
-            if order.action == "update_weights":
-                self._orders = [order, *(o for o in self._orders if o.action != "update_weights")]
-            elif order.action == "sleep":
-                self._orders = [o for o in self._orders if o.action == "update_weights"] + [order]
-            else:
-                self._orders.append(order)
-                woken = {tag for o in self._orders if o.action == "wake" for tag in o.tags or SLEEPING}
-                if woken == set(SLEEPING):
-                    self._orders = [o for o in self._orders if o.action == "update_weights"]
+            self._standing = self._standing.after(order)
 
     def _on_outputs(self, outputs: list[EngineOutput]) -> None:
         """Listener of every process: ends that a failure made of requests that may be replayed are kept back."""
@@ -199,25 +220,35 @@ class SupervisedEngine:
             self._listener(outputs)
 
     def _supervise(self) -> None:
-        """Thread: wait for the end of an engine, replace it."""
-        while True:
-            self._engine.wait()
-            if self._closing.is_set():
-                return
-            reason = self._engine.failure or "it was closed"
+        """Thread: replace every engine that ends. Should this fail itself, callers are told so; nobody waits for a thread that is dead."""
+        try:
+            while self._succeed():
+                pass
+        except Exception as e:
+            logger.exception("the engine's supervisor failed")
+            self._give_up(f"its supervisor failed: {type(e).__name__}: {e}")
             self._engine.close()
-            engine = self._replace(reason)
-            if engine is None:
-                return
-            with self._lock:
-                self._restarts += 1
-                self._replay(engine)
-                self._engine, self._launched = engine, None
-                closing = self._closing.is_set()
-            if closing:  # and `close` did not see this one
-                engine.close()
-                return
-            logger.warning("the engine works again (process %d)", engine.pid)
+
+    def _succeed(self) -> bool:
+        """Wait for the end of an engine, replace it; False when there is no more engine to wait for."""
+        self._engine.wait()
+        if self._closing.is_set():
+            return False
+        reason = self._engine.failure or "it was closed"
+        self._engine.close()
+        engine = self._replace(reason)
+        if engine is None:
+            return False
+        with self._lock:
+            self._restarts += 1
+            self._engine, self._launched = engine, None
+            self._replay(engine)
+            closing = self._closing.is_set()
+        if closing:  # and `close` did not see this one
+            engine.close()
+            return False
+        logger.warning("the engine works again (process %d)", engine.pid)
+        return True
 
     def _replace(self, reason: str) -> EngineProcess | None:
         """A new process, tried until one starts; None when the engine is closed or given up."""
@@ -235,8 +266,8 @@ class SupervisedEngine:
             logger.warning("the engine is started again (%d of at most %d times)", count + 1, self._supervision.max_restarts)
             try:
                 return self._led(self._checked(self._open(self._config, max(MIN_START_SECONDS, START_FACTOR * self.info.start_seconds))))
-            except LmdeployError as e:
-                reason = str(e)
+            except Exception as e:  # no memory for a process, no thread, no descriptor: a later try may find some
+                reason = str(e) if isinstance(e, LmdeployError) else f"{type(e).__name__}: {e}"
                 if not self._closing.is_set():
                     logger.error("the engine could not be restarted: %s", reason)
         return None
@@ -250,12 +281,12 @@ class SupervisedEngine:
         return engine
 
     def _led(self, engine: EngineProcess) -> EngineProcess:
-        """The engine after the orders that the one before had obeyed: with new weights, or asleep."""
-        engine.start(self._on_outputs)
+        """The engine in the state of the one before: with new weights, or asleep."""
         try:
-            for order in self._orders:
+            engine.start(self._on_outputs)
+            for order in self._standing.orders():
                 engine.obey(order).result()
-        except LmdeployError:
+        except BaseException:
             engine.close()
             raise
         return engine

@@ -10,16 +10,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
+import hypothesis.strategies as st
 import psutil
 import pytest
+from hypothesis import given
 
 from lmdeploy.config import TurbomindEngineConfig
-from lmdeploy.engine import process
-from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
+from lmdeploy.engine import process, wire
+from lmdeploy.engine.process import EngineProcess
+from lmdeploy.engine.supervisor import Standing, SupervisedEngine, Supervision
 from lmdeploy.errors import CheckpointError, EngineError
-from lmdeploy.messages import EngineRequest, SamplingParams
+from lmdeploy.messages import EngineRequest, Order, SamplingParams
 from tests.engine import broken_child
 from tests.engine.test_process import PROMPT, Inbox, is_gone, long_request, request
 
@@ -198,6 +202,127 @@ def test_a_restart_that_never_gets_ready_counts_as_failed(start: Start, monkeypa
     assert "loading" in (engine.failure or "") and "signal 9" in (engine.failure or "")
     with pytest.raises(EngineError, match="has stopped"):
         engine.submit(request(1))
+
+
+# ------------------------------------------------------------------ the state of the one before
+
+PARTS = st.sampled_from([(), ("weights",), ("kv_cache",), ("weights", "kv_cache")])
+ORDERS = st.one_of(
+    st.builds(lambda level: Order(action="sleep", level=level), st.sampled_from([1, 2])),
+    st.builds(lambda tags: Order(action="wake", tags=tags), PARTS),
+    st.builds(lambda path: Order(action="update_weights", path=path), st.sampled_from(["/a", "/b"])),
+)
+
+
+class Machine:
+    """What orders do to an engine, part by part, in the words of the manual and not in those of the package."""
+
+    def __init__(self) -> None:
+        self.served, self.loaded, self.cache = "start", True, True
+
+    def obey(self, order: Order) -> None:
+        if order.action == "sleep":
+            self.loaded = self.cache = False
+        elif order.action == "update_weights":
+            self.served, self.loaded = order.path, True
+        else:
+            self.loaded = self.loaded or not order.tags or "weights" in order.tags
+            self.cache = self.cache or not order.tags or "kv_cache" in order.tags
+
+
+@given(st.lists(ORDERS, max_size=12))
+def test_a_fresh_engine_is_led_to_the_state_of_the_one_before(orders: list[Order]) -> None:
+    old, fresh, standing = Machine(), Machine(), Standing()
+    for order in orders:
+        old.obey(order)
+        standing = standing.after(order)
+    for order in standing.orders():
+        fresh.obey(order)
+    assert vars(fresh) == vars(old), standing.orders()
+    slept = [order.level for order in orders if order.action == "sleep"]
+    assert all(order.level == slept[-1] for order in standing.orders() if order.action == "sleep")
+    assert len(standing.orders()) <= 3, "it does not grow"
+
+
+def test_an_engine_that_took_new_weights_asleep_answers_after_a_crash(start: Start, model_folder: Path) -> None:
+    """The order of things in reinforcement learning: sleep, new weights, then the cache."""
+    engine, inbox = start()
+    engine.obey(Order(action="sleep", level=2)).result(60)
+    engine.obey(Order(action="update_weights", path=str(model_folder))).result(60)
+    os.kill(engine.pid, signal.SIGKILL)
+    until_restarted(engine, 1)
+    engine.submit(request(1))
+    assert "(kv_cache)" in (inbox.final(1).error or "")
+    engine.obey(Order(action="wake", tags=("kv_cache",))).result(60)
+    engine.submit(request(2))
+    assert inbox.final(2).finish_reason in ("stop", "length")
+    os.kill(engine.pid, signal.SIGKILL)
+    until_restarted(engine, 2)
+    engine.submit(request(3))
+    assert inbox.final(3).finish_reason in ("stop", "length"), inbox.final(3).error
+
+
+# ------------------------------------------------------------------ the supervisor itself
+
+
+def test_a_process_that_cannot_be_made_counts_as_a_failed_start(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, inbox = start()
+    real, failures = process.launch, iter([OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread")])
+
+    def sometimes() -> process.Launched:
+        for failure in failures:
+            raise failure
+        return real()
+
+    monkeypatch.setattr("lmdeploy.engine.supervisor.launch", sometimes)
+    monkeypatch.setattr("lmdeploy.engine.supervisor.MAX_DELAY_SECONDS", 0.0)
+    os.kill(engine.pid, signal.SIGKILL)
+    until_restarted(engine)
+    assert len(engine._times) == 3, "two tries failed"
+    engine.submit(request(1))
+    assert inbox.final(1).finish_reason in ("stop", "length")
+
+
+def test_when_no_process_can_be_made_at_all_what_waits_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> process.Launched:
+        raise OSError(12, "Cannot allocate memory")
+
+    engine, inbox = start(max_restarts=2)
+    for number in range(1, 5):
+        engine.submit(long_request(number))
+    inbox.wait(lambda: len(inbox.tokens) == 4)
+    engine.submit(request(9))
+    monkeypatch.setattr("lmdeploy.engine.supervisor.launch", never)
+    os.kill(engine.pid, signal.SIGKILL)
+    assert "Cannot allocate memory" in (inbox.final(9).error or "")
+    assert "restarted 2 times" in (engine.failure or "")
+
+
+def test_a_supervisor_that_fails_itself_gives_the_engine_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, inbox = start()
+    for number in range(1, 5):
+        engine.submit(long_request(number))
+    inbox.wait(lambda: len(inbox.tokens) == 4)
+    engine.submit(request(9))
+    monkeypatch.setattr(engine, "_replace", lambda reason: 1 / 0)
+    os.kill(engine.pid, signal.SIGKILL)
+    assert "supervisor failed: ZeroDivisionError" in (inbox.final(9).error or "")
+    assert engine.failure == engine.trouble == inbox.final(9).error
+    with pytest.raises(EngineError, match="has stopped"):
+        engine.submit(request(10))
+
+
+def test_the_end_of_an_order_that_comes_after_a_failure_is_ignored(model_folder: Path) -> None:
+    client, inbox = EngineProcess(model_folder, CONFIG), Inbox()
+    client.start(inbox)
+    os.kill(client.pid, signal.SIGSTOP)
+    done: Future[None] = client.obey(Order(action="wake"))
+    (ticket,) = client._orders
+    client._fail("the watch says so")
+    client._settle(wire.Done(ticket, "", ""))  # was on its way
+    with pytest.raises(EngineError, match="the watch"):
+        done.result(1)
+    client.close()
 
 
 def test_the_first_start_fails_as_ever(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,30 @@ def test_requests_behind_an_order_wait_and_can_be_aborted(model_folder: Path) ->
         assert thread.stats().cached_tokens == 0, "what was computed before is forgotten"
     finally:
         thread.close()
+
+
+def test_waking_an_engine_that_works_ends_nobodys_answer(model_folder: Path) -> None:
+    thread, inbox = EngineThread(lambda: build_engine(model_folder, CONFIG)), Inbox()
+    thread.start(inbox)
+    try:
+        thread.submit(long_request(1))
+        inbox.wait(lambda: (1, 0) in inbox.tokens)
+        for tags in ((), ("weights",), ("kv_cache",)):
+            thread.obey(Order(action="wake", tags=tags)).result(60)
+        assert (1, 0) not in inbox.last, "it did not wait for the answer's end either"
+        assert inbox.final(1).finish_reason == "length"
+    finally:
+        thread.close()
+
+
+def test_orders_of_many_threads_leave_the_frontend_with_what_the_engine_is(model_folder: Path) -> None:
+    with pipeline(str(model_folder), backend_config=CONFIG) as pipe:
+        orders = [lambda: pipe.sleep(1), pipe.wakeup, lambda: pipe.wakeup(["kv_cache"]), lambda: pipe.sleep(2)]
+        for _ in range(10):
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(order) for order in orders * 2]:
+                    done.result(60)
+            assert pipe.frontend.asleep == pipe.frontend.client._engine._asleep  # type: ignore[attr-defined]
 
 
 def test_an_order_that_cannot_be_carried_out_is_its_senders_alone(model_folder: Path, tmp_path: Path) -> None:

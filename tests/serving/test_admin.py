@@ -134,6 +134,21 @@ def test_an_engine_that_dies_asleep_comes_back_asleep(admin: RunningServer) -> N
     assert say(admin) == text
 
 
+def test_new_weights_while_asleep_survive_a_crash(admin: RunningServer, fresh_answer: str) -> None:
+    post(admin, "/sleep?level=2")
+    post(admin, "/update_weights", path="other")
+    post(admin, "/wakeup?tags=kv_cache")
+    assert say(admin) == fresh_answer
+    restarts = admin.frontend.stats().restarts
+    psutil.Process(admin.frontend.client.pid).kill()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 60
+    while admin.frontend.stats().restarts == restarts or admin.frontend.trouble:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert admin.http.get("/ready").status_code == 200
+    assert say(admin) == fresh_answer
+
+
 def test_running_answers_end_before_sleep_and_long_ones_are_aborted(admin: RunningServer) -> None:
     with ThreadPoolExecutor(2) as pool:
         short = pool.submit(admin.http.post, "/v1/completions", json={**SHORT, "max_tokens": 200})
