@@ -93,7 +93,7 @@ async def terminate() -> Response:
 async def _obeyed(service: Service, order: Callable[[], None]) -> Response:
     began = time.monotonic()
     try:
-        await asyncio.to_thread(order)
+        await asyncio.get_running_loop().run_in_executor(service.orders, order)
     except CheckpointError as e:
         raise HttpError(400, str(e), code="invalid_weights", param="path") from None
     except ConfigError as e:

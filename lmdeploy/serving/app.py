@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from http import HTTPStatus
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -17,10 +18,11 @@ from lmdeploy.errors import LmdeployError
 from lmdeploy.frontend import Frontend
 from lmdeploy.serving import admin, encode, generate, interactive, ready
 from lmdeploy.serving.anthropic import routes as anthropic
+from lmdeploy.serving.call import CURRENT
 from lmdeploy.serving.metrics import CONTENT_TYPE
 from lmdeploy.serving.middleware import Gate
 from lmdeploy.serving.openai import chat, completions, embeddings, models, responses
-from lmdeploy.serving.openai.errors import RETRY_SECONDS, ClientGone, HttpError, error_response
+from lmdeploy.serving.openai.errors import RETRY_SECONDS, ClientGone, HttpError, as_http_error, error_response
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.page import add_docs
 from lmdeploy.serving.service import Service, service_of
@@ -48,7 +50,8 @@ def create_app(frontend: Frontend, config: ServerConfig | None = None) -> FastAP
     app.add_middleware(Gate, service=service, admin_paths=admin_paths)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=config.allow_origins,
+        allow_origins=service.origins.listed,
+        allow_origin_regex=service.origins.pattern,
         allow_methods=config.allow_methods,
         allow_headers=config.allow_headers,
         allow_credentials=config.allow_credentials,
@@ -78,7 +81,9 @@ def _add_errors(app: FastAPI) -> None:
             name = ".".join(str(part) for part in first["loc"][1:])
             error = HttpError(400, f"{name}: {first['msg']} (got {str(first['input'])[:80]!r})", code="invalid_value", param=name)
         elif isinstance(error, HTTPException):
-            error = HttpError(error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_"))
+            error = HttpError(error.status_code, str(error.detail), code=HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"))
+        if (call := CURRENT.get()) is not None and not isinstance(error, ClientGone):
+            call.error = as_http_error(error).code
         return error_response(error, request.url.path)
 
     for kind in (HttpError, LmdeployError, ClientGone, HTTPException, RequestValidationError, Exception):

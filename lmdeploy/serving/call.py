@@ -47,7 +47,7 @@ class Call:
         self.deadline = self.began + seconds
         self.route = "other"
         self.status = 499  # unless an answer is sent
-        self.error: str | None = None  # its code: of the gate's refusal, or of an answer that failed
+        self.error: str | None = None  # its code: of a refusal, by gate or route, or of an answer that failed
         self.ended = self.began
         self.queue_seconds = 0.0  # in the server and in the engine
         self.first_token: float | None = None

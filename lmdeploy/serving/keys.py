@@ -1,6 +1,6 @@
 """`KeyRing`: who may call the server. Keys have names; only the names are ever logged or counted.
 
-A key is kept as its SHA-256 and compared in constant time with every known one. The file is read again on `reload` (SIGHUP); a file
+A key is kept as its SHA-256 and compared in constant time with every known one. The file is read again on SIGHUP (`read_again`); a file
 that has become unreadable, wrong or empty changes nothing, so a slip of the editor neither opens nor locks the server.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lmdeploy.errors import ConfigError
@@ -53,10 +53,15 @@ class KeyRing:
                 found = name
         return found
 
-    def reload(self) -> int:
-        """Read the files again; how many keys there are now. Raises ConfigError, and then all stays as it was."""
-        self._keys, self._admin = _read(self._config)
-        return len(self.names)
+    def read_again(self) -> Callable[[], int]:
+        """Read the files again; a function that takes the new keys and says how many there are. Raises ConfigError; until that call all stays as it was."""
+        keys, admin = _read(self._config)
+
+        def take() -> int:
+            self._keys, self._admin = keys, admin
+            return len(self.names)
+
+        return take
 
 
 def _read(config: ServerConfig) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:

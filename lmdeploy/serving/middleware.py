@@ -1,7 +1,7 @@
 """The gate before every route: keys, drain, admission, body size, time limit, request ids, access log. Plain ASGI, nothing is buffered.
 
 Everything needs a key when keys are set, whatever the method, except what `_OPEN` lists: health, and the documentation page with its
-files. Admin routes need the admin key, always. Prompts, keys and query strings are never logged.
+files. Admin routes need the admin key, always. Without keys, web pages of elsewhere are refused (`origins`). Prompts, keys and query strings are never logged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmdeploy.serving.admission import Place
 from lmdeploy.serving.call import ANYBODY, CURRENT, Call, header
 from lmdeploy.serving.connections import EXTENSION, Connection
 from lmdeploy.serving.keys import ADMIN
-from lmdeploy.serving.openai.errors import ClientGone, HttpError, error_response
+from lmdeploy.serving.openai.errors import ClientGone, HttpError, as_http_error, error_response
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.service import Service, admitted
 
@@ -117,6 +117,10 @@ class Gate:
             self._check_admin(name)
         elif self._keys.needed and name is None and not _is_open(scope["path"]):
             raise HttpError(401, "Missing or wrong API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'", code="invalid_api_key")
+        origin = header(scope, b"origin")
+        if not _is_open(scope["path"]) and not self._service.origins.may_call(origin, header(scope, b"host")):
+            page = origin.decode("latin-1")[:80]
+            raise HttpError(403, f"web pages of {page!r} may not call this server; --allow-origins lets them, API keys protect it", code="origin_not_allowed")
         length = header(scope, b"content-length")
         if length.isdigit() and int(length) > self._limit:
             raise _too_large(self._limit)
@@ -145,9 +149,8 @@ class Gate:
 
     async def _fail(self, scope: Scope, wire: _Wire, call: Call, error: Exception) -> None:
         """Answer with the error; when the answer has begun already, all that can be done is to cut the connection."""
-        if isinstance(error, HttpError):
-            call.error = error.code
-        else:
+        call.error = as_http_error(error).code
+        if not isinstance(error, HttpError):
             logger.error("request %s failed", call.id, exc_info=error)
         if not wire.started:
             await error_response(error, scope["path"])(scope, wire.receive, wire.send)

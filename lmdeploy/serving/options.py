@@ -38,7 +38,9 @@ class ServerConfig(CheckedOptions):
 
     server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 = every network of this machine")
     server_port: int = option(DEFAULT_PORT, "port to listen on; 0 = any free one", check=between(0, 65535))
-    allow_origins: list[str] = _words("web pages that may call the server (CORS)")
+    allow_origins: list[str] | None = option(
+        None, "web pages that may call the server (CORS), or *; default: with API keys every page, without keys those of this machine only"
+    )
     allow_credentials: bool = option(False, "let those pages send cookies and keys")
     allow_methods: list[str] = _words("HTTP methods for those pages")
     allow_headers: list[str] = _words("HTTP headers for those pages")
@@ -118,5 +120,5 @@ class ServerConfig(CheckedOptions):
             folder = getattr(self, name)
             if folder is not None and not os.path.isdir(folder):
                 raise ConfigError(f"{name} {folder} is no folder")
-        if self.allow_credentials and "*" in self.allow_origins:
+        if self.allow_credentials and "*" in (self.allow_origins or ["*"]):
             raise ConfigError("allow_credentials with allow_origins='*' would let any web page act for a user; name the origins")

@@ -102,13 +102,13 @@ def add_docs(app: FastAPI, service: Service) -> None:
 
     async def openapi() -> Response:
         if not schema:
-            schema.update(openapi_schema(app, service.model_name, keys=service.keys.needed))
+            schema.update(openapi_schema(app, service.shown_name, keys=service.keys.needed))
         return JSONResponse(schema)
 
     async def page() -> Response:
         return get_swagger_ui_html(
             openapi_url="openapi.json",
-            title=f"lmdeploy: {service.model_name}",
+            title=f"lmdeploy: {service.shown_name}",
             swagger_js_url="static/swagger-ui-bundle.js",
             swagger_css_url="static/swagger-ui.css",
             swagger_favicon_url="data:,",

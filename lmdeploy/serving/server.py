@@ -79,12 +79,25 @@ class HttpServer(SignalServer):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self.service = service
         self._reload = self._told = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on `sockets`. uvicorn's own does the same, but lets a TLS handshake take a minute; ours has the time that headers have."""
+
+        def connect() -> asyncio.Protocol:
+            protocol: asyncio.Protocol = self.config.http_protocol_class(config=self.config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
+            return protocol
+
+        seconds = self.service.config.receive_timeout if self.config.ssl else None
+        loop, self.servers = asyncio.get_running_loop(), []
+        for sock in sockets or ():
+            self.servers.append(await loop.create_server(connect, sock=sock, ssl=self.config.ssl, backlog=self.config.backlog, ssl_handshake_timeout=seconds))
+        self.started = True
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server: it has drained, or the engine was given up."""
-        lifecycle = self._service.lifecycle
+        lifecycle = self.service.lifecycle
         if self._reload:
             self._reload = False
             self._read_again()
@@ -92,30 +105,30 @@ class HttpServer(SignalServer):
             self._told = True
             if lifecycle.active:
                 told.info("shutting down; %d requests are being finished, a second signal ends them", lifecycle.active)
-        self.should_exit = self.should_exit or lifecycle.over or self._service.frontend.failure is not None
+        self.should_exit = self.should_exit or lifecycle.over or self.service.frontend.failure is not None
         return await super().on_tick(counter)
 
     def _read_again(self) -> None:
-        """After SIGHUP: keys and certificate; what is wrong with them leaves them as they were."""
-        config = self._service.config
+        """After SIGHUP: keys and certificate. Both are read and checked before either is taken, so what is wrong with one leaves both as they were."""
         try:
-            count = self._service.keys.reload()
-            if isinstance(self.config.ssl, ssl.SSLContext) and config.ssl:
-                check_certificate(config)
-                self.config.ssl.load_cert_chain(str(config.ssl_certfile), config.ssl_keyfile)
+            take_keys = self.service.keys.read_again()
+            certificate = read_certificate(self.service.config)
         except ConfigError as e:
             told.error("SIGHUP: %s; nothing was changed", e)
-        else:
-            told.info("SIGHUP: %d keys", count)
+            return
+        if isinstance(self.config.ssl, ssl.SSLContext) and certificate is not None:
+            # called at every handshake, whether or not the client names a server; loading into the context in use could fail half way
+            self.config.ssl.sni_callback = lambda connection, _name, _context: setattr(connection, "context", certificate)
+        told.info("SIGHUP: %d keys", take_keys())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, end what still runs (its readers get finish_reason 'abort'), and cut what does not end."""
-        self._service.lifecycle.drain(0)
+        self.service.lifecycle.drain(0)
         for listener in [*self.servers, *(sockets or ())]:
             listener.close()
-        self._service.admission.close()
-        self._service.light_admission.close()
-        self._service.frontend.abort_all()
+        self.service.admission.close()
+        self.service.light_admission.close()
+        self.service.frontend.abort_all()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         await self._until_quiet(ABORT_SECONDS, unless_forced=True)
@@ -124,8 +137,8 @@ class HttpServer(SignalServer):
         await self._until_quiet(CUT_SECONDS)  # what had a client finds it gone and ends itself
         for task in list(self.server_state.tasks):
             task.cancel()
-        if self._service.tracing is not None:
-            await asyncio.to_thread(self._service.tracing.close)
+        if self.service.tracing is not None:
+            await asyncio.to_thread(self.service.tracing.close)
 
     async def _until_quiet(self, seconds: float, *, unless_forced: bool = False) -> None:
         deadline = time.monotonic() + seconds
@@ -138,25 +151,25 @@ class HttpServer(SignalServer):
         return {**super().handlers(), **hang_up}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        config = self._service.config
-        if self._service.lifecycle.draining:
+        config = self.service.config
+        if self.service.lifecycle.draining:
             self.should_exit = self.force_exit = True
         else:
-            self._service.lifecycle.drain(min(config.shutdown_seconds, INTERRUPT_SECONDS) if number == signal.SIGINT else config.shutdown_seconds)
+            self.service.lifecycle.drain(min(config.shutdown_seconds, INTERRUPT_SECONDS) if number == signal.SIGINT else config.shutdown_seconds)
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         """With a file to read again SIGHUP asks for that; without one it is what it always was, the end of the terminal."""
-        config = self._service.config
+        config = self.service.config
         if config.api_keys_file or config.admin_key_file or config.ssl:
             self._reload = True
         else:
             self._stop(number, frame)
 
 
-def check_certificate(config: ServerConfig) -> None:
-    """Raise ConfigError when key or certificate cannot be used."""
+def read_certificate(config: ServerConfig) -> ssl.SSLContext | None:
+    """A context with the certificate and its key; None without --ssl. Raises ConfigError when they cannot be used."""
     if not config.ssl:
-        return
+        return None
     for name, path in (("ssl_certfile", config.ssl_certfile), ("ssl_keyfile", config.ssl_keyfile)):
         try:
             with open(str(path), "rb"):
@@ -166,15 +179,16 @@ def check_certificate(config: ServerConfig) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(str(config.ssl_certfile), config.ssl_keyfile, password=lambda: "")  # never asks the terminal
-    except (ssl.SSLError, ValueError) as e:
+    except (OSError, ValueError) as e:  # an SSLError is an OSError
         what = "do not belong together" if "KEY_VALUES_MISMATCH" in str(e) else "are not a certificate and its key in PEM form without a password"
         raise ConfigError(f"ssl_certfile {config.ssl_certfile} and ssl_keyfile {config.ssl_keyfile} {what}") from e
+    return context
 
 
 def reserve_port(config: ServerConfig) -> socket.socket:
     """The listening socket. Raises ConfigError when the address cannot be had, or keys or certificate cannot be used."""
     KeyRing(config)
-    check_certificate(config)
+    read_certificate(config)
     check_endpoint(config.otlp_endpoint)
     family = socket.AF_INET6 if ":" in config.server_name else socket.AF_INET
     # asyncio turns Nagle's delay (40 ms a chunk) off only for sockets that say they are TCP
@@ -258,7 +272,7 @@ def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | N
     url = url_of(sock, config)
     try:
         server = build_server(frontend, config)
-        _tell(frontend, config, url)
+        announce(server.service, url)
         server.run(sockets=[sock])
         failure = frontend.failure
     finally:
@@ -268,11 +282,11 @@ def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | N
         raise EngineError(f"the server has stopped: {failure}")
 
 
-def _tell(frontend: Frontend, config: ServerConfig, url: str) -> None:
+def announce(service: Service, url: str) -> None:
     """The lines that a user waits for; always shown, whatever the log level."""
-    told.info("serving %s; open %s in a browser for the API, stop with Ctrl-C", config.model_name or frontend.model_name, url)
-    if config.server_name in ("0.0.0.0", "::") and not config.api_keys:
-        told.warning("every machine of your network can use this server; --api-keys protects it, --server-name 127.0.0.1 hides it")
+    told.info("serving %s; open %s in a browser for the API, stop with Ctrl-C", service.model_name, url)
+    if service.config.server_name in ("0.0.0.0", "::") and not service.keys.needed:
+        told.warning("every machine of your network can use this server; --api-keys-file or --api-keys protects it, --server-name 127.0.0.1 hides it")
 
 
 def serve_model(

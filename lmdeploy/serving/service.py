@@ -35,6 +35,7 @@ from lmdeploy.serving.metrics import Metrics
 from lmdeploy.serving.openai.convert import Prompt
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_failed
 from lmdeploy.serving.options import ServerConfig
+from lmdeploy.serving.origins import Origins
 from lmdeploy.serving.parsers.registry import reasoning_format, tool_format
 from lmdeploy.serving.tool_offer import Guarantee
 from lmdeploy.serving.tracing import Tracing, request_attributes
@@ -50,6 +51,8 @@ _LONG_PROMPT = 1 << 14
 MAX_FETCHING = 4
 #: requests of routes that compute nothing on the engine (tokenising, counting) that are worked on at a time; more wait
 MAX_LIGHT = 8
+#: admin orders that are waited for at a time; more wait for these
+MAX_ORDERS = 4
 
 
 class Service:
@@ -59,8 +62,11 @@ class Service:
         self.frontend, self.config = frontend, config
         self.model_name = config.model_name or frontend.model_name
         path = frontend.model_path.rstrip("/")
-        self.served_names = tuple(dict.fromkeys((self.model_name, frontend.model_path, path, path.rsplit("/", 1)[-1])))
+        #: for callers without a key: where a model lies is nobody's business
+        self.shown_name = config.model_name or self.model_name.rstrip("/").rsplit("/", 1)[-1]
+        self.served_names = tuple(dict.fromkeys((self.model_name, frontend.model_path, path, path.rsplit("/", 1)[-1], self.shown_name)))
         self.keys, self.lifecycle = KeyRing(config), Lifecycle()
+        self.origins = Origins(config, keyed=self.keys.needed)
         batch = frontend.info.max_batch_size
         # a few more than the engine computes together, so that a place in its batch never waits for HTTP
         places = config.max_concurrent_requests or batch + max(batch // 4, 4)
@@ -80,6 +86,8 @@ class Service:
         )
         # fetch and decode pictures: threads, not places, so that a client that leaves does not make room before its fetch has ended
         self._eyes = ThreadPoolExecutor(MAX_FETCHING, "pictures")
+        # threads of their own: an order may take an hour, and nobody else's work must wait for its thread
+        self.orders = ThreadPoolExecutor(MAX_ORDERS, thread_name_prefix="lmdeploy-order")
         self._sessions: set[tuple[str, int]] = set()  # whose, and which
         self._running: dict[int, Call] = {}  # the frontend's id of each request -> whose it is
 

@@ -78,7 +78,7 @@ def test_none_is_written_as_the_help_says_it() -> None:
 def test_help_shows_a_list_option_s_default() -> None:
     server = FlagParser("server", "")
     add_config_flags(server, ServerConfig, title="Server")
-    assert "web pages that may call the server (CORS) (default: *)" in " ".join(server.format_help().split())
+    assert "HTTP methods for those pages (default: *)" in " ".join(server.format_help().split())
 
 
 @pytest.mark.parametrize("field", [f for f in dataclasses.fields(EngineConfig) if f.metadata["flag"]], ids=lambda f: f.name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
@@ -160,6 +162,30 @@ def test_running_answers_end_before_sleep_and_long_ones_are_aborted(admin: Runni
         admin.until_busy()
         assert post(admin, "/sleep?drain_seconds=0").status_code == 200
         assert long.result().json()["choices"][0]["finish_reason"] == "abort"
+
+
+def test_orders_that_wait_for_long_keep_no_thread_from_others(admin: RunningServer) -> None:
+    codes: list[int] = []
+
+    def order() -> None:
+        with httpx.Client(base_url=admin.url, headers=ADMIN, timeout=60, trust_env=False) as client:
+            codes.append(client.post("/sleep?drain_seconds=3600").status_code)
+
+    with admin.http.stream("POST", "/v1/completions", json={**LONG, "n": 4, "stream": True}) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        threads = [threading.Thread(target=order) for _ in range(40)]  # asyncio's own pool has at most 32
+        for thread in threads:
+            thread.start()
+        while admin.app.state.service.lifecycle.active < 41:  # type: ignore[attr-defined]
+            time.sleep(0.01)
+        assert admin.http.get("/metrics").status_code == 200
+        assert admin.frontend.stats().running, "metrics came while the orders waited"
+        assert post(admin, "/abort_request", abort_all=True).status_code == 200
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    for thread in threads:
+        thread.join(60)
+    assert codes == [200] * 40
 
 
 def test_new_weights_answer_as_after_a_fresh_start(admin: RunningServer, fresh_answer: str) -> None:

@@ -7,7 +7,10 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from lmdeploy.frontend import Frontend
+from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.page import BODIES, EXAMPLES
 from tests.serving.running import RunningServer
 
@@ -130,13 +133,66 @@ def test_a_wrong_key_is_401(serve: Callable[..., RunningServer]) -> None:
     assert server.http.get("/unknown").status_code == 401, "closed by default"
 
 
-def test_cors_allows_pages_and_their_preflight(server: RunningServer, serve: Callable[..., RunningServer]) -> None:
-    origin = {"Origin": "https://page.example"}
-    assert server.http.get("/v1/models", headers=origin).headers["access-control-allow-origin"] == "*"
+def test_what_is_shown_without_a_key_does_not_tell_where_the_model_lies(frontend: Frontend, model_folder: Path) -> None:
+    running = RunningServer(frontend, ServerConfig(server_port=0, api_keys=["k"]))
+    try:
+        path = frontend.model_path
+        assert "/" in path.strip("/")
+        for page in ("/", "/openapi.json"):
+            text = running.http.get(page).text
+            assert path not in text and str(Path(path).parent) not in text, page
+            assert Path(path).name in text, "the name that requests may give"
+        body = running.http.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["example"]
+        assert running.http.post("/v1/completions", json=body, headers={"x-api-key": "k"}).status_code == 200
+    finally:
+        running.stop()
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+COMPLETION = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+
+
+def page_may_call(server: RunningServer, origin: str, **headers: str) -> bool:
+    """Whether a page of this origin passes: what it asks first, and what a browser sends without asking. Both must agree."""
+    asked = server.http.options("/v1/completions", headers={**PREFLIGHT, "Origin": origin}).status_code == 200
+    sent = server.http.post("/v1/completions", json=COMPLETION, headers={"Origin": origin, **headers})
+    assert (sent.status_code == 200) == asked, (origin, sent.text)
+    assert ("access-control-allow-origin" in sent.headers) == asked
+    assert asked or sent.json()["error"]["code"] == "origin_not_allowed"
+    return asked
+
+
+def test_without_keys_only_pages_of_this_machine_may_call(server: RunningServer) -> None:
+    for origin in ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080", server.url):
+        assert page_may_call(server, origin), origin
+    for origin in ("https://page.example", "http://localhost.page.example", "http://page.example:80", "null", "http://127.0.0.1.page.example:1"):
+        assert not page_may_call(server, origin), origin
+    assert server.http.post("/v1/completions", json=COMPLETION).status_code == 200, "programs send no Origin"
+
+
+def test_a_page_that_gives_its_own_name_to_this_machine_may_not_call(server: RunningServer) -> None:
+    rebound = {"Origin": "http://page.example:23333", "Host": "page.example:23333"}
+    assert server.http.post("/v1/completions", json=COMPLETION, headers=rebound).status_code == 403
+
+
+def test_a_server_of_the_network_serves_its_own_page(serve: Callable[..., RunningServer]) -> None:
+    server = serve(server_name="0.0.0.0")
+    own = {"Origin": "http://gpu-box:23333", "Host": "gpu-box:23333"}
+    assert server.http.post("/v1/completions", json=COMPLETION, headers=own).status_code == 200
+    assert server.http.post("/v1/completions", json=COMPLETION, headers={**own, "Origin": "https://page.example"}).status_code == 403
+
+
+def test_origins_that_are_named_may_call_and_with_keys_or_a_star_all(serve: Callable[..., RunningServer]) -> None:
+    named = serve(allow_origins=["https://mine.example"])
+    assert page_may_call(named, "https://mine.example") and not page_may_call(named, "https://page.example")
+    assert not page_may_call(named, "http://localhost:3000"), "not named"
+    assert named.http.post("/v1/completions", json=COMPLETION, headers={"Origin": named.url}).status_code == 200, "its own page"
+    assert page_may_call(serve(allow_origins=["*"]), "https://page.example")
+    keyed = serve(api_keys=["k"])
+    assert page_may_call(keyed, "https://page.example", Authorization="Bearer k")
     strict = serve(allow_origins=["https://mine.example"], api_keys=["k"])
-    preflight = {**origin, "Access-Control-Request-Method": "POST"}
-    assert strict.http.options("/v1/chat/completions", headers=preflight).status_code == 400
-    assert strict.http.options("/v1/chat/completions", headers={**preflight, "Origin": "https://mine.example"}).status_code == 200
+    assert strict.http.options("/v1/chat/completions", headers={**PREFLIGHT, "Origin": "https://page.example"}).status_code == 400
+    assert strict.http.options("/v1/chat/completions", headers={**PREFLIGHT, "Origin": "https://mine.example"}).status_code == 200
 
 
 class Lines(logging.Handler):

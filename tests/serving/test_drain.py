@@ -185,6 +185,45 @@ def test_https_with_a_certificate_that_is_renewed(start: Callable[..., ServerPro
 
 
 @needs_openssl
+def test_sighup_takes_keys_and_certificate_together_or_neither(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    key, cert = certificate(tmp_path, "old")
+    trusted = tmp_path / "trusted.pem"
+    shutil.copy(cert, trusted)
+    keys = tmp_path / "keys"
+    keys.write_text("a:first\n")
+    process = start(ssl=True, ssl_keyfile=str(key), ssl_certfile=str(cert), api_keys_file=str(keys), ca=trusted, key="first")
+
+    def statuses() -> dict[str, int]:
+        verify = ssl.create_default_context(cafile=trusted)
+        ask = {name: {"Authorization": f"Bearer {name}"} for name in ("first", "second")}
+        return {name: httpx.get(f"{process.url}/v1/models", headers=headers, verify=verify, trust_env=False).status_code for name, headers in ask.items()}
+
+    assert statuses() == {"first": 200, "second": 401}
+    good_cert = cert.read_bytes()
+    for broken in (b"no certificate", certificate(tmp_path, "other")[1].read_bytes()):  # no PEM; another key's
+        keys.write_text("a:second\n")
+        cert.write_bytes(broken)
+        process.popen.send_signal(signal.SIGHUP)
+        process.told("nothing was changed")
+        assert statuses() == {"first": 200, "second": 401}, "neither the keys nor the certificate"
+        process.log.write_text("")
+    cert.write_bytes(good_cert)
+    process.popen.send_signal(signal.SIGHUP)
+    process.told("SIGHUP: 1 keys")
+    assert statuses() == {"first": 401, "second": 200}
+
+
+@needs_openssl
+def test_a_handshake_that_does_not_come_is_closed_in_the_time_of_headers(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    key, cert = certificate(tmp_path, "own")
+    process = start(ssl=True, ssl_keyfile=str(key), ssl_certfile=str(cert), ca=cert, receive_timeout=1)
+    url = httpx.URL(process.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=30) as silent:  # asyncio itself would wait a minute
+        assert silent.recv(1) == b""
+    assert process.http.get("/health").status_code == 200
+
+
+@needs_openssl
 def test_files_that_cannot_be_used_are_one_line_before_the_model_is_loaded(tmp_path: Path) -> None:
     key, cert = certificate(tmp_path, "a")
     other, _ = certificate(tmp_path, "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 import time
@@ -134,6 +135,25 @@ def test_clients_cannot_multiply_labels(serve: Callable[..., RunningServer]) -> 
     assert len(after - before) <= 4, after - before  # 401 and its reason, /metrics itself
     assert not any("guess" in text or "sesame" in text or "nothing" in text for text in after)
     assert any('"key": "team"' in text and '"route": "/v1/models"' in text for text in after)
+
+
+def test_refusals_by_routes_are_counted_and_logged_by_their_code(serve: Callable[..., RunningServer], caplog: pytest.LogCaptureFixture) -> None:
+    server = serve()
+    too_long = {"model": "tiny", "prompt": "a b " * 40000}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    calls: dict[str, tuple[str, dict[str, Any]]] = {
+        "invalid_value": ("/v1/chat/completions", {**CHAT, "temperature": "hot"}),
+        "model_not_found": ("/v1/chat/completions", {**CHAT, "model": "other"}),
+        "context_length_exceeded": ("/v1/completions", too_long),
+        "invalid_grammar": ("/v1/chat/completions", {**CHAT, "response_format": schema}),
+        "not_found": ("/nothing", {}),
+    }
+    with caplog.at_level(logging.INFO, "lmdeploy.access"):
+        for path, body in calls.values():
+            assert 400 <= server.http.post(path, json=body).status_code < 500
+    counted = {labels["code"]: value for labels, value in samples(server)["lmdeploy:http_requests_failed_total"]}
+    assert counted == dict.fromkeys(calls, 1.0)
+    assert all(f"error={code} " in caplog.text for code in calls)
 
 
 def test_metrics_may_be_asked_for_by_either_flag(serve: Callable[..., RunningServer]) -> None:

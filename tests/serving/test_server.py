@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ import psutil
 import pytest
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.frontend import Frontend
 from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.server import reserve_port, url_of
+from lmdeploy.serving.server import announce, reserve_port, url_of
+from lmdeploy.serving.service import Service
 from tests.serving.running import SCRIPT, RunningServer, ServerProcess
 
 LONG = {"model": "tiny", "prompt": "Once upon a time", "ignore_eos": True, "temperature": 0}
@@ -77,6 +80,18 @@ def test_the_url_is_one_that_can_be_opened() -> None:
             assert url_of(sock, config) == f"http://{host}:{sock.getsockname()[1]}"
 
 
+@pytest.mark.parametrize("keys", [None, "file", "environment"])
+def test_the_start_warns_of_an_open_network_unless_keys_are_needed(
+    keys: str | None, frontend: Frontend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a:sesame\n")
+    options: dict[str, Any] = {"file": {"api_keys_file": str(file)}, "environment": {"api_key_lines": ["sesame"]}}.get(keys or "", {})
+    with caplog.at_level(logging.INFO, "lmdeploy.access"):
+        announce(Service(frontend, ServerConfig(server_name="0.0.0.0", server_port=0, **options)), "http://127.0.0.1:1")
+    assert ("every machine" in caplog.text) == (keys is None)
+
+
 def test_chunks_are_not_delayed_by_the_socket(server: RunningServer) -> None:
     """A socket that does not say TCP keeps Nagle's algorithm: 40 ms a chunk, instead of the step's few."""
     body: dict[str, Any] = {**LONG, "max_tokens": 60, "stream": True}
@@ -89,7 +104,6 @@ def test_chunks_are_not_delayed_by_the_socket(server: RunningServer) -> None:
 
 def test_a_full_queue_is_503_with_retry_after(model_folder: Path, tmp_path: Path) -> None:
     from lmdeploy.config import TurbomindEngineConfig
-    from lmdeploy.frontend import Frontend
 
     config = TurbomindEngineConfig(dtype="float32", max_batch_size=1, max_waiting=1, cache_max_entry_count=64, cpu_threads=1)
     with Frontend.open(str(model_folder), config, separate_process=True) as frontend:
