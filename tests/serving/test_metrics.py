@@ -151,6 +151,9 @@ def test_refusals_by_routes_are_counted_and_logged_by_their_code(serve: Callable
     with caplog.at_level(logging.INFO, "lmdeploy.access"):
         for path, body in calls.values():
             assert 400 <= server.http.post(path, json=body).status_code < 500
+        deadline = time.monotonic() + 10
+        while one(server, "http_requests_failed_total") < len(calls) and time.monotonic() < deadline:
+            time.sleep(0.02)  # a request is counted when its answer has been sent
     counted = {labels["code"]: value for labels, value in samples(server)["lmdeploy:http_requests_failed_total"]}
     assert counted == dict.fromkeys(calls, 1.0)
     assert all(f"error={code} " in caplog.text for code in calls)
