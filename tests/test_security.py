@@ -14,6 +14,7 @@ import pytest
 from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from lmdeploy.serving.page import BODIES
 from lmdeploy.serving.service import MAX_FETCHING
+from lmdeploy.vision.fetch import MAX_LOOK_UPS
 from lmdeploy.vision.policy import MediaPolicy
 from lmdeploy.vision.prompt import MAX_PICTURES
 
@@ -47,7 +48,7 @@ def test_the_published_list_has_no_class_that_the_page_lacks() -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     policy = MediaPolicy()
-    for value in (MAX_PICTURES, policy.max_bytes, policy.max_pixels, policy.max_redirects, MAX_FETCHING):
+    for value in (MAX_PICTURES, policy.max_bytes, policy.max_pixels, policy.max_redirects, MAX_FETCHING, MAX_LOOK_UPS):
         assert f"| {value:,} |" in PAGE, value
     assert f"| {policy.connect_seconds:g}, {policy.total_seconds:g} |" in PAGE
 

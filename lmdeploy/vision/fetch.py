@@ -2,14 +2,17 @@
 
 Each hop is checked anew: scheme, port, host, and every address that the name resolves to. The connection goes to the address that was
 checked (the name cannot resolve to another one in between), certificates are checked against the name. Redirects are followed by hand, proxies
-from the environment are ignored, nothing compressed is accepted, bytes are counted while they arrive, and one deadline covers everything.
+from the environment are ignored, nothing compressed is accepted, bytes are counted while they arrive, and one deadline covers everything,
+looking up the name included.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
@@ -21,6 +24,9 @@ from lmdeploy.vision.policy import MediaPolicy, refused
 MAX_URL = 8192
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
+#: threads that may wait for the system's resolver, those that were left behind included
+MAX_LOOK_UPS = 32
+_LOOKING_UP = threading.BoundedSemaphore(MAX_LOOK_UPS)
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -49,11 +55,42 @@ async def _fetch_in_time(url: str, policy: MediaPolicy) -> bytes:
 async def _fetch(url: str, policy: MediaPolicy) -> bytes:
     async with httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
         for _ in range(policy.max_redirects + 1):
-            answer = await _get(client, await asyncio.to_thread(check_url, url, policy), policy)
+            answer = await _get(client, await _checked(url, policy), policy)
             if isinstance(answer, bytes):
                 return answer
             url = urljoin(url, answer)
     raise refused(f"the picture's URL redirects more than {policy.max_redirects} times")
+
+
+async def _checked(url: str, policy: MediaPolicy) -> Hop:
+    """`check_url` in a thread that is left behind when time is up: nothing ends a look-up in the system's resolver, and a name's own
+    server decides how long it takes."""
+    if not _LOOKING_UP.acquire(blocking=False):
+        raise refused(f"{MAX_LOOK_UPS} hosts of pictures are being looked up; try again later")
+    loop = asyncio.get_running_loop()
+    checked: asyncio.Future[Hop] = loop.create_future()
+
+    def tell(hop: Hop | None, error: BaseException | None) -> None:
+        if checked.done():  # nobody waits any more
+            return
+        if hop is None:
+            checked.set_exception(error or RuntimeError("no result"))
+        else:
+            checked.set_result(hop)
+
+    def look_up() -> None:
+        hop, error = None, None
+        try:
+            hop = check_url(url, policy)
+        except BaseException as e:
+            error = e
+        finally:
+            _LOOKING_UP.release()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, hop, error)
+
+    threading.Thread(target=look_up, name="picture-host", daemon=True).start()
+    return await checked
 
 
 def check_url(url: str, policy: MediaPolicy) -> Hop:

@@ -13,7 +13,7 @@ from ipaddress import ip_address
 import pytest
 
 from lmdeploy.errors import RequestError
-from lmdeploy.vision.fetch import MAX_URL, check_url, fetch, is_public
+from lmdeploy.vision.fetch import MAX_LOOK_UPS, MAX_URL, check_url, fetch, is_public
 from lmdeploy.vision.policy import MediaPolicy
 
 HOME = MediaPolicy(private_hosts=("localhost",), max_bytes=1000, total_seconds=1.0)
@@ -176,3 +176,35 @@ def test_one_byte_at_a_time_ends_with_the_time_limit(head: bytes) -> None:
     with listening(drip) as (port, _), pytest.raises(RequestError, match="longer than 1 s"):
         fetch(f"http://localhost:{port}/", HOME)
     assert time.monotonic() - begin < 8
+
+
+def test_a_name_that_is_not_found_in_time_ends_with_the_time_limit_and_its_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name's own server decides how long the system's resolver waits; nothing can end that."""
+    answer, running = threading.Event(), []
+
+    def resolve(*args: object, **kwargs: object) -> list[object]:
+        running.append(threading.current_thread())
+        answer.wait(30)
+        raise OSError("too late")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    quick = MediaPolicy(total_seconds=0.1)
+    try:
+        begin = time.monotonic()
+        with pytest.raises(RequestError, match="longer than 1 s"):
+            fetch("http://slow.test/", HOME)
+        assert time.monotonic() - begin < 8
+        told = set()
+        for _ in range(MAX_LOOK_UPS + 3):
+            with pytest.raises(RequestError) as caught:
+                fetch("http://slow.test/", quick)
+            told.add(str(caught.value).split(";")[0])
+        assert len(running) == MAX_LOOK_UPS and all(thread.daemon for thread in running)
+        assert told == {"the picture took longer than 0.1 s to arrive", f"{MAX_LOOK_UPS} hosts of pictures are being looked up"}
+    finally:
+        answer.set()
+    for thread in running:
+        thread.join(10)
+    monkeypatch.undo()
+    with listening(saying(body(b"again"))) as (port, _):
+        assert fetch(f"http://localhost:{port}/", HOME) == b"again"
