@@ -5,6 +5,7 @@ Imports neither torch nor fastapi: `lmdeploy --help` reads it.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,6 +77,9 @@ class ServerConfig(CheckedOptions):
     receive_timeout: float = option(20.0, "seconds in which a request's headers must come; a body must bring 1 KiB a second", check=above(0))
     send_timeout: float = option(30.0, "seconds after which a client that does not read its answer is cut off", check=above(0))
     keep_alive_seconds: float = option(65.0, "an idle connection is closed after this; longer than load balancers' usual 60", check=above(0))
+    forwarded_allow_ips: list[str] | None = option(
+        None, "addresses or networks of reverse proxies whose X-Forwarded-For tells the client's address; default: nobody's header is believed"
+    )
     allow_terminate_by_client: bool = option(False, "let clients without the admin key stop the server by GET /terminate")
     enable_abort_handling: bool = option(False, "let clients without the admin key stop requests by POST /abort_request")
     generation_config: str = option(
@@ -116,6 +120,11 @@ class ServerConfig(CheckedOptions):
             raise ConfigError("admin_key is empty; leave it out to have no admin routes")
         if self.admin_key and self.admin_key_file:
             raise ConfigError("admin_key and admin_key_file are both given; one is enough")
+        for text in self.forwarded_allow_ips or ():
+            try:
+                ipaddress.ip_network(text)
+            except ValueError as e:
+                raise ConfigError(f"forwarded_allow_ips: {text!r} is no address and no network such as 10.0.0.0/8") from e
         for name in ("allowed_media_path", "allowed_weights_path"):
             folder = getattr(self, name)
             if folder is not None and not os.path.isdir(folder):

@@ -232,6 +232,8 @@ def build_server(frontend: Frontend, config: ServerConfig) -> HttpServer:
         access_log=False,
         log_config=None,
         lifespan="off",
+        proxy_headers=bool(config.forwarded_allow_ips),  # else any local program may say that it is somebody else
+        forwarded_allow_ips=config.forwarded_allow_ips,
         timeout_keep_alive=round(config.keep_alive_seconds),
         ssl_keyfile=config.ssl_keyfile if config.ssl else None,
         ssl_certfile=config.ssl_certfile if config.ssl else None,

@@ -259,3 +259,12 @@ def test_a_route_that_waits_by_itself_gives_its_place_back(serve: Callable[..., 
             time.sleep(0.005)
     big = server.http.post("/abort_request", content=b" " * (64 << 10), headers={"authorization": "Bearer x"})
     assert big.status_code in (401, 403), "not opened to clients: an admin route as ever"
+
+
+@pytest.mark.parametrize("trusted, client", [(None, "127.0.0.1"), (["10.0.0.0/8"], "127.0.0.1"), (["127.0.0.0/8", "::1"], "6.6.6.6")])
+def test_only_a_named_proxy_says_whose_request_it_is(trusted: list[str] | None, client: str, serve: Callable[..., RunningServer], access: Records) -> None:
+    """Else any local program could take others' addresses, in the log and in the queue where keys and addresses take turns."""
+    server = serve(forwarded_allow_ips=trusted)
+    reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1}, headers={"X-Forwarded-For": "5.5.5.5, 6.6.6.6"})
+    assert reply.status_code == 200
+    assert access.about(own_id(reply))["client"].rpartition(":")[0] == client

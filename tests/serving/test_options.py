@@ -30,6 +30,7 @@ def test_the_default_is_this_machine_only() -> None:
         ({"server_prot": 1}, "server_port"),
         ({"max_body_mib": 0}, "max_body_mib"),
         ({"shutdown_seconds": 0}, "shutdown_seconds"),
+        ({"forwarded_allow_ips": ["*"]}, "forwarded_allow_ips.*network"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
