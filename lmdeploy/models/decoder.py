@@ -128,7 +128,8 @@ class Decoder:
     def _check_tied(self, source: WeightSource) -> None:
         """A file may repeat a tied head, but another one than the table contradicts config.json: using either would be a guess."""
         name, table = f"{self.prefix}{self.names.head}.weight", self.embedding.weight
-        if not self.spec.tie_embeddings or not source.has(name):
+        stored = source.has(name) and source.names()  # random weights have any tensor asked for, and repeat nothing
+        if not self.spec.tie_embeddings or not stored:
             return
         rows = slice(0, min(64, table.shape[0]))
         head = torch.empty_like(table[rows])

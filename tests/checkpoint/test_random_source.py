@@ -103,3 +103,9 @@ def test_models_of_any_format_can_be_invented(name: str) -> None:
             assert abs(weight.mean()) < 0.004 and 0.0005 < weight.std() < 0.04 and not torch.equal(weight[0], weight[1])
     logits = Harness(model).step([(0, [1, 2, 3])])[0]
     assert logits.isfinite().all() and logits.std() > 1e-3
+
+
+def test_a_tied_head_reads_the_random_embedding() -> None:
+    model = build_model(ModelSpec.from_config({**LLAMA_CONFIG, "tie_word_embeddings": True}), torch.float32, "cpu", REFERENCE, Parallel())
+    model.load(RandomSource())
+    assert Harness(model).step([(0, [1, 2, 3])])[0].isfinite().all()
