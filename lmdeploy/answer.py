@@ -6,9 +6,9 @@ stop word are held back. Token ids and log-probabilities are passed on at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from lmdeploy.messages import EngineOutput, Picture, Response, SamplingParams, TokenLogprobs
 from lmdeploy.text.detokenizer import IncrementalDetokenizer
@@ -19,6 +19,13 @@ from lmdeploy.text.tokenizer import Tokenizer
 _STANDING = (
     "generate_token_len", "input_token_len", "cached_tokens", "finish_reason", "stop_reason", "session_id", "error_code", "error_message", "embedding",
 )  # fmt: skip
+
+
+class StopZones(Protocol):
+    """Says where in one answer stop words count."""
+
+    def split(self, text: str, *, last: bool = False) -> list[tuple[str, bool]]:
+        """Pieces of the text so far, in order, and whether stop words count in them; what is not decided yet comes later, at the latest with `last`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,7 @@ class Prepared:
     cache_salt: str = ""
     pictures: list[Picture] = field(default_factory=list)
     shown_special: frozenset[int] = frozenset()  # special tokens whose text is shown although skip_special_tokens
+    stop_zones: Callable[[], StopZones] | None = None  # None: stop words count everywhere
     notices: list[str] = field(default_factory=list)  # what the caller should be told, e.g. a shortened max_new_tokens
 
 
@@ -53,6 +61,7 @@ class Answer:
         include_stop: bool = False,
         min_new_tokens: int = 0,
         shown_special: frozenset[int] = frozenset(),
+        zones: StopZones | None = None,
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
@@ -61,7 +70,7 @@ class Answer:
             spaces_between_special_tokens=spaces_between_special_tokens,
             shown_special=shown_special,
         )
-        self._stops = stops
+        self._stops, self._zones = stops, zones
         self._num_prompt = len(prompt_ids)
         self._include_stop = include_stop
         self._min_new_tokens = min_new_tokens
@@ -74,12 +83,13 @@ class Answer:
         if output.stop_token_id is not None and not self._include_stop:  # the token goes, and with it the rows that chose it
             ids, logprobs, logits, hidden = ids[:-1], _but_last(logprobs), _but_last(logits), _but_last(hidden)
         self._count = max(self._count, output.num_generated)  # an engine that died does not know it any more
-        text = self._text(ids)
+        # stop words that lie wholly within the first min_new_tokens do not count
+        text = self._until_stop(self._detokenizer.feed(ids), active=self._count >= self._min_new_tokens)
         finish, stop_reason = output.finish_reason, output.stop_token_id
-        if self._stops.matched is not None:
+        if finish is not None and self._stops.matched is None:
+            text += self._until_stop(self._detokenizer.flush(), last=True) + self._stops.flush()
+        if self._stops.matched is not None and finish != "error":
             finish, stop_reason = "stop", self._stops.matched  # type: ignore[assignment]
-        elif finish is not None:
-            text += self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
         self.finished = finish is not None
         if not (text or ids or self.finished or output.prompt_logprobs is not None):
             return None
@@ -102,9 +112,12 @@ class Answer:
             embedding=output.embedding,
         )
 
-    def _text(self, ids: list[int]) -> str:
-        """Text of new tokens after stop matching; stop words that lie wholly within the first min_new_tokens do not count."""
-        return self._stops.feed(self._detokenizer.feed(ids), active=self._count >= self._min_new_tokens)
+    def _until_stop(self, text: str, *, active: bool = True, last: bool = False) -> str:
+        """What of the new text, and of what was held back, is sure to be part of the answer."""
+        if self._zones is None:
+            return self._stops.feed(text, active=active)
+        pieces = self._zones.split(text, last=last)
+        return "".join([self._stops.feed(piece, active=active) if counts else self._stops.skip(piece) for piece, counts in pieces])
 
 
 def answers_to(prepared: Prepared, tokenizer: Tokenizer) -> dict[int, Answer]:
@@ -120,6 +133,7 @@ def answers_to(prepared: Prepared, tokenizer: Tokenizer) -> dict[int, Answer]:
             include_stop=prepared.include_stop,
             min_new_tokens=prepared.sampling.min_new_tokens,
             shown_special=prepared.shown_special,
+            zones=prepared.stop_zones() if prepared.stop_zones is not None else None,
         )
         for i in range(prepared.n)
     }

@@ -251,10 +251,7 @@ class Frontend:
         return self.prompts.encode(prompt, media=media, **options)[0]
 
     def _sampling(self, gen: GenerationConfig, max_new_tokens: int) -> SamplingParams:
-        eos = self.tokenizer.eos_token_id
-        own = [*self.template.stop_token_ids, *self.spec.eos_token_ids, *(() if eos is None else (eos,))]
-        # the model never produces an id that it does not have; of its files' ids that was told at the start
-        stop_ids = _unique([*(i for i in own if 0 <= i < self.info.vocab_size), *self._in_vocabulary(gen.stop_token_ids or (), "stop_token_ids")])
+        stop_ids = _unique([*self.own_stop_ids, *self._in_vocabulary(gen.stop_token_ids or (), "stop_token_ids")])
         for name, top in (("logprobs", gen.logprobs), ("prompt_logprobs", gen.prompt_logprobs)):
             if top is not None and top > self.info.vocab_size:
                 raise RequestError(f"{name}={top} is more than the vocabulary's {self.info.vocab_size} tokens", param=name)
@@ -279,6 +276,14 @@ class Frontend:
             output_last_hidden_state=gen.output_last_hidden_state,  # type: ignore[arg-type]
             grammar=self._checked_grammar(gen),
         )
+
+    @property
+    def own_stop_ids(self) -> list[int]:
+        """The tokens with which the model ends its answers."""
+        eos = self.tokenizer.eos_token_id
+        own = [*self.template.stop_token_ids, *self.spec.eos_token_ids, *(() if eos is None else (eos,))]
+        # the model never produces an id that it does not have; of its files' ids that was told at the start
+        return [i for i in own if 0 <= i < self.info.vocab_size]
 
     def _checked_grammar(self, gen: GenerationConfig) -> Grammar | None:
         if (grammar := wanted_grammar(gen)) is not None:

@@ -23,6 +23,7 @@ from lmdeploy.messages import Response
 from lmdeploy.serving.openai.errors import raise_if_failed
 from lmdeploy.serving.parsers.events import CallArguments, CallEnd, CallFailed, CallStart, Content, Event, Reasoning
 from lmdeploy.serving.parsers.reasoning import ReasoningParser
+from lmdeploy.serving.parsers.stop_zones import OutsideCalls
 from lmdeploy.serving.parsers.tools import ToolParser
 from lmdeploy.serving.service import Service
 from lmdeploy.serving.tool_offer import ToolOffer, offer_of, with_code_prompt
@@ -53,6 +54,7 @@ class Delta:
     finish_reason: str | None  # also 'tool_calls'
     response: Response
     reasoning_tokens: int = 0  # so far
+    failed_call: bool = False  # the call that was told last is none, or breaks off: nobody may run it
 
 
 @dataclass(slots=True)
@@ -78,13 +80,17 @@ class TurnAnswer:
 
 
 class TurnReader:
-    """Reads one answer: `Response` increments in, `Delta`s out."""
+    """Reads one answer: `Response` increments in, `Delta`s out. `own_stops`: the tokens and words with which the model itself ends an answer."""
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None, tokenizer: Tokenizer, close: str) -> None:
+    def __init__(
+        self, reasoning: ReasoningParser | None, tools: ToolParser | None, tokenizer: Tokenizer, close: str, own_stops: frozenset[int | str] = frozenset()
+    ) -> None:
+        self._own_stops = own_stops
         self._reasoning, self._tools, self._tokenizer = reasoning, tools, tokenizer
         self._close = close.encode()  # the tag that ends the reasoning
         self._place = -1  # of the call that is being read
         self._good_calls = 0
+        self._has_failed = False  # a call that had begun
         self._reasoning_tokens = 0
 
     def read(self, response: Response) -> Delta:
@@ -92,7 +98,7 @@ class TurnReader:
         delta = Delta(response.index, "", "", [], response.finish_reason, response)
         for event in self._split(response):
             self._add(delta, event)
-        if delta.finish_reason == "stop" and self._good_calls:
+        if delta.finish_reason == "stop" and self._good_calls and not self._has_failed:
             delta.finish_reason = "tool_calls"
         delta.reasoning_tokens = self._reasoning_tokens
         return delta
@@ -112,7 +118,11 @@ class TurnReader:
         out: list[Event] = []
         for event in events:
             out += self._tools.feed(event.text) if isinstance(event, Content) else [event]
-        return out + self._tools.finish(cut=response.finish_reason != "stop") if over else out
+        return out + self._tools.finish(cut=self._is_cut(response)) if over else out
+
+    def _is_cut(self, response: Response) -> bool:
+        """Whether something else than the model, or the grammar that binds it, ended the answer: a limit, an abort, the caller's own stop word or token."""
+        return response.finish_reason != "stop" or (response.stop_reason is not None and response.stop_reason not in self._own_stops)
 
     def _count(self, response: Response) -> None:
         """Reasoning tokens: all so far, less those behind the closing tag."""
@@ -142,8 +152,13 @@ class TurnReader:
                 delta.tools[-1].arguments += text
             case CallEnd():
                 self._good_calls += 1
-            case CallFailed():  # what has gone out has gone out
+            case CallFailed(text, at_end):
+                self._has_failed = True
+                gone_out = not any(tool.place == self._place and tool.id for tool in delta.tools)
+                delta.failed_call = delta.failed_call or gone_out
                 delta.tools = [tool for tool in delta.tools if tool.place != self._place]
+                if not (gone_out and at_end):  # what breaks off is not told twice
+                    delta.content += text
 
 
 @dataclass(slots=True)
@@ -159,11 +174,12 @@ class Turn:
 
     @property
     def is_plain(self) -> bool:
-        """The model's text is the content: nothing to read."""
-        return not self._reads_tools and self.thinking == "no"
+        """Whether the model's text is the content: nothing to read."""
+        return not self.reads_tools and self.thinking == "no"
 
     @property
-    def _reads_tools(self) -> bool:
+    def reads_tools(self) -> bool:
+        """Whether calls are looked for."""
         return bool(self.offer.names) and self.service.tool_format is not None
 
     def read(self, response: Response) -> Delta:
@@ -176,16 +192,29 @@ class Turn:
         return reader.read(response)
 
     def _reader(self) -> TurnReader:
+        tags, frontend = self.service.reasoning_format, self.service.frontend
+        thoughts, tools = self._parsers()
+        own_stops = frozenset([*frontend.own_stop_ids, *frontend.template.stop_words])
+        return TurnReader(thoughts, tools, frontend.tokenizer, tags.close if tags else "", own_stops)
+
+    def stop_zones(self) -> OutsideCalls:
+        """Where in one answer the caller's stop words count."""
+        thoughts, tools = self._parsers()
+        assert tools is not None
+        return OutsideCalls(thoughts, tools, required=self.offer.required)
+
+    def _parsers(self) -> tuple[ReasoningParser | None, ToolParser | None]:
+        """Those of one answer."""
         notation, tags = self.service.tool_format, self.service.reasoning_format
         tools = None
-        if notation is not None and self._reads_tools:
+        if notation is not None and self.reads_tools:
             tools = ToolParser(notation, self.offer.names, code=self.offer.code, one_call=not self.call.parallel_tool_calls)
         thoughts = None
         if tags is not None and self.thinking != "no":
             # a required call comes behind the closing tag: before it nothing is a call
             interrupts = notation.tags if notation is not None and tools is not None and not self.offer.required else ()
             thoughts = ReasoningParser(tags, opened=self.thinking == "open", interrupts=interrupts)
-        return TurnReader(thoughts, tools, self.service.frontend.tokenizer, tags.close if tags else "")
+        return thoughts, tools
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Increments as they come; closing it aborts the request. Raises HttpError when an answer fails."""
@@ -221,6 +250,8 @@ async def open_turn(service: Service, call: TurnCall) -> Turn:
     turn = Turn(service, prepared, call, offer, thinking)
     if not turn.is_plain and service.tag_ids:
         turn.prepared = replace(prepared, shown_special=service.tag_ids)
+    if turn.reads_tools and gen.stop_words:
+        turn.prepared = replace(turn.prepared, stop_zones=turn.stop_zones)
     return turn
 
 

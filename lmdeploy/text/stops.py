@@ -84,6 +84,10 @@ class StopMatcher:
         self._held = whole[keep:]
         return whole[:keep]
 
+    def skip(self, text: str) -> str:
+        """Text in which no stop word counts, nor one that began before it; all of it is part of the answer."""
+        return "" if self.matched is not None else self.flush() + text
+
     def _finish(self, text: str, word: str) -> str:
         self.matched, self._held = word, ""
         return text if self._include else text[: len(text) - len(word)]

@@ -259,3 +259,127 @@ def test_code_is_called_like_a_function(server: RunningServer) -> None:
             assert call.function.name == "interpreter" and list(json.loads(call.function.arguments)) == ["code"]
         else:
             assert answer.finish_reason == "length" and answer.message.content.startswith("<|action_start|><|interpreter|>\n")
+
+
+# ---------------------------------------------------------------- stop words, several answers, log-probabilities
+
+
+def streamed(chunks: Any) -> dict[int, tuple[str, list[tuple[str, str]], str]]:
+    """Of each answer: its content, its calls (name, arguments), its finish reason."""
+    texts: dict[int, str] = {}
+    calls: dict[int, list[tuple[str, str]]] = {}
+    finish: dict[int, str] = {}
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        own = calls.setdefault(choice.index, [])
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        for call in choice.delta.tool_calls or ():
+            if call.id:
+                assert call.index == len(own)
+                own.append((call.function.name, ""))
+            own[call.index] = (own[call.index][0], own[call.index][1] + call.function.arguments)
+        finish[choice.index] = choice.finish_reason or finish.get(choice.index, "")
+    return {index: (text, calls[index], finish[index]) for index, text in texts.items()}
+
+
+def complete(answer: Any) -> dict[int, tuple[str, list[tuple[str, str]], str]]:
+    """The same of a complete answer."""
+    return {
+        c.index: (c.message.content or "", [(t.function.name, t.function.arguments) for t in c.message.tool_calls or ()], c.finish_reason)
+        for c in answer.choices
+    }
+
+
+ADDING: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Compute 3+5"}],
+    "tools": [{"type": "function", "function": {"name": "add", "description": "Compute the sum of two numbers", "parameters": EXACT["add"]}}],
+    "temperature": 0,
+}
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_stop_words_do_not_cut_calls(choice: str, server: RunningServer) -> None:
+    ask = client_of(server).chat.completions.create
+    fields = {**ADDING, "tool_choice": choice}
+    wanted = complete(ask(**fields))
+    assert wanted[0][2] == "tool_calls"
+    for stop in ('"b"', ['{"', "}", '": ', "\n"]):
+        assert complete(ask(**fields, stop=stop)) == streamed(ask(**fields, stop=stop, stream=True)) == wanted
+    before = complete(ask(**fields, stop=[" "]))
+    assert before == ({0: ("I", [], "stop")} if choice == "auto" else wanted), "outside of calls they count"
+
+
+def test_code_that_was_cut_is_never_given_as_complete(server: RunningServer) -> None:
+    fields: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Compute 2**10"}], "seed": 0, "max_tokens": 24}
+    fields |= {"tools": [{"type": "code_interpreter"}], "tool_choice": "required"}
+    ask = client_of(server).chat.completions.create
+    first = ask(**fields, extra_body={"return_token_ids": True})
+    ids, text = first.choices[0].token_ids, first.choices[0].message.content
+    assert first.choices[0].finish_reason == "length" and text.startswith("<|action_start|><|interpreter|>\n")
+    middle = next(i for i, token in enumerate(ids) if i > 8 and token not in ids[:i])
+    for extra in ({"stop": [text[40:44]]}, {"stop_token_ids": [ids[middle]]}):
+        by_token = "stop_token_ids" in extra
+        whole = ask(**fields, extra_body=extra)
+        assert complete(whole)[0][1:] == ([], "stop" if by_token else "length") and text.startswith(whole.choices[0].message.content)
+        content, calls, finish = streamed(ask(**fields, extra_body=extra, stream=True))[0]
+        assert (content, finish) == ("", "stop" if by_token else "length")
+        assert len(calls) == 1 and not calls[0][1].endswith('"}')
+
+
+def test_an_item_of_a_call_that_was_cut_is_incomplete(server: RunningServer) -> None:
+    function = ADDING["tools"][0]["function"]
+    fields: dict[str, Any] = {"model": "tiny", "input": "Compute 3+5", "tools": [{"type": "function", **function}], "tool_choice": "required", "stream": True}
+    seen = set()
+    for limit in range(12, 28, 3):
+        for event in client_of(server).responses.create(**fields, temperature=0, max_output_tokens=limit):
+            if event.type == "response.output_item.done" and event.item.type == "function_call":
+                seen.add(event.item.status)
+                assert (event.item.status == "completed") == event.item.arguments.endswith("}")
+    assert "incomplete" in seen
+
+
+def test_stop_tokens_that_cut_a_json_call_leave_no_call(server: RunningServer) -> None:
+    ask = client_of(server).chat.completions.create
+    tokenizer = server.frontend.tokenizer
+    cutting = {"stop_token_ids": tokenizer.encode('"b"', add_bos=False)}
+    whole, stream = ask(**ADDING, extra_body=cutting), ask(**ADDING, extra_body=cutting, stream=True)
+    content, calls, finish = complete(whole)[0]
+    assert (calls, finish) == ([], "stop") and "<|action_start|><|plugin|>" in content
+    content, calls, finish = streamed(stream)[0]
+    assert finish == "stop" and ("<|action_start|>" in content) == (not calls), "told once"
+
+
+def test_each_of_several_answers_has_its_own_calls(family: Family) -> None:
+    fields: dict[str, Any] = {"n": 2, "tool_choice": "required", "parallel_tool_calls": False, "stop": ["a", "1"]}
+    wanted = complete(family.ask(**fields))
+    assert streamed(family.ask(**fields, stream=True)) == wanted
+    assert sorted(wanted) == [0, 1]
+    for _, calls, finish in wanted.values():
+        assert finish == "tool_calls" and len(calls) == 1
+        jsonschema.validate(json.loads(calls[0][1]), EXACT[calls[0][0]])
+
+
+def test_log_probabilities_come_with_calls(server: RunningServer) -> None:
+    ask = client_of(server).chat.completions.create
+    fields = {**ADDING, "tool_choice": "required", "logprobs": True, "top_logprobs": 2}
+    whole = ask(**fields).choices[0]
+    tokens = [entry.token for entry in whole.logprobs.content]
+    assert whole.finish_reason == "tool_calls" and "".join(tokens).startswith('<|action_start|><|plugin|>\n{"name": "add"')
+    assert all(len(entry.top_logprobs) == 2 for entry in whole.logprobs.content)
+    chunks = [chunk.choices[0] for chunk in ask(**fields, stream=True)]
+    assert [entry.token for c in chunks if c.logprobs for entry in c.logprobs.content] == tokens
+
+
+def test_parallel_calls_are_told_apart_in_a_stream(tmp_path: Path) -> None:
+    hermes = Family("hermes", tmp_path / "hermes")
+    try:
+        now = [{"type": "function", "function": {"name": "now"}}]
+        fields: dict[str, Any] = {"tools": now, "tool_choice": "required", "seed": 2, "stop": ["now", "\n"], "max_tokens": 150}
+        fields["logit_bias"] = {hermes.token("<tool_call>"): 5.0}
+        content, calls, finish = streamed(hermes.ask(**fields, stream=True))[0]
+        whole = complete(hermes.ask(**fields))[0]
+        assert len(whole[1]) >= 2 and calls[: len(whole[1])] == whole[1] and finish == whole[2]
+        assert all(call == ("now", "{}") for call in whole[1])
+        assert content in ("", whole[0]), "a call that breaks off before it was told is content"
+    finally:
+        hermes.close()

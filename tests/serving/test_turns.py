@@ -76,7 +76,34 @@ def test_a_call_that_max_tokens_cut_is_content_and_no_tool_call(tokenizer: Token
     turn = reader(tokenizer)
     deltas = [turn.read(response) for response in responses(tokenizer, cut, finish="length")]
     content, _, calls, finish = summed(deltas)
-    assert (content, finish) == (cut, "length") and calls, "its beginning had gone out"
+    assert (content, finish) == ("", "length") and calls, "its beginning had gone out, and is not told twice"
+    assert deltas[-1].failed_call and not any(delta.failed_call for delta in deltas[:-1])
+
+
+def code_reader(tokenizer: Tokenizer, own_stops: frozenset[int | str]) -> TurnReader:
+    parser = ToolParser(TOOL_FORMATS["internlm"], frozenset(("interpreter",)), code=True)
+    return TurnReader(None, parser, tokenizer, "", own_stops)
+
+
+@pytest.mark.parametrize("reason", ["rem", 7, None, 5, "</end>"])
+def test_code_that_the_caller_stopped_is_no_call(tokenizer: Tokenizer, reason: int | str | None) -> None:
+    cut = "<|action_start|><|interpreter|>\nos.rem"
+    ended = reason not in ("rem", 7)  # by the model's own token or word, or by its grammar
+    last = Response("", 9, 9, finish_reason="stop", stop_reason=reason)  # type: ignore[arg-type]
+    turn = code_reader(tokenizer, frozenset((5, "</end>")))
+    *deltas, end = [turn.read(response) for response in (*responses(tokenizer, cut)[:-1], last)]
+    content, _, calls, finish = summed([*deltas, end])
+    assert (content, finish, end.failed_call) == ("", "tool_calls" if ended else "stop", not ended)
+    assert calls[0][1] == '{"code": "os.rem' + ('"}' if ended else "")
+    whole = code_reader(tokenizer, frozenset((5, "</end>"))).read(Response(cut, 9, 9, finish_reason="stop", stop_reason=reason))  # type: ignore[arg-type]
+    assert (whole.content, len(whole.tools), whole.finish_reason) == (("", 1, "tool_calls") if ended else (cut, 0, "stop"))
+
+
+def test_a_cut_call_is_not_hidden_by_a_good_one_before(tokenizer: Tokenizer) -> None:
+    text = f"{CALL}\n{CALL[:-24]}"
+    turn = reader(tokenizer)
+    deltas = [turn.read(response) for response in responses(tokenizer, text)]
+    assert summed(deltas)[3] == "stop" and deltas[-1].failed_call
 
 
 def test_one_call_where_one_was_asked_for(tokenizer: Tokenizer) -> None:

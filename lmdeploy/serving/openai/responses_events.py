@@ -52,7 +52,7 @@ class ResponseEvents(TurnEvents):
 
     def encode(self, delta: Delta) -> bytes:
         """Thoughts, then text, then calls, each in its item."""
-        out = b""
+        out = self._leave("incomplete") if delta.failed_call else b""
         if delta.reasoning:
             out += self._enter("reasoning") + self._write("response.reasoning_text.delta", delta.reasoning)
         if delta.content or (self._logprobs and delta.response.logprobs):

@@ -45,7 +45,10 @@ class CallEnd:
 
 @dataclass(frozen=True, slots=True)
 class CallFailed:
-    """The call that has begun turned out to be none; its text follows as content."""
+    """The call that has begun turned out to be none: its `text` is content. `at_end`: because the answer broke off."""
+
+    text: str
+    at_end: bool = False
 
 
 Event = Content | Reasoning | CallStart | CallArguments | CallEnd | CallFailed

@@ -45,6 +45,11 @@ class ReasoningParser:
         """Whether the answer proper has begun."""
         return self._state == "content"
 
+    @property
+    def held(self) -> int:
+        """How many characters at the end are not understood yet."""
+        return len(self._held)
+
     def feed(self, text: str) -> list[Event]:
         """The events that `text` makes certain."""
         if self._state == "content" and not self._trim:

@@ -67,6 +67,16 @@ class ToolParser:
         self._in_list = self._begun = False
         self._is_fresh = False  # nothing of the call was read yet
 
+    @property
+    def in_call(self) -> bool:
+        """Whether the text so far ends within a call, its closing tag included, or behind the only one that may be."""
+        return self._state != "text" and not (self._state == "closing" and not self._form.close)
+
+    @property
+    def held(self) -> int:
+        """How many characters at the end may be the beginning of a call."""
+        return len(self._text)
+
     def feed(self, text: str) -> list[Event]:
         """The events that `text` makes certain."""
         self._text += text
@@ -77,14 +87,14 @@ class ToolParser:
         return events
 
     def finish(self, *, cut: bool = False) -> list[Event]:
-        """What was held back. `cut`: the answer ended because it became too long, so an open call is none."""
+        """What was held back. `cut`: it was not the model that ended the answer, so an open call is none."""
         events: list[Event] = []
         if self._state == "call":
             if not (cut and self._form.kind == "code"):
                 self._reader.finish()
             self._take(events)
             if self._state == "call":
-                self._fail(events)
+                self._fail(events, at_end=True)
         if self._state == "text":
             self._tell(events, len(self._text))
         return events
@@ -148,11 +158,9 @@ class ToolParser:
             self._state = "over" if self._one_call else "between" if self._in_list or self._form.more else "closing"
             self._after_call, self._begun = True, False
 
-    def _fail(self, events: list[Event]) -> None:
+    def _fail(self, events: list[Event], *, at_end: bool = False) -> None:
         """The text of the call is content after all."""
-        if self._begun:
-            events.append(CallFailed())
-        events.append(Content(self._raw))
+        events.append(CallFailed(self._raw, at_end) if self._begun else Content(self._raw))
         self._state, self._raw, self._at_start, self._after_call, self._begun = "text", "", False, False, False
 
     def _between(self, events: list[Event]) -> bool:

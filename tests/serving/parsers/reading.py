@@ -34,8 +34,11 @@ def joined(events: Sequence[Event]) -> list[tuple[str, ...]]:
                 out.append(("call", name, "", "open"))
             case CallArguments(text):
                 out[-1] = ("call", out[-1][1], out[-1][2] + text, "open")
-            case CallEnd() | CallFailed():
-                out[-1] = (*out[-1][:3], "done" if isinstance(event, CallEnd) else "failed")
+            case CallEnd():
+                out[-1] = (*out[-1][:3], "done")
+            case CallFailed(text):
+                out[-1] = (*out[-1][:3], "failed")
+                out.append(("content", text))
     return out
 
 
