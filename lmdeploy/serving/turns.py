@@ -194,7 +194,7 @@ class Turn:
     def _reader(self) -> TurnReader:
         tags, frontend = self.service.reasoning_format, self.service.frontend
         thoughts, tools = self._parsers()
-        own_stops = frozenset([*frontend.own_stop_ids, *frontend.template.stop_words])
+        own_stops = frozenset[int | str]([*frontend.own_stop_ids, *frontend.template.stop_words])
         return TurnReader(thoughts, tools, frontend.tokenizer, tags.close if tags else "", own_stops)
 
     def stop_zones(self) -> OutsideCalls:
