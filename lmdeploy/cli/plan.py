@@ -163,7 +163,7 @@ def _print_bill(console: Console, plan: Plan) -> None:
 
 def _print_speed(console: Console, plan: Plan) -> None:
     if plan.bandwidth is None:
-        console.print("speed: --bandwidth GB/s or --gpu NAME would tell\n")
+        _print_cards(console, plan)
         return
     rows = []
     for row in plan.speed:
@@ -174,6 +174,25 @@ def _print_speed(console: Console, plan: Plan) -> None:
     console.print(
         f"[dim]ceiling: {plan.bandwidth / 1e9:.4g} GB/s ({_plain(plan.bandwidth_source)}) over the bytes of a decode step, {plan.speed_context} tokens of context "
         f"each; reached: what benchmark/RESULTS.md measured, on a Sapphire Rapids with AMX[/]\n",
+        soft_wrap=True,
+    )
+
+
+def _print_cards(console: Console, plan: Plan) -> None:
+    """Without a bandwidth: what the known cards of this memory could do."""
+    if not plan.cards:
+        console.print("speed: no card of the table has this memory; --bandwidth GB/s or --gpu NAME would tell\n")
+        return
+
+    def head(batch: int) -> str:
+        return f"batch {batch}" + ("" if batch * plan.speed_context <= plan.chosen.tokens else ", no room for its KV")
+
+    heads = ["decode ceiling, tok/s", "GB/s", *map(head, plan.card_batches), "source of GB/s"]
+    rows = [[card.card, f"{card.bandwidth / 1e9:.4g}", *map(_rate, card.ceilings), _plain(card.source)] for card in plan.cards]
+    print_table(console, heads, rows, left=len(heads) - 1)
+    console.print(
+        f"[dim]cards of the table with this memory; ceiling: GB/s over the bytes of a decode step, {plan.speed_context} tokens of context each. "
+        "--gpu NAME chooses one, --bandwidth GB/s tells another's[/]\n",
         soft_wrap=True,
     )
 

@@ -18,6 +18,8 @@ MIB, GIB = 1 << 20, 1 << 30
 #: What a process takes beside weights, workspace and pool, measured. CPU: 284 to 312 MiB (interpreter, torch, kernels). CUDA: 747 to 794 MiB on an H200 (context,
 #: libraries, compiled kernels), where four engines of two sizes were started; smaller cards have smaller contexts.
 CPU_OTHER, CUDA_OTHER = 320 * MIB, 768 * MIB
+#: share by which a card's memory may differ from the size that it is sold as
+SOLD_AS = 0.07
 SHEET = "NVIDIA's data sheet"
 BUS = "bus width x data rate"
 
@@ -61,6 +63,7 @@ class Machine:
     bandwidth: float | None  # bytes/s; None = not known
     source: str  # of the bandwidth
     capability: tuple[int, int] | None
+    cards: tuple[str, ...] = ()  # where the bandwidth is not known: known cards with so much memory
 
 
 def choose_machine(config: PlanConfig) -> Machine:
@@ -75,7 +78,15 @@ def choose_machine(config: PlanConfig) -> Machine:
     speed, source = (config.bandwidth, "--bandwidth") if config.bandwidth else (card.bandwidth, card.source) if card else (None, "")
     name = f"{config.gpu or 'GPU'} with {total / GIB:.4g} GiB" + (f", {used / GIB:.3g} GiB of them in use" if used else "")
     # a card that is only described is taken for a recent one
-    return Machine(name, False, total - used, CUDA_OTHER, speed and speed * 1e9, source, card.capability if card else (8, 9))
+    return Machine(
+        name, False, total - used, CUDA_OTHER, speed and speed * 1e9, source, card.capability if card else (8, 9), () if speed else cards_with(total)
+    )
+
+
+def cards_with(memory: int) -> tuple[str, ...]:
+    """Cards of the table that are sold with so many bytes, the fastest first. What drivers show is a few per cent less than that."""
+    found = [name for name, card in CARDS.items() if abs(card.memory_mib * MIB - memory) <= SOLD_AS * memory]
+    return tuple(sorted(found, key=lambda name: -CARDS[name].bandwidth))
 
 
 def find_card(name: str) -> Card:

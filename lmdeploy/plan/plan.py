@@ -18,7 +18,7 @@ from lmdeploy.models.language_spec import language_spec
 from lmdeploy.models.names import class_of
 from lmdeploy.models.weight_bytes import DENSE, FP8, PARTS, W4, W8, Storage, matrices, parameters, stored
 from lmdeploy.plan.fit import Fit, Subject, rank_weights, subject, try_fit
-from lmdeploy.plan.machines import choose_machine, cpu_number_bytes
+from lmdeploy.plan.machines import CARDS, choose_machine, cpu_number_bytes
 from lmdeploy.plan.options import PlanConfig
 from lmdeploy.vision.spec import load_vision_spec
 
@@ -69,6 +69,16 @@ class SpeedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class CardSpeed:
+    """The ceilings that one known card has; bytes/s, and tokens/s of each batch of `Plan.card_batches`."""
+
+    card: str
+    bandwidth: float
+    source: str
+    ceilings: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Advice:
     """The combination that fits and costs least quality, the commands for it, and what stands against it in this version."""
 
@@ -103,6 +113,8 @@ class Plan:
     advice: Advice | None
     least: Fit  # of the grid, the one that needs least with as many ranks
     notes: tuple[str, ...]
+    card_batches: tuple[int, ...] = ()
+    cards: tuple[CardSpeed, ...] = ()  # only where no bandwidth is known: of the cards with that memory
 
     @property
     def fits(self) -> bool:
@@ -158,6 +170,7 @@ class _Planner:
             subject.users, subject.context, chosen.session_len or subject.resolved.session_len or 0, subject.resolved.max_batch_size or 0,
             tuple(s.name for s in storages), tuple(self._parts(storages)), tuple(self._policies()), chosen, tuple(self._lengths(chosen)),
             context, tuple(self._speed(chosen, context)), grid, advice, min((f for f in grid if f.tp == self.tp), key=lambda f: f.need), tuple(self.notes),
+            tuple(self._batches()) if machine.cards else (), tuple(self._card_speeds(chosen, context)),
         )  # fmt: skip
 
     def fit(self, storage: Storage, policy: int | str, tp: int, share: float | None = None) -> Fit:
@@ -204,11 +217,24 @@ class _Planner:
     def _speed(self, fit: Fit, context: int) -> Iterator[SpeedRow]:
         if self.machine.bandwidth is None:
             return
-        weights = rank_weights(self.subject, self.as_it_is, self.tp)
-        for batch in sorted({*BATCHES, self.subject.users}):
-            nbytes = weights.read_bytes(batch) + batch * context * fit.bytes_per_token
-            shares = MEASURED_ON_CPU.get(self._kind(), {}) if self.machine.cpu else {}
+        shares = MEASURED_ON_CPU.get(self._kind(), {}) if self.machine.cpu else {}
+        for batch in self._batches():
+            nbytes = self._read_bytes(fit, batch, context)
             yield SpeedRow(batch, nbytes, batch * self.machine.bandwidth / nbytes, shares.get(batch), batch * context <= fit.tokens)
+
+    def _batches(self) -> list[int]:
+        return sorted({*BATCHES, self.subject.users})
+
+    def _read_bytes(self, fit: Fit, batch: int, context: int) -> int:
+        """Bytes of a decode step."""
+        return rank_weights(self.subject, self.as_it_is, self.tp).read_bytes(batch) + batch * context * fit.bytes_per_token
+
+    def _card_speeds(self, fit: Fit, context: int) -> Iterator[CardSpeed]:
+        """Several cards are sold with one size of memory; each reads it at its own pace."""
+        sizes = [(batch, self._read_bytes(fit, batch, context)) for batch in self._batches()] if self.machine.cards else []
+        for name in self.machine.cards:
+            speed = CARDS[name].bandwidth * 1e9
+            yield CardSpeed(name, speed, CARDS[name].source, tuple(batch * speed / nbytes for batch, nbytes in sizes))
 
     def _kind(self) -> str:
         """The row of MEASURED_ON_CPU that these weights belong to."""

@@ -11,7 +11,7 @@ import base64
 import mimetypes
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from html import escape
@@ -33,10 +33,10 @@ MAX_QUESTION = 1 << 18
 MAX_EXCHANGES, MAX_KEPT = 200, 1 << 20
 MAX_IMAGES = 8
 
-#: code of a Markdown text: fenced blocks (an open one reaches to the end), and spans within a line
-_CODE = re.compile(
-    r"(^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n(?![ \t]*(?P=fence))[^\n]*)*(?:\n[^\n]*)?|(?<!`)(?P<tick>`+)(?!`)[^\n]*?[^`\n](?P=tick)(?!`))", re.MULTILINE
-)
+#: fenced code of a Markdown text; an open block reaches to the end
+_FENCED = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n(?![ \t]*(?P=fence))[^\n]*)*(?:\n[^\n]*)?", re.MULTILINE)
+#: what begins or ends a span of code, and what ends a line
+_TICKS = re.compile(r"`+|\n")
 #: a tag that is not mere typography: shown as the text that it is
 _TAG = re.compile(r"<(?!/?(?:br|sub|sup|b|i|u|s|em|strong|kbd|details|summary)\s*/?>)(?=[a-zA-Z/!?])")
 
@@ -81,6 +81,7 @@ class Exchange:
     first: float = 0.0
     last: float = 0.0
     task: asyncio.Future[None] | None = None
+    asked: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -278,9 +279,10 @@ def bubbles(exchanges: list[Exchange]) -> list[dict[str, Any]]:
 
 
 def _bubbles(e: Exchange) -> list[dict[str, Any]]:
-    shown: list[dict[str, Any]] = [{"role": "user", "content": {"path": path}} for path in e.images]
-    if e.question:
-        shown.append({"role": "user", "content": _markdown(e.question)})
+    if not e.asked:  # the same in every picture of the answer
+        e.asked += [{"role": "user", "content": {"path": path}} for path in e.images]
+        e.asked += [{"role": "user", "content": _markdown(e.question)}] if e.question else []
+    shown = list(e.asked)
     if e.reasoning:
         thinking = e.open and not e.answer
         title, status = ("Thinking …", "pending") if thinking else ("Thoughts", "done")
@@ -300,10 +302,43 @@ def _bubbles(e: Exchange) -> list[dict[str, Any]]:
 def _markdown(text: str) -> str:
     """Markdown as it was written, its HTML outside code as visible text (gradio would drop or obey it)."""
     pieces, end = [], 0
-    for code in _CODE.finditer(text):
-        pieces += [_TAG.sub("&lt;", text[end : code.start()]), code[0]]
-        end = code.end()
+    for begin, stop in _code(text):
+        pieces += [_TAG.sub("&lt;", text[end:begin]), text[begin:stop]]
+        end = stop
     return "".join([*pieces, _TAG.sub("&lt;", text[end:])])
+
+
+def _code(text: str) -> Iterator[tuple[int, int]]:
+    """Where code lies: (begin, end) of fenced blocks, and of spans between them."""
+    end = 0
+    for block in _FENCED.finditer(text):
+        yield from _spans(text, end, block.start())
+        yield block.span()
+        end = block.end()
+    yield from _spans(text, end, len(text))
+
+
+def _spans(text: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Spans of code: a run of backticks up to the next run of the same length on its line. Takes time in proportion to the text, whatever it is."""
+    runs = [(found.start(), found.end()) for found in _TICKS.finditer(text, begin, end)]
+    partner: list[int | None] = []
+    latest: dict[int, int] = {}  # length -> the nearest run behind, on this line
+    for number in range(len(runs) - 1, -1, -1):
+        start, stop = runs[number]
+        if text[start] == "\n":
+            latest.clear()
+            partner.append(None)
+        else:
+            partner.append(latest.get(stop - start))
+            latest[stop - start] = number
+    partner.reverse()
+    number = 0
+    while number < len(runs):
+        closing = partner[number]
+        if closing is not None:
+            yield runs[number][0], runs[closing][1]
+            number = closing
+        number += 1
 
 
 def _note(e: Exchange) -> str:

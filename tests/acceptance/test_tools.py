@@ -1,4 +1,4 @@
-"""Row A14: the users' own function-calling script, as it is, against a real server; and the same conversation in every way a client may ask."""
+"""Row A14: a user's script of function calls against a real server (ours, and theirs where it lies beside the repository), and the same conversation in every way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.acceptance.test_rows import Server
+from tests.acceptance import function_calls
+from tests.acceptance.commands import Server
 
 SEED = Path(__file__).resolve().parents[2] / "../shared/seeds/course-transcript.txt"
 
@@ -25,39 +26,41 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     started.stop()
 
 
-@pytest.fixture(scope="module")
-def script() -> str:
-    """The one Python block of the course that reads tool_calls."""
+def users_script() -> str | None:
+    """The one Python block of the course that reads tool_calls; None where the users' documents are not beside the repository."""
     if not SEED.is_file():
-        pytest.skip("the users' documents are not here")
+        return None
     (found,) = [block for block in re.findall(r"```[Pp]ython\n(.*?)```", SEED.read_text(encoding="utf-8"), re.DOTALL) if "tool_calls" in block]
     return found
 
 
-def test_a14_the_function_call_script_prints_8_and_16(server: Server, script: str, tmp_path: Path) -> None:
-    path = tmp_path / "internlm2_5_func.py"
-    path.write_text(script.replace("http://0.0.0.0:23333", server.url), encoding="utf-8")
+@pytest.mark.parametrize("whose", ["ours", "the users'"] if SEED.is_file() else ["ours"])
+def test_a14_the_function_call_script_prints_8_and_16(whose: str, server: Server, tmp_path: Path) -> None:
+    path = Path(function_calls.__file__)
+    if whose != "ours":
+        path = tmp_path / "internlm2_5_func.py"
+        path.write_text(str(users_script()).replace("http://0.0.0.0:23333", server.url), encoding="utf-8")
     for _ in range(3):  # it samples, so once might be luck
-        done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, str(path), server.url], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert [line for line in lines if line.isdigit()] == ["8", "16"]
         assert "name='add'" in lines[0] and "finish_reason='tool_calls'" in lines[0]
 
 
-def tools_of(script: str) -> list[dict[str, Any]]:
-    """The script's tools, 'type': 'int' and all."""
-    (found,) = re.findall(r"^tools = (\[.*?^\}\])", script, re.DOTALL | re.MULTILINE)
-    return json.loads(re.sub(r",\s*([}\]])", r"\1", found.replace("'", '"')))
+@pytest.mark.skipif(not SEED.is_file(), reason="the users' documents are not beside the repository")
+def test_our_script_has_the_tools_of_the_users() -> None:
+    (found,) = re.findall(r"^tools = (\[.*?^\}\])", str(users_script()), re.DOTALL | re.MULTILINE)
+    assert json.loads(re.sub(r",\s*([}\]])", r"\1", found.replace("'", '"'))) == function_calls.TOOLS
 
 
 class Calculator:
     """Plays the conversation to its end, answering every call."""
 
-    def __init__(self, server: Server, script: str) -> None:
+    def __init__(self, server: Server) -> None:
         self.client = OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
         self.model = self.client.models.list().data[0].id
-        self.tools = tools_of(script)
+        self.tools = function_calls.TOOLS
 
     def ask(self, messages: list[dict[str, Any]], **fields: Any) -> tuple[str, list[tuple[str, str, dict[str, int]]], str]:
         """(content, calls as (id, name, arguments), finish reason) of one answer, streamed or not."""
@@ -85,8 +88,8 @@ class Calculator:
 
 
 @pytest.fixture(scope="module")
-def calculator(server: Server, script: str) -> Calculator:
-    return Calculator(server, script)
+def calculator(server: Server) -> Calculator:
+    return Calculator(server)
 
 
 @pytest.mark.parametrize("stream", [False, True])

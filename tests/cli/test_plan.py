@@ -57,6 +57,14 @@ def test_what_does_not_fit_ends_with_three_and_says_what_would(model: str) -> No
     assert done.stdout.splitlines()[-1].startswith("lmdeploy serve api_server")
 
 
+def test_memory_alone_shows_a_line_of_speed_for_each_card_of_that_memory(model: str) -> None:
+    lines = plan(model, "--gpu-memory", "24GB", columns=140).stdout.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("decode ceiling, tok/s")) :]
+    assert [line.split()[0] for line in table[1:5]] == ["4090", "3090", "a10", "l4"]
+    assert all(float(line.split()[2]) > 10 for line in table[1:5])
+    assert "no card of the table has this memory" in plan(model, "--gpu-memory", "850MiB").stdout
+
+
 def test_a_narrow_terminal_keeps_every_figure_and_the_command_in_one_piece(model: str) -> None:
     page = plan(model, "--gpu", "4090", columns=40).stdout
     assert f"lmdeploy serve api_server {model}" in page.splitlines()[-1]

@@ -18,7 +18,7 @@ from tests.lite.unpacking import dense_copy, read_folder
 
 Tensor = torch.Tensor
 
-ROOT = Path("/work/shared/data/configs")
+ROOT = Path(__file__).resolve().parents[2] / "../shared/data/configs"
 TEXT_CONFIG = {**LLAMA_CONFIG, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 INTERNLM2 = {**TEXT_CONFIG, "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False}
 #: of the language model, below which no name of a vision tower may be quantised though it looks like one of a layer

@@ -146,6 +146,21 @@ def test_speed_is_bandwidth_over_what_a_step_reads(model: Path) -> None:
     assert first.share is None, "no decode speed was measured on a GPU yet"
 
 
+def test_memory_alone_gives_the_speed_of_each_card_that_is_sold_with_it(model: Path) -> None:
+    made = plan(model, "24GB", users=3)
+    assert [card.card for card in made.cards] == ["4090", "3090", "a10", "l4"] and made.card_batches == (1, 3, 8, 64)
+    for card in made.cards:
+        named = plan(model, "24GB", users=3, gpu=card.card)
+        assert card.ceilings == tuple(row.ceiling for row in named.speed) and card.source == named.bandwidth_source
+        assert not named.cards, "one card is one speed"
+    assert (made.speed, made.bandwidth) == ((), None)
+    assert plan(model, "23034MiB").cards == plan(model, "24GB").cards, "as nvidia-smi shows it"
+    assert [card.card for card in plan(model, "40GB").cards] == ["a100-40g"]
+    assert [card.card for card in plan(model, "80GB").cards] == ["h100", "a100-80g", "h100-pcie"]
+    for memory, options in (("850MiB", {}), ("24GB", {"bandwidth": 500.0})):
+        assert plan(model, memory, **options).cards == ()
+
+
 def test_kv_of_a_head_that_cannot_be_packed_is_refused_like_at_start(model: Path) -> None:
     with pytest.raises(ConfigError, match="compute capability"):
         make_plan(str(model), TurbomindEngineConfig(quant_policy=16), PlanConfig(gpu="a100-40g"))
