@@ -31,6 +31,7 @@ from lmdeploy.serving.admission import Admission
 from lmdeploy.serving.call import ANYBODY, CURRENT, Call
 from lmdeploy.serving.keys import ADMIN, KeyRing
 from lmdeploy.serving.lifecycle import Lifecycle
+from lmdeploy.serving.logprob_limit import bounded
 from lmdeploy.serving.metrics import Metrics
 from lmdeploy.serving.openai.convert import Prompt
 from lmdeploy.serving.openai.errors import ClientGone, HttpError, raise_if_failed
@@ -137,7 +138,7 @@ class Service:
         prepared = await self._encoded(prompt, work)
         for notice in prepared.notices:
             logger.info("%s", notice)
-        return prepared
+        return bounded([prepared], gen.max_new_tokens)[0]
 
     async def encode(
         self,

@@ -12,6 +12,7 @@ from annotated_types import Le, MaxLen
 from lmdeploy import config, grammar
 from lmdeploy.engine import grammar_check
 from lmdeploy.serving import admission, connections, http_protocol, keys
+from lmdeploy.serving.logprob_limit import MAX_LOGPROBS
 from lmdeploy.serving.openai import completions, protocol
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.text import jinja_sandbox
@@ -73,6 +74,12 @@ def rows() -> list[tuple[str, str, str, str]]:
         ("answers of one request (prompts x n)", f"{completions.MAX_ANSWERS}", "", "400"),
         ("n", f"{bound(chat, 'n', Le)}", "", "400"),
         ("top_logprobs, logprobs", f"{bound(chat, 'top_logprobs', Le)}", "", "400"),
+        (
+            "log-probabilities of one request (tokens of prompts and answers, times 1 + logprobs)",
+            f"{MAX_LOGPROBS}",
+            "",
+            "400; without max_tokens shorter answers",
+        ),
         ("stop strings", f"{protocol.MAX_STOPS}, together {config.MAX_WORD_CHARS} characters", "", "400"),
         ("bad_words", f"{bound(chat, 'bad_words', MaxLen)}, together {config.MAX_WORD_CHARS} characters", "", "400"),
         ("logit_bias", f"{bound(chat, 'logit_bias', MaxLen)} entries", "", "400"),

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from lmdeploy.answer import Prepared
+from lmdeploy.errors import RequestError
+from lmdeploy.messages import SamplingParams
+from lmdeploy.serving.logprob_limit import MAX_LOGPROBS, bounded
 from tests.serving.running import RunningServer
 
 
@@ -95,6 +99,35 @@ def test_the_answers_of_one_request_are_limited(server: RunningServer) -> None:
     reply = server.http.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 100, "n": 100, "max_tokens": 1})
     assert reply.status_code == 400
     assert "10000" in reply.json()["error"]["message"] and "512" in reply.json()["error"]["message"]
+
+
+def test_prompts_tokens_and_logprobs_have_one_bound_together(server: RunningServer) -> None:
+    def refused(path: str = "/v1/completions", **fields: Any) -> dict[str, Any]:
+        reply = server.http.post(path, json={"model": "tiny", **fields})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logprobs"), reply.text[:300]
+        return dict(reply.json()["error"])
+
+    message = refused(prompt=[[5] * 1500] * 32, echo=True, logprobs=20, max_tokens=0)["message"]
+    for part in ("logprobs=20", "48000 tokens of prompts", "1008000", f"at most {MAX_LOGPROBS}"):
+        assert part in message, message
+    message = refused(prompt=["a"] * 128, n=4, max_tokens=1000, logprobs=1, stream=True)["message"]
+    assert "512 answers of at most 1000 tokens makes 1024000" in message
+    hi = [{"role": "user", "content": "Hi"}]
+    refused("/v1/chat/completions", messages=hi, n=16, max_tokens=1800, logprobs=True, top_logprobs=20)
+    fits = server.http.post("/v1/completions", json={"model": "tiny", "prompt": [[5] * 1500] * 2, "echo": True, "logprobs": 20, "max_tokens": 0})
+    assert len(fits.json()["choices"][1]["logprobs"]["tokens"]) == 1500
+
+
+def test_without_max_tokens_answers_are_as_long_as_their_logprobs_allow() -> None:
+    sampling = SamplingParams(max_new_tokens=100_000, logprobs=20)
+    prepared = [Prepared([1, 2], sampling, 2, [], True, True, False)] * 3
+    (first, *_) = bounded(prepared, None)
+    assert first.sampling.max_new_tokens == MAX_LOGPROBS // (6 * 21) and sampling.max_new_tokens == 100_000
+    assert bounded(prepared[:1], None)[0].sampling.max_new_tokens == MAX_LOGPROBS // 42
+    with pytest.raises(RequestError, match="6 answers of at most 100000 tokens"):
+        bounded(prepared, 100_000)
+    plain = [Prepared([1, 2], SamplingParams(max_new_tokens=100_000), 128, [], True, True, False)]
+    assert bounded(plain, None) is plain
 
 
 def test_best_of_returns_the_likeliest_of_the_answers_that_n_would_give(client: OpenAI) -> None:

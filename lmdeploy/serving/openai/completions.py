@@ -16,6 +16,7 @@ from lmdeploy import messages
 from lmdeploy.answer import Prepared
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
+from lmdeploy.serving.logprob_limit import bounded
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import CompletionRequest, StreamOptions
@@ -44,7 +45,7 @@ async def completions(request: Request) -> Response:
             raise RequestError(
                 f"{len(prompts)} prompts with {field}={gen.n} ask for {len(prompts) * gen.n} answers; at most {MAX_ANSWERS} per request", param=field
             )
-        prepared = list(await asyncio.gather(*(_prepare(service, body, p, gen) for p in prompts)))
+        prepared = bounded(await asyncio.gather(*(_prepare(service, body, p, gen) for p in prompts)), gen.max_new_tokens)
         echo = [_text_of(service, p) for p in prompts] if body.echo else []
         if body.stream:
             chunks = CompletionChunks(service, body, prepared, echo)
