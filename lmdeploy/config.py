@@ -221,7 +221,7 @@ class GenerationConfig(CheckedOptions):
     include_stop_str_in_output: bool = option(False, "keep the stop word in the text")
     output_logits: str | None = option(None, "return raw logits", choices=("all", "generation"))
     output_last_hidden_state: str | None = option(None, "return the last hidden state", choices=("all", "generation"))
-    response_format: dict[str, Any] | None = option(None, "form of the answer: {'type': 'json_object'}, json_schema, regex_schema, ebnf or choice", flag=False)
+    response_format: dict[str, Any] | None = option(None, "form of the answer: {'type': 'json_object'}, json_schema, regex, ebnf or choice", flag=False)
     grammar: Grammar | None = option(None, "the same as a Grammar, for callers inside lmdeploy", flag=False)
     logits_processors: list[Any] | None = option(None, "callables on logits")
     repetition_ngram_size: int = option(0, "stop when the last n-gram repeats (0 = off)", check=at_least(0))

@@ -26,6 +26,7 @@ _FORMATS: dict[str, tuple[GrammarKind, str]] = {
     "json_object": ("json_object", ""),
     "json_schema": ("json_schema", "json_schema"),
     "regex_schema": ("regex", "regex_schema"),
+    "regex": ("regex", "regex"),
     "ebnf": ("ebnf", "ebnf"),
     "choice": ("choice", "choice"),
 }

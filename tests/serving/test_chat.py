@@ -11,6 +11,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from lmdeploy.config import GenerationConfig
+from lmdeploy.serving.openai.convert import messages_of
+from lmdeploy.serving.openai.protocol import ChatMessage
 from tests.serving.running import RunningServer
 
 COUNT = [{"role": "user", "content": "Count from 1 to 5."}]
@@ -220,6 +222,46 @@ def test_errors_are_openais_exceptions(client: OpenAI) -> None:
     assert functions.value.code == "unsupported"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"verbosity": "low"}, "verbosity"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages.0.audio"),
+        ({"messages": [{"role": "assistant", "function_call": {"arguments": "{}"}}]}, "messages.0.function_call"),
+    ],
+    ids=str,
+)
+def test_what_would_have_no_effect_is_refused(fields: dict[str, Any], param: str, server: RunningServer) -> None:
+    reply = server.http.post("/v1/chat/completions", json={"model": "tiny", "messages": COUNT, "max_tokens": 1, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+
+
+def test_older_messages_keep_their_calls_and_refusals() -> None:
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    wire = [
+        ChatMessage(role="assistant", function_call=call),
+        ChatMessage(role="assistant", refusal="I will not."),
+        ChatMessage(role="assistant", content="Sorry.", refusal="I will not.", audio=None, function_call=None),
+    ]
+    assert messages_of(wire) == [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "assistant", "content": "I will not."},
+        {"role": "assistant", "content": "Sorry.\nI will not."},
+    ]
+
+
+def test_a_call_of_the_older_form_is_shown_to_the_model(server: RunningServer) -> None:
+    function = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    prompts = []
+    for turn in ({"function_call": function}, {"tool_calls": [{"id": "c", "type": "function", "function": function}]}, {"content": ""}):
+        history = [{"role": "user", "content": "1+2"}, {"role": "assistant", **turn}, {"role": "user", "content": "So?"}]
+        prompts.append(server.http.post("/tokenize", json={"messages": history}).json()["tokens"])
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
 def test_the_model_may_be_named_by_name_path_or_folder(client: OpenAI, server: RunningServer) -> None:
     path = server.frontend.model_path
     for name in ("tiny", path, path.rsplit("/", 1)[-1]):
@@ -237,7 +279,7 @@ def test_values_that_ask_for_nothing_are_accepted(server: RunningServer) -> None
     )  # fmt: skip
     neutral = {
         "tool_choice": "none", "parallel_tool_calls": True, "logprobs": False, "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "tools": [],
-        "response_format": {"type": "text"}, "modalities": ["text"], "stop": [], "logit_bias": {}, "stream_options": {}, "prompt_cache_key": "k", "verbosity": "low",
+        "response_format": {"type": "text"}, "modalities": ["text"], "stop": [], "logit_bias": {}, "prompt_cache_key": "k", "verbosity": "medium",
     }  # fmt: skip
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 1}
     for extra in (dict.fromkeys(nulls), neutral):

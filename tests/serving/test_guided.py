@@ -66,6 +66,7 @@ def test_a_stream_fits_the_schema_and_ends_with_stop(client: OpenAI) -> None:
     ("fields", "pattern"),
     [
         ({"response_format": {"type": "regex_schema", "regex_schema": "call me [A-Za-z]{1,10}"}}, "call me [A-Za-z]{1,10}"),
+        ({"response_format": {"type": "regex", "regex": "[0-9]{3}"}}, "[0-9]{3}"),
         ({"response_format": {"type": "choice", "choice": ["red", "blue"]}}, "red|blue"),
         ({"response_format": {"type": "ebnf", "ebnf": 'root ::= "a" [0-9] [0-9]'}}, r"a\d\d"),
         ({"guided_regex": r"\d{4}"}, r"\d{4}"),

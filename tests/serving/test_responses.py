@@ -120,6 +120,10 @@ def test_log_probabilities_come_with_the_text(client: OpenAI) -> None:
         ({"temperature": 3}, ["temperature", "3"]),
         ({"max_output_tokens": 0}, ["max_output_tokens", "0"]),
         ({"top_logprobs": 21}, ["top_logprobs", "20"]),
+        ({"truncation": "auto"}, ["truncation", "auto"]),
+        ({"text": {"verbosity": "low"}}, ["text.verbosity"]),
+        ({"moderation": {"model": "m"}}, ["moderation"]),
+        ({"presence_penalty": 3}, ["presence_penalty", "3"]),
     ],
     ids=lambda v: str(v)[:50],
 )
@@ -131,8 +135,54 @@ def test_what_cannot_be_obeyed_is_said(changes: dict[str, Any], words: list[str]
     server.until_idle()
 
 
+def test_penalties_reach_the_sampler() -> None:
+    body = ResponsesRequest(model="tiny", input="x", presence_penalty=0.5, frequency_penalty=-1.0)
+    gen = convert.turn_call(body, {}).gen
+    assert (gen.presence_penalty, gen.frequency_penalty) == (0.5, -1.0)
+
+
+def test_log_probabilities_are_those_of_the_text_beside_calls(client: OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "input": "Compute (3+5)*2", "tools": TOOLS, "temperature": 0, "top_logprobs": 3}
+    message, call = client.responses.create(**ask).output
+    part = message.content[0]  # type: ignore[union-attr]
+    assert call.type == "function_call" and "".join(p.token for p in part.logprobs) == part.text != ""  # type: ignore[union-attr]
+    assert all(len(p.top_logprobs) == 3 for p in part.logprobs)  # type: ignore[union-attr]
+    events = list(client.responses.create(**ask, stream=True))
+    assert [p.token for e in events if e.type == "response.output_text.delta" for p in e.logprobs] == [p.token for p in part.logprobs]  # type: ignore[union-attr]
+
+
+def test_log_probabilities_are_told_apart_by_their_bytes(server: RunningServer) -> None:
+    tokenizer = server.frontend.tokenizer
+    ids = tokenizer.encode("I think.</think>A café<tool_call>x</tool_call>, no.", add_bos=False)
+    names = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+    thought = len(tokenizer.encode("I think.</think>", add_bos=False))
+    body = ResponsesRequest(model="tiny", input="x", top_logprobs=1)
+    whole = convert.TextLogprobs(body, tokenizer)
+    everything = Response("", len(ids), 9, token_ids=ids, logprobs=[{i: -1.0} for i in ids])
+    found = [entry["token"] for entry in whole.of("A café", everything, thought)]
+    assert found == names[thought : thought + len(found)] and "caf" in "".join(found) and "think" not in "".join(found)
+    streamed, told = convert.TextLogprobs(body, tokenizer), []
+    for place, token in enumerate(ids):
+        text = {len(ids) - 1: ", no."}.get(place, "")
+        told += streamed.of(text, Response("", place + 1, 9, token_ids=[token], logprobs=[{token: -1.0}]), min(place + 1, thought))
+    assert "".join(entry["token"] for entry in told).strip() == ", no."
+    pieces = convert.TextLogprobs(body, tokenizer)
+    counting = tokenizer.encode("Count", add_bos=False)
+    first = pieces.of("Co", Response("", 1, 9, token_ids=counting, logprobs=[{i: -1.0} for i in counting]), 0)
+    assert len(first + pieces.of("unt", Response("", 1, 9), 0)) == len(counting), "each token once, however its text was cut"
+
+
 def test_fields_without_effect_here_are_ignored(client: OpenAI) -> None:
-    nothing = {"truncation": "auto", "service_tier": "auto", "store": True, "safety_identifier": "u", "prompt_cache_key": "k", "user": "u"}
+    nothing = {
+        "truncation": "disabled",
+        "max_tool_calls": 3,
+        "stream_options": {"include_obfuscation": False},
+        "service_tier": "auto",
+        "store": True,
+        "safety_identifier": "u",
+        "prompt_cache_key": "k",
+        "user": "u",
+    }
     nulls = dict.fromkeys(("tools", "tool_choice", "text", "reasoning", "top_p", "metadata", "previous_response_id", "prompt", "include"))
     answer = client.responses.create(**ASK, extra_body={**nothing, **nulls, "background": False, "from_the_future": [1]})
     assert answer.output_text == client.responses.create(**ASK).output_text
@@ -178,7 +228,7 @@ def test_allowed_tools_leave_only_these() -> None:
 def test_thoughts_text_and_calls_are_items_of_their_own(server: RunningServer) -> None:
     body = ResponsesRequest.model_validate({"model": "tiny", "input": "x"})
     draft = convert.Draft(body, "tiny", convert.turn_call(body, {}).gen)
-    events = ResponseEvents(draft, server.frontend.tokenizer, logprobs=False)
+    events = ResponseEvents(draft, convert.TextLogprobs(body, server.frontend.tokenizer))
 
     def delta(content: str = "", reasoning: str = "", tools: tuple[ToolDelta, ...] = (), end: str | None = None) -> Delta:
         return Delta(0, content, reasoning, list(tools), end, Response("", 9, 5))

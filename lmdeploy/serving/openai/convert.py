@@ -49,6 +49,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
+    "moderation": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "adapter_name": (),
     "suffix": ("",),
@@ -64,6 +66,8 @@ def refuse_unsupported(request: Any) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in neutral:
             raise RequestError(f"{name} is not available in this version of lmdeploy; leave it out or send null", param=name, code="unsupported")
+    if getattr(request, "stream_options", None) is not None and not request.stream:
+        raise RequestError("stream_options is only allowed with stream=true", param="stream_options")
 
 
 def generation_config(request: Sampling, defaults: dict[str, Any], **extra: Any) -> GenerationConfig:
@@ -232,17 +236,30 @@ def messages_of(wire: list[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _message(message: ChatMessage, place: int) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content_of(message.content, f"messages.{place}.content"),
-    }
+    where = f"messages.{place}"
+    if message.audio is not None:
+        raise RequestError(f"{where}.audio: speech is not read; send what was said as content", param=f"{where}.audio", code="unsupported")
+    content = content_of(message.content, f"{where}.content")
+    if message.refusal:  # what the assistant said, when it would not answer
+        content = content if isinstance(content, list) else "\n".join(filter(None, (content, message.refusal)))
+    out: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
     for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value:
             out[name] = value
     if message.reasoning and "reasoning_content" not in out:
         out["reasoning_content"] = message.reasoning
+    if message.function_call is not None:
+        out["tool_calls"] = [*out.get("tool_calls", []), _legacy_call(message.function_call, f"{where}.function_call")]
     return out
+
+
+def _legacy_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """The one call of a message, as OpenAI's API had it before `tool_calls`."""
+    name, arguments = call.get("name"), call.get("arguments", "{}")
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise RequestError(f"{where}: it needs a name and arguments, both of them texts", param=where)
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def content_of(content: str | list[ContentPart] | None, place: str) -> str | list[dict[str, Any]]:

@@ -30,9 +30,9 @@ async def responses(request: Request) -> Response:
         call = convert.turn_call(body, service.defaults)
         turn = await open_turn(service, call)
         draft = convert.Draft(body, service.model_name, call.gen)
-        logprobs = turn.is_plain and convert.wants_logprobs(body)
+        logprobs = convert.TextLogprobs(body, tokenizer)
         if body.stream:
-            return await stream_turn(request, turn, ResponseEvents(draft, tokenizer, logprobs=logprobs), held.pop_all())
+            return await stream_turn(request, turn, ResponseEvents(draft, logprobs), held.pop_all())
         (answer,) = await turn.whole(request)
-    items = convert.items_of(answer, convert.logprobs_of(answer.response, body, tokenizer) if logprobs else [])
+    items = convert.items_of(answer, logprobs.of(answer.content, answer.response, answer.reasoning_tokens))
     return JSONResponse(draft.ended(items, answer.finish_reason, answer.response, answer.reasoning_tokens))

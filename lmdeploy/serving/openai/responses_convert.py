@@ -13,7 +13,7 @@ from lmdeploy.serving.openai.responses_protocol import FunctionTool, Item, Respo
 from lmdeploy.serving.turns import TurnAnswer, TurnCall
 from lmdeploy.text.tokenizer import Tokenizer
 
-_SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "skip_special_tokens")
+_SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "skip_special_tokens")
 #: fields that need answers to be kept, or work to go on, after the request; nothing is kept here
 _REFUSED = ("background", "context_management", "conversation", "previous_response_id", "prompt")
 LOGPROBS = "message.output_text.logprobs"
@@ -24,6 +24,11 @@ def turn_call(body: ResponsesRequest, defaults: dict[str, Any]) -> TurnCall:
     for name in _REFUSED:
         if getattr(body, name):
             raise RequestError(f"{name} is not available: this server keeps no responses; send the whole conversation as input", param=name, code="unsupported")
+    if body.truncation == "auto":
+        raise RequestError("truncation='auto' is not available: nothing of a conversation is dropped; send what fits", param="truncation", code="unsupported")
+    for name, value in (("moderation", body.moderation), ("text.verbosity", body.text.verbosity if body.text else None)):
+        if value not in (None, "medium"):
+            raise RequestError(f"{name} is not available in this version of lmdeploy; leave it out", param=name, code="unsupported")
     tools = [_tool(tool, i) for i, tool in enumerate(body.tools or [])]
     choice, tools = _choice(body.tool_choice, tools)
     return TurnCall(
@@ -187,10 +192,40 @@ def call_item(call_id: str, name: str, arguments: str, status: str, item_id: str
     return {"type": "function_call", "id": item_id or new_id("fc", "_"), "call_id": call_id, "name": name, "arguments": arguments, "status": status}
 
 
-def logprobs_of(response: Response, body: ResponsesRequest, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Log-probabilities of the tokens of an increment, if they were asked for."""
-    found = chat_logprobs(response.token_ids, response.logprobs, body.top_logprobs or 0, tokenizer) if wants_logprobs(body) else None
-    return found["content"] if found else []
+class TextLogprobs:
+    """The log-probabilities of an answer's text, as far as they were asked for: not those of its reasoning and calls. Feed increments in order."""
+
+    def __init__(self, body: ResponsesRequest, tokenizer: Tokenizer) -> None:
+        self.wanted = wants_logprobs(body)
+        self._top, self._tokenizer = body.top_logprobs or 0, tokenizer
+        self._waiting: list[dict[str, Any]] = []  # of tokens whose meaning was not told yet
+        self._behind = 0  # how many tokens came before these
+        self._rest = b""  # of the token before them, text that was not told yet
+
+    def of(self, content: str, response: Response, reasoning_tokens: int) -> list[dict[str, Any]]:
+        """Those of the tokens that `content` was made of; tokens that come later than their text are given with the next one."""
+        found = chat_logprobs(response.token_ids, response.logprobs, self._top, self._tokenizer) if self.wanted else None
+        self._waiting += found["content"] if found else []
+        self._drop(max(reasoning_tokens - self._behind, 0))
+        if not content or not self._waiting:
+            return []
+        pieces = [self._rest, *(bytes(entry["bytes"]) for entry in self._waiting)]
+        text, wanted = b"".join(pieces), content.encode()
+        begin = max(text.find(wanted), 0)
+        end = begin + len(wanted)
+        first = last = place = 0
+        for piece in pieces:
+            first += place + len(piece) <= begin
+            last += place < end
+            place += len(piece)
+        out = self._waiting[max(first - 1, 0) : last - 1]
+        self._rest = text[end : sum(map(len, pieces[:last]))]
+        self._drop(last - 1)
+        return out
+
+    def _drop(self, count: int) -> None:
+        self._behind += len(self._waiting[:count])
+        del self._waiting[:count]
 
 
 def items_of(answer: TurnAnswer, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

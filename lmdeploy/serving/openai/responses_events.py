@@ -9,7 +9,6 @@ from lmdeploy.serving.openai import responses_convert as convert
 from lmdeploy.serving.openai.convert import new_id
 from lmdeploy.serving.openai.errors import HttpError
 from lmdeploy.serving.turns import Delta, ToolDelta
-from lmdeploy.text.tokenizer import Tokenizer
 
 
 class _Open:
@@ -39,8 +38,8 @@ class _Open:
 class ResponseEvents(TurnEvents):
     """The events of one response. At most one item is open at a time; every event has its number."""
 
-    def __init__(self, draft: convert.Draft, tokenizer: Tokenizer, *, logprobs: bool) -> None:
-        self._draft, self._tokenizer, self._logprobs = draft, tokenizer, logprobs
+    def __init__(self, draft: convert.Draft, logprobs: convert.TextLogprobs) -> None:
+        self._draft, self._logprobs = draft, logprobs
         self._number = 0
         self._done: list[dict[str, Any]] = []
         self._open: _Open | None = None
@@ -55,9 +54,9 @@ class ResponseEvents(TurnEvents):
         out = self._leave("incomplete") if delta.failed_call else b""
         if delta.reasoning:
             out += self._enter("reasoning") + self._write("response.reasoning_text.delta", delta.reasoning)
-        if delta.content or (self._logprobs and delta.response.logprobs):
+        logprobs = self._logprobs.of(delta.content, delta.response, delta.reasoning_tokens)
+        if delta.content:
             out += self._enter("text")
-            logprobs = convert.logprobs_of(delta.response, self._draft.body, self._tokenizer) if self._logprobs else []
             assert self._open is not None
             self._open.logprobs += logprobs
             out += self._write("response.output_text.delta", delta.content, logprobs=logprobs)

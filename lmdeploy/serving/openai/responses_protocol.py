@@ -52,6 +52,7 @@ class TextConfig(_Piece):
     """How the text must be."""
 
     format: TextFormat | None = None
+    verbosity: Name | None = None
 
 
 class Reasoning(_Piece):
@@ -72,6 +73,8 @@ class ResponsesRequest(OpenBody):
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     stop: Stop = None
     ignore_eos: Flag = None
@@ -86,6 +89,8 @@ class ResponsesRequest(OpenBody):
     stream: Flag = False
     metadata: Bag | None = None
     store: Flag = None
+    truncation: Literal["auto", "disabled"] | None = None
+    moderation: Any = None
     background: Flag = None
     context_management: Any = None
     conversation: Any = None
