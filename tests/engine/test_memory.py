@@ -29,7 +29,10 @@ def test_taken_memory_is_the_resident_set() -> None:
 
 
 def test_free_memory_is_never_more_than_the_machine_has_available() -> None:
-    assert 0 < free_bytes(CPU) <= psutil.virtual_memory().available + (64 << 20)
+    before = psutil.virtual_memory().available
+    found = free_bytes(CPU)
+    # other programs, other tests among them, take and give memory meanwhile
+    assert 0 < found <= max(before, psutil.virtual_memory().available) + (64 << 20)
 
 
 def write_group(folder: Path, **files: str) -> None:

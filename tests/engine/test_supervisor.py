@@ -365,7 +365,12 @@ def test_a_dead_parent_leaves_no_engine_behind_also_after_a_restart(model_folder
 @pytest.mark.slow
 def test_twenty_restarts_leak_neither_descriptors_nor_threads_nor_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmdeploy.engine.supervisor.MAX_DELAY_SECONDS", 0.0)
-    me, segments = psutil.Process(), Path("/dev/shm")
+    me = psutil.Process()
+
+    def segments() -> set[str]:
+        folder = Path("/dev/shm")
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
     engine, inbox = start(max_restarts=30)
 
     def crash(count: int) -> None:
@@ -377,10 +382,14 @@ def test_twenty_restarts_leak_neither_descriptors_nor_threads_nor_memory(start: 
 
     for count in range(1, 4):
         crash(count)
-    before = (me.num_fds(), threading.active_count(), len(list(segments.iterdir())) if segments.is_dir() else 0)
+    before, shared = (me.num_fds(), threading.active_count()), segments()
     memory = me.memory_info().rss
     for count in range(4, 24):
         crash(count)
-    assert (me.num_fds(), threading.active_count(), len(list(segments.iterdir())) if segments.is_dir() else 0) == before
+    assert (me.num_fds(), threading.active_count()) == before
+    deadline = time.monotonic() + 20
+    while (left := segments() - shared) and time.monotonic() < deadline:  # a browser of another test has some for a moment
+        time.sleep(0.1)
+    assert not left
     assert me.memory_info().rss - memory < 8 << 20
     assert len(me.children()) == 1
