@@ -43,7 +43,7 @@ def _raw(folder: Path) -> Mapping[str, Any]:
     """config.json when it is readable; `load_spec` complains about one that is not."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, Mapping) else {}
 

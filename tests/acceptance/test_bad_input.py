@@ -247,7 +247,7 @@ def test_a_spoilt_folder_ends_the_command_with_two_and_one_line(command: str, fo
     cut(folder)
     done = lmdeploy(f"{command.split(' --')[0]} {folder}" + (" --" + command.split(" --")[1] if " --" in command else ""))
     assert done.returncode == 2
-    [line] = done.stderr.decode().splitlines()
+    [line] = (line for line in done.stderr.decode().splitlines() if " - WARNING - " not in line)  # of kernels that this processor lacks
     assert line.startswith("lmdeploy: error:") and SHARD in line
 
 

@@ -98,8 +98,8 @@ def test_chunks_are_not_delayed_by_the_socket(server: RunningServer) -> None:
     server.http.post("/v1/completions", json=body)
     began = time.monotonic()
     events = server.http.post("/v1/completions", json=body).text.count("data: ")
-    assert events >= 60
-    assert time.monotonic() - began < 60 * 0.04, "as slow as with Nagle's algorithm"
+    assert events >= 10  # a busy machine sends several tokens at once
+    assert time.monotonic() - began < events * 0.04, "as slow as with Nagle's algorithm"
 
 
 def test_a_full_queue_is_503_with_retry_after(model_folder: Path, tmp_path: Path) -> None:
