@@ -235,34 +235,40 @@ class Service:
         return (await self._collect(prepared))[0]
 
     async def merged(self, prepared: list[Prepared]) -> AsyncGenerator[Response, None]:
-        """Increments of several prompts as they come; `index` counts over all of them (place * n + answer)."""
+        """Increments of several prompts as they come; `index` counts over all of them (place * n + answer).
+
+        A slow reader makes the streams wait, and they join what comes meanwhile (`Frontend.astream`).
+        """
         if len(prepared) == 1:
             async with aclosing(self.increments(prepared[0])) as answers:
                 async for response in answers:
                     yield response
             return
-        inbox: asyncio.Queue[Response | None] = asyncio.Queue()
+        inbox: asyncio.Queue[Response | Exception | None] = asyncio.Queue(maxsize=len(prepared))
         tasks = [asyncio.ensure_future(self._pour(p, place, inbox)) for place, p in enumerate(prepared)]
         try:
             open_streams = len(tasks)
             while open_streams:
                 arrived = await inbox.get()
+                if isinstance(arrived, Exception):
+                    raise arrived
                 if arrived is None:
                     open_streams -= 1
                 else:
                     yield arrived
-            await asyncio.gather(*tasks)  # raises what a stream raised
         finally:
             await _cancel(tasks)
 
-    async def _pour(self, prepared: Prepared, place: int, inbox: asyncio.Queue[Response | None]) -> None:
+    async def _pour(self, prepared: Prepared, place: int, inbox: asyncio.Queue[Response | Exception | None]) -> None:
         try:
             async with aclosing(self.increments(prepared)) as answers:
                 async for response in answers:
                     response.index += place * prepared.n
-                    inbox.put_nowait(response)
-        finally:
-            inbox.put_nowait(None)
+                    await inbox.put(response)
+        except Exception as e:
+            await inbox.put(e)
+        else:
+            await inbox.put(None)
 
 
 async def admitted() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
 from lmdeploy.answer import Prepared
+from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
 from lmdeploy.messages import SamplingParams
 from lmdeploy.serving.logprob_limit import MAX_LOGPROBS, bounded
@@ -55,6 +57,25 @@ def test_a_stream_of_several_prompts_mixes_but_numbers_them(client: OpenAI) -> N
     assert list(texts.values()) == [c.text for c in complete(client, prompts, n=2).choices]
     assert sorted(ends) == [0, 1, 2, 3]
     assert usage.completion_tokens == 24
+
+
+def test_a_slow_reader_of_several_prompts_gets_joined_increments(server: RunningServer) -> None:
+    service = server.app.state.service
+    gen = GenerationConfig(max_new_tokens=120, ignore_eos=True, do_sample=False)
+    prepared = [service.frontend.prepare(text, gen, do_preprocess=False) for text in ("The sky is", "Once upon a time", "The cat")]
+
+    async def read(slowly: bool) -> tuple[dict[int, str], int]:
+        texts, count = dict.fromkeys(range(3), ""), 0
+        async for response in service.merged(prepared):
+            texts[response.index] += response.text
+            count += 1
+            if slowly and count == 1:
+                await asyncio.to_thread(server.until_idle)
+        return texts, count
+
+    slow, increments = asyncio.run(read(slowly=True))
+    assert increments < 30, "360 tokens were generated meanwhile"
+    assert slow == asyncio.run(read(slowly=False))[0] and all(slow.values())
 
 
 def test_echo_puts_the_prompt_before_each_answer(client: OpenAI) -> None:
