@@ -70,6 +70,8 @@ class PromptEncoder:
 
     def checked_ids(self, ids: list[Any]) -> list[int]:
         """A copy of token ids that all exist."""
+        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self.vocab_size:
+            return list(ids)
         for position, token in enumerate(ids):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
                 raise RequestError(f"token id {token!r} at position {position} is not in [0, {self.vocab_size - 1}]", param="input_ids")

@@ -10,11 +10,12 @@ import re
 import time
 import uuid
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Scope
 
-from lmdeploy.serving.admission import Place
+if TYPE_CHECKING:
+    from lmdeploy.serving.admission import Place
 
 #: what may be repeated in a header and a log line
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -30,7 +31,7 @@ class Call:
     __slots__ = (
         *("id", "client_id", "client", "key", "method", "path", "http_version", "began", "began_ns", "deadline"),
         *("route", "status", "error", "ended", "queue_seconds", "first_token", "prompt_tokens", "cached_tokens", "generated_tokens", "finish_reasons"),
-        *("request", "session", "place"),
+        *("request", "session", "place", "body_size"),
     )
 
     def __init__(self, scope: Scope, seconds: float) -> None:
@@ -55,6 +56,7 @@ class Call:
         self.finish_reasons: list[str] = []
         self.session: int | None = None
         self.place: Place | None = None  # among those that are worked on
+        self.body_size = 0  # bytes, once it was read
         self.request: dict[str, Any] = {}  # sampling values, for traces
 
     @property

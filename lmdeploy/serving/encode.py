@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
+from lmdeploy.serving.aside import aside, json_answer
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, TokenizeRequest
@@ -32,9 +33,8 @@ async def encode(request: Request) -> Response:
     else:
         ids = await asyncio.to_thread(_encode, service, texts, body.add_bos is not False)
     lengths = [len(i) for i in ids]
-    if isinstance(body.input, str):
-        return JSONResponse({"input_ids": ids[0], "length": lengths[0]})
-    return JSONResponse({"input_ids": ids, "length": lengths})
+    one = isinstance(body.input, str)
+    return await json_answer(lambda: {"input_ids": ids[0] if one else ids, "length": lengths[0] if one else lengths})
 
 
 def _encode(service: Service, texts: list[str], add_bos: bool) -> list[list[int]]:
@@ -50,17 +50,21 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give exactly one of prompt and messages", param="prompt")
     ids = await _tokenize(service, body)
+    return await json_answer(_tokens, service, body, ids)
+
+
+def _tokens(service: Service, body: TokenizeRequest, ids: list[int]) -> dict[str, Any]:
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.frontend.info.session_len}
     if body.return_token_strs:
         answer["token_strs"] = [service.frontend.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
-    return JSONResponse(answer)
+    return answer
 
 
 async def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         return (await asyncio.to_thread(_encode, service, [body.prompt], body.add_special_tokens is not False))[0]
     offer = offer_of(body.tools, "auto", service.tool_format)
-    messages = convert.messages_of(body.messages or [])
+    messages = await aside(convert.messages_of, body.messages or [])
     return await service.encode(
         with_code_prompt(messages) if offer.code else messages,
         tools=offer.shown or None,

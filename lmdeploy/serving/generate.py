@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lmdeploy import messages
 from lmdeploy.errors import RequestError
+from lmdeploy.serving.aside import json_answer, size_of
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import GenerateRequest
@@ -37,7 +38,7 @@ async def generate(request: Request) -> Response:
             chunks = GenerateChunks(service.model_name, 1, include_usage=False, tokenizer=service.frontend.tokenizer)
             return await stream_answer(request, service, service.increments(prepared), chunks, held.pop_all())
         answers = await service.collect(request, [prepared])
-    return JSONResponse(_answer(answers[0][0]))
+    return await json_answer(_answer, answers[0][0], size=size_of(answers[0]))
 
 
 class GenerateChunks(Chunks):

@@ -28,6 +28,7 @@ from lmdeploy.grammar import wanted_grammar
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.admission import Admission
+from lmdeploy.serving.aside import aside
 from lmdeploy.serving.call import ANYBODY, CURRENT, Call
 from lmdeploy.serving.keys import ADMIN, KeyRing
 from lmdeploy.serving.lifecycle import Lifecycle
@@ -46,8 +47,6 @@ from lmdeploy.vision.prompt import has_pictures
 logger = get_logger(__name__)
 T = TypeVar("T")
 
-#: longer prompts are tokenised in a thread, so that they do not stall the streams of others
-_LONG_PROMPT = 1 << 14
 #: requests whose pictures are fetched and cut at the same time; more wait
 MAX_FETCHING = 4
 #: requests of routes that compute nothing on the engine (tokenising, counting) that are worked on at a time; more wait
@@ -169,11 +168,11 @@ class Service:
         """The result of `work` on the prompt, done where it stalls nobody: pictures are fetched by a few threads of their own."""
         if has_pictures(prompt):
             return await asyncio.get_running_loop().run_in_executor(self._eyes, work)
-        return work() if _size(prompt) < _LONG_PROMPT else await asyncio.to_thread(work)
+        return await aside(work, size=_size(prompt))
 
     def _log_prompt(self, prompt: Prompt) -> None:
         if self.config.max_log_len:
-            logger.info("prompt %r", str(prompt)[: self.config.max_log_len])
+            logger.info("prompt %r", str(prompt[: self.config.max_log_len])[: self.config.max_log_len])
 
     async def increments(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
         """The frontend's increments, counted; closing this generator aborts the request. At the call's time limit they end with error 'timeout'."""
@@ -286,7 +285,7 @@ def caller() -> str:
 
 
 def _size(prompt: Prompt) -> int:
-    """About how much there is to tokenise."""
+    """About how much there is to tokenise, where the body does not tell: a conversation that the server keeps."""
     if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
         return len(prompt)
     return sum(len(m["content"] or "") for m in prompt if isinstance(m, dict))

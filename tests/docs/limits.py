@@ -13,7 +13,7 @@ from lmdeploy import config, grammar
 from lmdeploy.engine import grammar_check, supervisor
 from lmdeploy.serving import admin, admission, connections, http_protocol, keys, service, ui, ui_chat, ui_server
 from lmdeploy.serving.logprob_limit import MAX_LOGPROBS
-from lmdeploy.serving.openai import completions, protocol
+from lmdeploy.serving.openai import completions, errors, protocol
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.parsers import constraint
 from lmdeploy.text import jinja_sandbox
@@ -63,6 +63,7 @@ def rows() -> list[tuple[str, str, str, str]]:
         ("time without reading an answer", f"{default('send_timeout'):g} s", "--send-timeout", "cut off, the answer is stopped"),
         ("idle connection", f"{default('keep_alive_seconds'):g} s", "--keep-alive-seconds", "closed"),
         ("body", f"{default('max_body_mib')} MiB", "--max-body-mib", "413"),
+        ("values in a body, counted by commas", f"{errors.MAX_VALUES}", "", "400"),
         ("requests worked on", "max_batch_size and a quarter", "--max-concurrent-requests", "wait"),
         ("requests worked on that need no engine (tokenise, count)", f"{service.MAX_LIGHT}", "", "wait"),
         ("requests that wait", f"{default('max_queue')}", "--max-queue", "503"),

@@ -33,6 +33,7 @@ class RunningServer:
         self.app = self._server.config.app
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._sock])), daemon=True)
         self._thread.start()
+        self.loop_thread = self._thread
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
 
     def until_idle(self, seconds: float = 10) -> None:

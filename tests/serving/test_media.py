@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lmdeploy import PytorchEngineConfig
 from lmdeploy.frontend import Frontend
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.service import MAX_FETCHING
+from tests.browser import Reader, RunningPage, open_browser
 from tests.parity.test_vision_parity import picture
 from tests.serving.running import RunningServer
 from tests.vision.folders import write
@@ -140,3 +142,29 @@ def test_pictures_that_are_slow_to_read_leave_the_other_routes_alone(server: Run
     finally:
         free.set()
     assert most == MAX_FETCHING
+
+
+def test_the_gradio_page_offers_the_upload_and_gets_an_answer(server: RunningServer, tmp_path: Path) -> None:
+    """Row A18: `serve gradio URL` in Chromium, over a real model that sees."""
+    pytest.importorskip("gradio", reason="the web page needs gradio (extra `ui`)")
+    assert server.http.get("/v1/models").json()["data"][0]["input_modalities"] == ["text", "image"]
+    picture(40, 30).save(tmp_path / "cat.png")
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "cat.png").read_bytes()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is this"}]
+    expected, blind = (server.http.post("/tokenize", json={"messages": [{"role": "user", "content": c}]}).json()["count"] for c in (parts, "what is this"))
+    page = RunningPage(server.url)
+    try:
+        with open_browser() as browser:
+            reader = Reader(browser, page.url)
+            reader.set("max-new-tokens", 8)
+            reader.page.locator("#lm-box input[type=file]").first.set_input_files(str(tmp_path / "cat.png"))
+            reader.page.wait_for_selector("#lm-box .thumbnail-item, #lm-box .thumbnail-image")
+            reader.ask("what is this")
+            assert reader.page.locator("#lm-chat img").count() == 1 and reader.page.locator("#lm-chat .lm-error").count() == 0
+            told = re.search(r"^(\d+) tokens? .*context ([\d,]+) of ", reader.note())
+            assert told, reader.note()
+            tokens, context = int(told[1]), int(told[2].replace(",", ""))
+            assert 1 <= tokens <= 8 and context - tokens == expected > blind, "the model was given the picture"
+            reader.close()
+    finally:
+        page.stop()

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from lmdeploy.serving.anthropic import convert
 from lmdeploy.serving.anthropic.protocol import CountRequest, MessagesRequest
 from lmdeploy.serving.anthropic.stream import MessageEvents
+from lmdeploy.serving.aside import aside
 from lmdeploy.serving.events import stream_turn
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.service import Service, service_of
@@ -30,7 +31,7 @@ async def messages(request: Request) -> Response:
     body = await read_body(request, MessagesRequest)
     service.check_model(body.model)
     with ExitStack() as held:
-        turn = await open_turn(service, convert.turn_call(body, service.defaults))
+        turn = await open_turn(service, await aside(convert.turn_call, body, service.defaults))
         if body.stream:
             return await stream_turn(request, turn, MessageEvents(service.model_name, body), held.pop_all())
         (answer,) = await turn.whole(request)
@@ -45,7 +46,7 @@ async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     body = await read_body(request, CountRequest)
     service.check_model(body.model)
-    call = convert.turn_call(body, {})
+    call = await aside(convert.turn_call, body, {})
     shown = offer_of(call.tools, call.tool_choice, service.tool_format).shown or None
     ids = await service.encode(call.messages, tools=shown, template_kwargs=call.template_kwargs)
     return JSONResponse({"input_tokens": len(ids)})

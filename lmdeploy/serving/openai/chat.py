@@ -8,9 +8,10 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lmdeploy import messages
+from lmdeploy.serving.aside import aside, json_answer, size_of
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
 from lmdeploy.serving.openai.protocol import ChatRequest, StreamOptions
@@ -73,7 +74,7 @@ async def chat_completions(request: Request) -> Response:
     convert.refuse_unsupported(body)
     with ExitStack() as held:
         held.enter_context(service.session(body.session_id))
-        turn = await open_turn(service, convert.turn_call(body, service.defaults))
+        turn = await open_turn(service, await aside(convert.turn_call, body, service.defaults))
         if body.stream:
             options = body.stream_options or StreamOptions()
             chunks: ChatChunks | TurnChunks = (ChatChunks if turn.is_plain else TurnChunks)(
@@ -88,7 +89,7 @@ async def chat_completions(request: Request) -> Response:
                 chunks.turn = turn
             return await stream_answer(request, service, service.increments(turn.prepared), chunks, held.pop_all())
         answers = await turn.whole(request)
-    return JSONResponse(_completion(service, body, answers))
+    return await json_answer(_completion, service, body, answers, size=size_of(a.response for a in answers))
 
 
 def _completion(service: Service, body: ChatRequest, answers: list[TurnAnswer]) -> dict[str, Any]:

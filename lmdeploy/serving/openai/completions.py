@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lmdeploy import messages
 from lmdeploy.answer import Prepared
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import RequestError
+from lmdeploy.serving.aside import aside, json_answer, size_of
 from lmdeploy.serving.logprob_limit import bounded
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import read_body
@@ -46,12 +47,12 @@ async def completions(request: Request) -> Response:
                 f"{len(prompts)} prompts with {field}={gen.n} ask for {len(prompts) * gen.n} answers; at most {MAX_ANSWERS} per request", param=field
             )
         prepared = bounded(await asyncio.gather(*(_prepare(service, body, p, gen) for p in prompts)), gen.max_new_tokens)
-        echo = [_text_of(service, p) for p in prompts] if body.echo else []
+        echo = await aside(lambda: [_text_of(service, p) for p in prompts]) if body.echo else []
         if body.stream:
             chunks = CompletionChunks(service, body, prepared, echo)
             return await stream_answer(request, service, service.merged(prepared), chunks, held.pop_all())
         answers = await service.collect(request, prepared)
-    return JSONResponse(_completion(service, body, prepared, answers, echo))
+    return await json_answer(_completion, service, body, prepared, answers, echo, size=sum(map(size_of, answers)))
 
 
 def prompts_of(body: CompletionRequest) -> list[str | list[int]]:

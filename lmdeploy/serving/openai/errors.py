@@ -16,6 +16,8 @@ from starlette.responses import JSONResponse, Response
 from lmdeploy import messages
 from lmdeploy.errors import EngineError, OverloadedError, RequestError, SessionBusyError
 from lmdeploy.log import get_logger
+from lmdeploy.serving.aside import aside
+from lmdeploy.serving.call import CURRENT
 from lmdeploy.serving.openai.protocol import Body
 
 B = TypeVar("B", bound=Body)
@@ -35,6 +37,10 @@ _CODE_STATUS = {
     "engine_error": 500, "step_failed": 500, "engine_failed": 503, "engine_closed": 503, "overloaded": 503, "asleep": 503, "session_busy": 409, "timeout": 504,
 }  # fmt: skip
 MAX_SHOWN = 80
+
+
+#: values of a request's JSON, as its commas count them
+MAX_VALUES = 1 << 20
 
 
 class HttpError(Exception):
@@ -113,8 +119,12 @@ async def read_body(request: Request, model: type[B]) -> B:
         body = await request.body()
     except ClientDisconnect:
         raise ClientGone from None
+    if (call := CURRENT.get()) is not None:
+        call.body_size = len(body)
+    if (commas := body.count(b",")) > MAX_VALUES:  # parsing them all would hold up everybody, and take a hundred times their memory
+        raise HttpError(400, f"the body has {commas} commas; lists and objects of more than {MAX_VALUES} values in all are not read", code="too_many_values")
     try:
-        checked = model.model_validate_json(body)
+        checked = await aside(model.model_validate_json, body)
     except ValidationError as e:
         raise _validation_error(e, model) from None
     if checked.model_extra:  # only an OpenBody takes any

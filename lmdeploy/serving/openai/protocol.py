@@ -18,7 +18,7 @@ MAX_MESSAGES = 10_000
 MAX_STOPS = 64
 MAX_PROMPTS = 128
 MAX_INPUTS = 2048
-MAX_IDS = 1 << 22
+MAX_IDS = 1 << 20
 MAX_TOKENS = 1 << 31
 
 Name = Annotated[str, Field(max_length=MAX_NAME)]

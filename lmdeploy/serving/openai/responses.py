@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from lmdeploy.serving.aside import aside, json_answer, size_of
 from lmdeploy.serving.events import stream_turn
 from lmdeploy.serving.openai import responses_convert as convert
 from lmdeploy.serving.openai.errors import read_body
@@ -27,12 +29,16 @@ async def responses(request: Request) -> Response:
     service.check_model(body.model)
     tokenizer = service.frontend.tokenizer
     with ExitStack() as held:
-        call = convert.turn_call(body, service.defaults)
+        call = await aside(convert.turn_call, body, service.defaults)
         turn = await open_turn(service, call)
         draft = convert.Draft(body, service.model_name, call.gen)
         logprobs = convert.TextLogprobs(body, tokenizer)
         if body.stream:
             return await stream_turn(request, turn, ResponseEvents(draft, logprobs), held.pop_all())
         (answer,) = await turn.whole(request)
-    items = convert.items_of(answer, logprobs.of(answer.content, answer.response, answer.reasoning_tokens))
-    return JSONResponse(draft.ended(items, answer.finish_reason, answer.response, answer.reasoning_tokens))
+
+    def ended() -> dict[str, Any]:
+        items = convert.items_of(answer, logprobs.of(answer.content, answer.response, answer.reasoning_tokens))
+        return draft.ended(items, answer.finish_reason, answer.response, answer.reasoning_tokens)
+
+    return await json_answer(ended, size=size_of([answer.response]))

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
+from lmdeploy.serving.aside import aside, size_of
 from lmdeploy.serving.openai import convert
 from lmdeploy.serving.openai.errors import HttpError, as_http_error, error_body, failed_answer, raise_if_failed
 from lmdeploy.serving.service import Service, gone, unless_gone
@@ -163,11 +164,11 @@ async def _events(service: Service, first: Response, answers: AsyncGenerator[Res
     """All events. What is held is released before the last one, so that a client that has it may use the session again."""
     async with aclosing(answers):
         try:
-            yield chunks.encode(first)
+            yield await aside(chunks.encode, first, size=size_of([first]))  # may have the log-probabilities of a whole prompt
             async for response in answers:
                 if response.finish_reason == "error":
                     raise failed_answer(response, service.frontend.failure)
-                yield chunks.encode(response)
+                yield chunks.encode(response) if response.prompt_logprobs is None else await aside(chunks.encode, response, size=size_of([response]))
             end = chunks.last()
         except HttpError as e:
             end = error_event(e) + DONE
