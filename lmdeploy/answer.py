@@ -41,6 +41,7 @@ class Prepared:
     include_stop: bool
     rope_length: int = 0
     cache_salt: str = ""
+    owner: str = ""
     pictures: list[Picture] = field(default_factory=list)
     shown_special: frozenset[int] = frozenset()  # special tokens whose text is shown although skip_special_tokens
     stop_zones: Callable[[], StopZones] | None = None  # None: stop words count everywhere

@@ -435,6 +435,7 @@ class Frontend:
                     n=prepared.n,
                     rope_length=prepared.rope_length,
                     cache_salt=prepared.cache_salt,
+                    owner=prepared.owner,
                     pictures=prepared.pictures,
                 )
             )

@@ -67,6 +67,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     rope_length: int = 0  # the length that fixes a dynamic rope's base; 0 = len(token_ids). Sessions keep their first one
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
     pictures: list[Picture] = []  # in order, their tokens apart from each other
+    owner: str = ""  # who asks, an opaque name: work on grammars is done for each in turn
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -85,8 +85,10 @@ class Engine:
         if waiting >= self._max_waiting:
             raise OverloadedError(f"{waiting} requests are waiting and max_waiting={self._max_waiting}; try again later", code="overloaded")
         check_request(request, self.info.vocab_size, self._scheduler.limits.max_tokens)
-        if not self._preparing.add(request):
+        if request.sampling.grammar is None:
             self._scheduler.add(request)
+        else:
+            self._preparing.add(request)
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """End a request (or its answer `index`) now and free its blocks; its last outputs come with the next step. Unknown ids are ignored."""
@@ -150,10 +152,10 @@ class Engine:
     def _take_prepared(self, *, block: bool) -> list[EngineOutput]:
         """Schedule the requests whose grammars have been compiled; the last outputs of those that ended meanwhile."""
         ready, outputs = self._preparing.take_ready(block=block)
-        for request, aborted in ready:
-            self._scheduler.add(request)
-            for index in aborted:
-                self._scheduler.abort(request.request_id, index)  # their last outputs went out when they were aborted
+        for done in ready:
+            self._scheduler.add(done.request, done.compiled)
+            for index in done.aborted:
+                self._scheduler.abort(done.request.request_id, index)  # their last outputs went out when they were aborted
         return outputs
 
     def _advance(self, plan: StepPlan | None) -> tuple[StepPlan, StepResult] | None:

@@ -1,8 +1,8 @@
 """Is a grammar fit to be served? Found out before its request is accepted, in a process that may be killed.
 
-The child (`main`) is started with the first grammar and kept. It compiles each grammar as the engine will and walks some steps; the parent waits
-`CHECK_SECONDS` for a verdict, else it kills the child and the verdict is no. Verdicts are kept. A child whose parent is gone exits at once.
-Requests and verdicts are lines of JSON over pipes.
+The child (`main`) is started with the first grammar and kept. It compiles each grammar as the engine will and walks some steps. One that takes more than
+`CHECK_SECONDS` of processor time, which a busy machine does not change, is the end of the child, and the verdict is no. Verdicts are kept; owners take
+turns. A child whose parent is gone exits at once. Requests and verdicts are lines of JSON over pipes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import os
 import queue
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from lmdeploy.engine.fair_pool import FairPool
 from lmdeploy.engine.grammar_text import invalid
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.grammar import Grammar, check_grammar
@@ -33,12 +35,16 @@ from lmdeploy.log import get_logger
 
 logger = get_logger(__name__)
 
-#: how long a grammar may take to be compiled and tried out
+#: processor time that a grammar may take to be compiled and tried out
 CHECK_SECONDS = 5.0
+#: times as long on the clock, and it is the machine that is too busy, not the grammar that is too slow
+PATIENCE = 12.0
 START_SECONDS = 120.0
 MAX_VERDICTS = 1024
-#: checks that may wait for the one that runs
-MAX_WAITING = 64
+#: checks that may wait for the one that runs; those of one owner
+MAX_WAITING, MAX_OF_ONE = 512, 16
+#: needs no check, so that the commonest of all grammars never waits for one
+KNOWN_GOOD = Grammar("json_object")
 #: of the child: address space, and the stack of its compiling thread, which is smaller than that of the engine's threads
 CHILD_MEMORY = 6 << 30
 CHILD_STACK = 4 << 20
@@ -51,15 +57,19 @@ class Verdict(msgspec.Struct):
 
 
 class GrammarChecker:
-    """Checks grammars for one model folder, one after the other. May be called from any thread."""
+    """Checks grammars for one model folder, one after the other, those of each `owner` (any text; '' = this program itself) in turn.
+
+    May be called from any thread.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, stop_ids: Iterable[int], *, seconds: float = CHECK_SECONDS) -> None:
         self._arguments = ["--folder", str(folder), "--vocab-size", str(vocab_size), "--stop-ids", ",".join(map(str, stop_ids))]
+        self._arguments += ["--seconds", str(seconds)]
         self._seconds = seconds
         self._lock = threading.Lock()
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
         self._waiting: dict[bytes, Future[Verdict]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-check")
+        self._pool = FairPool("a grammar to be checked", most=MAX_WAITING, most_of_one=MAX_OF_ONE)
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
 
@@ -68,38 +78,34 @@ class GrammarChecker:
         """Of the child, None while there is none."""
         return None if self._child is None else self._child.pid
 
-    def check(self, grammar: Grammar) -> None:
+    def check(self, grammar: Grammar, owner: str = "") -> None:
         """Wait for the verdict; raises RequestError(code='invalid_grammar') with the reason, OverloadedError when too many wait."""
-        _raise_if_bad(self._submit(grammar).result(), grammar)
+        _raise_if_bad(self._submit(grammar, owner).result(), grammar)
 
-    async def until_checked(self, grammar: Grammar) -> None:
+    async def until_checked(self, grammar: Grammar, owner: str = "") -> None:
         """`check` for an event loop; afterwards `check` knows the verdict."""
         # shielded: others may wait for the same verdict, so a client that goes away must not cancel it
-        _raise_if_bad(await asyncio.shield(asyncio.wrap_future(self._submit(grammar))), grammar)
+        _raise_if_bad(await asyncio.shield(asyncio.wrap_future(self._submit(grammar, owner))), grammar)
 
-    def _submit(self, grammar: Grammar) -> Future[Verdict]:
+    def _submit(self, grammar: Grammar, owner: str) -> Future[Verdict]:
         check_grammar(grammar, "response_format")
         key = hashlib.sha256(msgspec.msgpack.encode(grammar)).digest()
         with self._lock:
-            if (known := self._verdicts.get(key)) is not None:
+            known = Verdict() if grammar == KNOWN_GOOD else self._verdicts.get(key)
+            if known is None:
+                future = self._waiting[key] = self._pool.submit(owner, partial(self._find, grammar, key), self._waiting.get(key))
+                return future
+            if key in self._verdicts:
                 self._verdicts.move_to_end(key)
-                done: Future[Verdict] = Future()
-                done.set_result(known)
-                return done
-            if (running := self._waiting.get(key)) is not None:
-                return running
-            if self._closed:
-                raise EngineError("the engine is closed")
-            if len(self._waiting) >= MAX_WAITING:
-                raise OverloadedError(f"{len(self._waiting)} grammars wait to be checked; try again later", code="overloaded")
-            future = self._waiting[key] = self._pool.submit(self._find, grammar, key)
-            return future
+        done: Future[Verdict] = Future()
+        done.set_result(known)
+        return done
 
     def close(self) -> None:
         """End the child; checks that run end with an error."""
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         self._kill()
 
     def _find(self, grammar: Grammar, key: bytes) -> Verdict:
@@ -120,19 +126,20 @@ class GrammarChecker:
         """None when the child died."""
         child = self._started()
         assert child.stdin is not None
-        start = time.monotonic()
         try:
             child.stdin.write(msgspec.json.encode(grammar) + b"\n")
             child.stdin.flush()
-            line = _read_line(child, self._seconds)
+            line = _read_line(child, PATIENCE * self._seconds)
         except OSError:
             line = b""
         if line is None:
-            logger.warning("a grammar of %d characters was refused: it was not compiled after %.1f s", len(grammar.text), time.monotonic() - start)
             self._kill()
-            return Verdict(f"it takes longer than {self._seconds:g} s to compile; make it smaller or simpler")
+            raise OverloadedError("the machine is too busy to check the grammar; try again later", code="overloaded")
         if not line:
             self._kill()
+            if child.returncode == -signal.SIGPROF:
+                logger.warning("a grammar of %d characters was refused: it was not compiled after %g s", len(grammar.text), self._seconds)
+                return Verdict(f"it takes longer than {self._seconds:g} s of processor time to compile; make it smaller or simpler")
             if self._closed:
                 raise EngineError("the engine is closed")
             logger.warning("the grammar checker ended while it compiled a grammar of %d characters", len(grammar.text))
@@ -197,27 +204,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--vocab-size", required=True, type=int)
     parser.add_argument("--stop-ids", default="")
+    parser.add_argument("--seconds", type=float, default=CHECK_SECONDS)
     options = parser.parse_args(arguments)
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_AS, (CHILD_MEMORY, CHILD_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the end of the process, also in the middle of the library
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.stack_size(CHILD_STACK)
     stop_ids = tuple(int(i) for i in options.stop_ids.split(",") if i)
-    threading.Thread(target=_answer, args=(inbox, options.folder, options.vocab_size, stop_ids), daemon=True).start()
+    threading.Thread(target=_answer, args=(inbox, options.folder, options.vocab_size, stop_ids, options.seconds), daemon=True).start()
     for line in sys.stdin.buffer:
         inbox.put(line)
     os._exit(0)  # the parent is gone: whatever is being compiled, nobody wants it
 
 
-def _answer(inbox: queue.SimpleQueue[bytes], folder: Path, vocab_size: int, stop_ids: Iterable[int]) -> None:
+def _answer(inbox: queue.SimpleQueue[bytes], folder: Path, vocab_size: int, stop_ids: Iterable[int], seconds: float) -> None:
     try:
         from lmdeploy.engine.grammar_compiler import GrammarCompiler
 
         compiler = GrammarCompiler.open(folder, vocab_size, stop_ids)
         _say(Verdict())
         while True:
-            _say(Verdict(problem_of(compiler, msgspec.json.decode(inbox.get(), type=Grammar))))
+            grammar = msgspec.json.decode(inbox.get(), type=Grammar)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            verdict = Verdict(problem_of(compiler, grammar))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _say(verdict)
     except Exception as e:
         _say(Verdict(f"grammars cannot be used with this model: {type(e).__name__}: {e}"))
         os._exit(1)

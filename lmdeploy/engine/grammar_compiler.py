@@ -10,14 +10,17 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llguidance
 
+from lmdeploy.engine.fair_pool import FairPool
 from lmdeploy.engine.grammar_text import SpecialTokens, compile_text, invalid
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
@@ -33,7 +36,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-#: compiled grammars that are kept
+#: compiled grammars that are kept though no request needs them any more
 MAX_KEPT = 64
 PROBE_STEPS = 64
 #: processor time of a step of the probe from which a grammar is too slow to be served
@@ -41,7 +44,10 @@ STEP_SECONDS = 0.1
 
 
 class GrammarCompiler:
-    """Matchers of one vocabulary. `compile` may be called from any thread; what it returns is a fresh matcher each time."""
+    """Matchers of one vocabulary. May be called from any thread.
+
+    A grammar stays compiled for as long as somebody holds the future that `prepare` gave him, and some time longer.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
         known = [i for i in dict.fromkeys((tokenizer.eos_token_id, *stop_ids)) if i is not None and 0 <= i < vocab_size]
@@ -56,31 +62,38 @@ class GrammarCompiler:
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, Future[Any]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._alive: weakref.WeakValueDictionary[Grammar, Future[Any]] = weakref.WeakValueDictionary()  # those that anybody holds
+        self._pool = FairPool("a grammar to be compiled")
 
     @classmethod
     def open(cls, folder: Path, vocab_size: int, stop_ids: Iterable[int] = ()) -> GrammarCompiler:
         """For the tokenizer of a model folder."""
         return cls(Tokenizer(folder), vocab_size, stop_ids)
 
-    def prepare(self, grammar: Grammar) -> Future[Any]:
-        """Compile in a thread; the future's exception is the RequestError that `compile` would raise."""
+    @property
+    def num_compiled(self) -> int:
+        """Grammars that are compiled or are about to be."""
+        return len(self._alive)
+
+    def prepare(self, grammar: Grammar, owner: str = "") -> Future[Any]:
+        """Compile in a thread, the grammars of each owner in turn; the future's exception is a RequestError(code='invalid_grammar')."""
         with self._lock:
-            future = self._kept.get(grammar)
-            if future is None:
-                future = self._kept[grammar] = self._pool.submit(self._compile, grammar)
-                while len(self._kept) > MAX_KEPT:
-                    self._kept.popitem(last=False)
+            future = self._alive.get(grammar)
+            if future is None or not future.done():
+                future = self._pool.submit(owner, partial(self._compile, grammar), future)
+            self._alive[grammar] = self._kept[grammar] = future
             self._kept.move_to_end(grammar)
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
         return future
 
     def matcher(self, grammar: Grammar) -> Any:
-        """A new `LLMatcher` at the start of the grammar. Raises RequestError(code='invalid_grammar')."""
+        """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
         return self.prepare(grammar).result().deep_copy()
 
     def close(self) -> None:
-        """Forget everything that was compiled."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the thread."""
+        self._pool.close()
 
     def _compile(self, grammar: Grammar) -> Any:
         matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)

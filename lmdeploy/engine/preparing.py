@@ -1,4 +1,8 @@
-"""Requests whose grammar is being compiled: they wait here, not in the scheduler, so that no step waits for a compiler."""
+"""Requests whose grammar is being compiled: they wait here, not in the scheduler, so that no step waits for a compiler.
+
+What was compiled goes with the request (its sequences hold it), so that a slot can be set up at any later time without a compiler. Hence the number of
+grammars that are compiled ahead is bounded here: a large one takes some megabytes.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,29 @@ from typing import Any
 
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.errors import RequestError
+from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineOutput, EngineRequest
 
 #: how long an engine with nothing else to do waits before it looks at its inbox again
 IDLE_SECONDS = 0.01
+#: compiled grammars in memory from which on further ones wait until requests have ended; more than a compiler keeps for nobody
+MAX_COMPILED = 256
 
 
 @dataclass(slots=True)
 class _Waiting:
     request: EngineRequest
-    compiled: Future[Any]
+    compiled: Future[Any] | None = None  # None: too many are
     aborted: set[int] = field(default_factory=set)  # answers that nobody wants any more
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A request whose grammar is compiled, for as long as `compiled` is held."""
+
+    request: EngineRequest
+    compiled: Future[Any]
+    aborted: set[int]
 
 
 class Preparing:
@@ -27,6 +43,7 @@ class Preparing:
     def __init__(self, grammars: GrammarCompiler | None) -> None:
         self._grammars = grammars
         self._waiting: dict[int, _Waiting] = {}
+        self._always = None if grammars is None else grammars.prepare(Grammar("json_object"))  # held: the commonest one never waits
 
     def __len__(self) -> int:
         return sum(w.request.n for w in self._waiting.values())
@@ -36,32 +53,36 @@ class Preparing:
         """Ids of the requests."""
         return list(self._waiting)
 
-    def add(self, request: EngineRequest) -> bool:
-        """True when the request waits here; False when its grammar is compiled or it has none. Raises RequestError where there are no grammars."""
-        grammar = request.sampling.grammar
-        if grammar is None:
-            return False
+    def add(self, request: EngineRequest) -> None:
+        """Let a request that has a grammar wait here. Raises RequestError where there are no grammars."""
         if self._grammars is None:
             raise RequestError(
                 "this model folder's tokenizer cannot be used for grammars; leave response_format out", param="response_format", code="unsupported"
             )
-        compiled = self._grammars.prepare(grammar)
-        if compiled.done() and compiled.exception() is None:
-            return False
-        self._waiting[request.request_id] = _Waiting(request, compiled)
-        return True
+        self._waiting[request.request_id] = _Waiting(request)
 
-    def take_ready(self, *, block: bool) -> tuple[list[tuple[EngineRequest, set[int]]], list[EngineOutput]]:
-        """(requests to schedule, each with its aborted answers; last outputs of those that are refused). `block`: there is nothing else to do."""
+    def _compile_more(self) -> None:
+        assert self._grammars is not None
+        for waiting in self._waiting.values():
+            if waiting.compiled is None and self._grammars.num_compiled < MAX_COMPILED:
+                grammar = waiting.request.sampling.grammar
+                assert grammar is not None
+                waiting.compiled = self._grammars.prepare(grammar, waiting.request.owner)
+
+    def take_ready(self, *, block: bool) -> tuple[list[Ready], list[EngineOutput]]:
+        """(requests to schedule; last outputs of those that are refused). `block`: there is nothing else to do."""
+        self._compile_more()
         if block:
-            wait([w.compiled for w in self._waiting.values()], IDLE_SECONDS, FIRST_COMPLETED)
-        good: list[tuple[EngineRequest, set[int]]] = []
+            wait([w.compiled for w in self._waiting.values() if w.compiled is not None], IDLE_SECONDS, FIRST_COMPLETED)
+        good: list[Ready] = []
         refused: list[EngineOutput] = []
-        for waiting in [w for w in self._waiting.values() if w.compiled.done()]:
+        for waiting in list(self._waiting.values()):
+            if waiting.compiled is None or not waiting.compiled.done():
+                continue
             del self._waiting[waiting.request.request_id]
             error = waiting.compiled.exception()
             if error is None:
-                good.append((waiting.request, waiting.aborted))
+                good.append(Ready(waiting.request, waiting.compiled, waiting.aborted))
             else:
                 refused += [_last(waiting.request, i, error) for i in range(waiting.request.n) if i not in waiting.aborted]
         return good, refused

@@ -100,10 +100,15 @@ class Scheduler:
         """Answers without a slot."""
         return self._num_unfinished - len(self._running)
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue all answers of a checked request. Where the prompt fills a block, answers 1.. wait for answer 0 to compute it."""
+    def add(self, request: EngineRequest, compiled: object = None) -> None:
+        """Queue all answers of a checked request. Where the prompt fills a block, answers 1.. wait for answer 0 to compute it.
+
+        `compiled`: something that has to be kept for as long as an answer may need it on the rank.
+        """
         assert request.request_id not in self._requests, f"request_id={request.request_id} is in use"
         sequences = [self._new_sequence(request, index) for index in range(request.n)]
+        for seq in sequences:
+            seq.compiled = compiled
         self._requests[request.request_id] = sequences
         self._num_unfinished += len(sequences)
         leader = sequences[0]

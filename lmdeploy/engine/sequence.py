@@ -23,7 +23,7 @@ class Sequence:
         *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
         *("num_done", "num_computed", "num_pending", "blocks", "slot", "epoch", "retry_version", "siblings"),
         *("cache_ids", "node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
-        *("created", "queue_seconds"),
+        *("created", "queue_seconds", "compiled"),
     )
 
     def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int) -> None:
@@ -48,6 +48,7 @@ class Sequence:
         self.retry_version = -1  # pool.version at which there was no room
         self.siblings: list[Sequence] = []  # answers that wait for this one's prompt
         self.ended = False
+        self.compiled: object = None  # its grammar, held
         self.created = time.monotonic()
         self.queue_seconds: float | None = None  # from then to the first start
         self.wants_all_rows = "all" in (sampling.output_logits, sampling.output_last_hidden_state)

@@ -60,6 +60,11 @@ class Call:
         self.request: dict[str, Any] = {}  # sampling values, for traces
 
     @property
+    def owner(self) -> str:
+        """Who takes turns with others: the key's name, or without keys the address."""
+        return self.key if self.key != ANYBODY else self.client.rpartition(":")[0]
+
+    @property
     def seconds(self) -> float:
         """How long it took, or takes already."""
         return (self.ended if self.ended > self.began else time.monotonic()) - self.began

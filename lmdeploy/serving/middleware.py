@@ -85,8 +85,7 @@ class Gate:
         if call.method != "POST":
             await self._pass(scope, wire, call)
             return
-        # without keys, clients are told apart by their addresses
-        turn = call.key if call.key != ANYBODY else call.client.rpartition(":")[0]
+        turn = call.owner
         path, service = scope["path"], self._service
         place = call.place = Place(service.light_admission if path in _LIGHT else service.admission, turn, call.deadline, wire.connection)
         if path in _STOPS and _is_small(scope):  # reading a small body costs nothing: the route itself waits if it is to compute

@@ -24,7 +24,7 @@ from lmdeploy.answer import Merger, Prepared
 from lmdeploy.config import GenerationConfig
 from lmdeploy.errors import SessionBusyError
 from lmdeploy.frontend import Frontend
-from lmdeploy.grammar import wanted_grammar
+from lmdeploy.grammar import Grammar, wanted_grammar
 from lmdeploy.log import get_logger
 from lmdeploy.messages import Response
 from lmdeploy.serving.admission import Admission
@@ -78,7 +78,7 @@ class Service:
         self.defaults: dict[str, Any] = frontend.generation_defaults if config.generation_config == "auto" else {}
         self.tool_format = tool_format(config.tool_call_parser, frontend.template)
         self.reasoning_format = reasoning_format(config.reasoning_parser, frontend.template)
-        self.guarantee = None if self.tool_format is None else Guarantee(frontend.grammars.until_checked, self.tool_format)
+        self.guarantee = None if self.tool_format is None else Guarantee(self._until_checked, self.tool_format)
         self.tag_ids = self._special_tags()  # special tokens that are parts of tags: readers must see them
         self.media = MediaPolicy(
             allowed_domains=None if config.allowed_media_domains is None else tuple(config.allowed_media_domains),
@@ -132,7 +132,7 @@ class Service:
         """Check and tokenise one prompt."""
         self._log_prompt(prompt)
         if (grammar := wanted_grammar(gen)) is not None:
-            await self.frontend.grammars.until_checked(grammar)
+            await self._until_checked(grammar)
         work = partial(self.frontend.prepare, prompt, gen, media=self.media, do_preprocess=do_preprocess, tools=tools, template_kwargs=template_kwargs)
         prepared = await self._encoded(prompt, work)
         for notice in prepared.notices:
@@ -159,6 +159,10 @@ class Service:
         )
         return await self._encoded(prompt, work)
 
+    async def _until_checked(self, grammar: Grammar) -> None:
+        call = CURRENT.get()
+        await self.frontend.grammars.until_checked(grammar, "" if call is None else call.owner)
+
     async def token_ids(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text without a template, or checked ids, for requests that compute a prompt alone."""
         self._log_prompt(prompt)
@@ -177,6 +181,8 @@ class Service:
     async def increments(self, prepared: Prepared) -> AsyncGenerator[Response, None]:
         """The frontend's increments, counted; closing this generator aborts the request. At the call's time limit they end with error 'timeout'."""
         call = CURRENT.get()
+        if call is not None and prepared.sampling.grammar is not None:
+            prepared = dataclasses.replace(prepared, owner=call.owner)
         if self.keys.needed and not self.config.share_prefix_cache:
             prepared = dataclasses.replace(prepared, cache_salt=caller())
         if call is not None and self.tracing is not None:

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from lmdeploy.engine.grammar_check import GrammarChecker
-from lmdeploy.errors import EngineError, RequestError
+from lmdeploy.engine.grammar_check import MAX_OF_ONE, GrammarChecker
+from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.grammar import Grammar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +114,69 @@ def test_a_grammar_that_takes_too_long_is_refused_in_time_and_the_next_one_is_ch
     assert first is not None and not psutil.pid_exists(first), "the child that was stuck lives on"
     checker.check(Grammar("regex", "[a-y]+"))
     assert checker.pid not in (None, first)
+
+
+def test_another_owner_does_not_wait_for_all_the_slow_grammars_of_one(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    slow = [schema({"type": "integer", "multipleOf": 999983 + 2 * i}) for i in range(5)]
+    order: list[str] = []
+
+    def check(grammar: Grammar, owner: str, name: str) -> None:
+        try:
+            checker.check(grammar, owner)
+        except RequestError as error:
+            assert "longer than 1 s of processor time" in str(error)
+        order.append(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        checks = [pool.submit(check, grammar, "mallory", f"slow {i}") for i, grammar in enumerate(slow)]
+        while len(checker._waiting) < 5:
+            time.sleep(0.01)
+        checks.append(pool.submit(check, Grammar("json_object"), "alice", "json_object"))
+        checks.append(pool.submit(check, Grammar("regex", "[c-z]+"), "alice", "quick"))
+        for done in checks:
+            done.result(60)
+    assert order.index("json_object") <= 1, "the commonest grammar waits for nothing"
+    assert order.index("quick") <= 3, order  # behind the one that ran, and one more at her turn
+
+
+def test_one_owner_may_let_a_few_grammars_wait_and_no_more(checker: GrammarChecker) -> None:
+    async def flood() -> list[BaseException | None]:
+        slow = [schema({"type": "integer", "multipleOf": 999983 + 2 * i}) for i in range(MAX_OF_ONE + 4)]
+        checks = [asyncio.ensure_future(checker.until_checked(grammar, "mallory")) for grammar in slow]
+        await asyncio.sleep(0)
+        refused = [check for check in checks if check.done()]
+        await checker.until_checked(GOOD, "alice")
+        checker.close()
+        await asyncio.gather(*checks, return_exceptions=True)
+        return [check.exception() for check in refused]
+
+    refused = asyncio.run(flood())
+    assert len(refused) in (3, 4) and all(isinstance(error, OverloadedError) for error in refused)
+
+
+def test_a_verdict_does_not_depend_on_how_busy_the_machine_is(checker: GrammarChecker) -> None:
+    """A child that gets no processor for longer than the limit is not blamed for it."""
+    checker.check(GOOD)
+    assert checker.pid is not None
+    os.kill(checker.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(checker.check, Grammar("regex", "[d-z]+"))
+        time.sleep(2.5)
+        assert not waits.done()
+        os.kill(checker.pid, signal.SIGCONT)
+        waits.result(60)
+
+
+def test_a_machine_that_never_finds_time_is_told_and_no_verdict_is_kept(checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    checker.check(GOOD)
+    monkeypatch.setattr("lmdeploy.engine.grammar_check.PATIENCE", 0.5)
+    assert checker.pid is not None
+    os.kill(checker.pid, signal.SIGSTOP)
+    with pytest.raises(OverloadedError, match="too busy"):
+        checker.check(Grammar("regex", "[d-z]+"))
+    monkeypatch.undo()
+    checker.check(Grammar("regex", "[d-z]+"))
 
 
 def test_verdicts_are_kept(checker: GrammarChecker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -425,6 +426,44 @@ def test_requests_wait_for_their_compiler_and_not_in_the_way_of_others(engine: E
     rest = run(engine)
     assert len(tokens(rest[1])) > 0 and rest[2][-1].finish_reason == "abort"
     assert rest[3][-1].error_code == "invalid_grammar"
+
+
+@pytest.mark.parametrize("engine", [{"cache_max_entry_count": 24, "enable_prefix_caching": False}], indirect=True)
+def test_setting_up_a_slot_never_compiles(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More grammars than are kept for nobody, and sequences that take a slot again: what they need is still there."""
+    compiler = engine._grammars
+    assert compiler is not None
+    monkeypatch.setattr("lmdeploy.engine.grammar_compiler.MAX_KEPT", 2)
+    compile_now, compiled = compiler._compile, []
+
+    def noted(grammar: Grammar) -> Any:
+        compiled.append(grammar)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(compiler, "_compile", noted)
+    requests = [guided(i, grammar=Grammar("regex", "([a-z]{3}%s )*" % ("q" * i)), ignore_eos=True, max_new_tokens=50) for i in range(12)]
+    for request in requests:
+        engine.add(request)
+    found = run(engine)
+    assert engine.stats().preemptions > 0
+    assert all(len(tokens(outputs)) == 50 for outputs in found.values())
+    assert len(compiled) == len(set(compiled)) == 12, "each was compiled once"
+    gc.collect()
+    assert compiler.num_compiled <= 2 + 1, "those kept, and json_object, which always is"
+
+
+def test_grammars_are_compiled_ahead_up_to_a_limit(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = engine._grammars
+    assert compiler is not None
+    monkeypatch.setattr("lmdeploy.engine.preparing.MAX_COMPILED", 6)
+    monkeypatch.setattr("lmdeploy.engine.grammar_compiler.MAX_KEPT", 2)
+    for i in range(15):
+        engine.add(guided(i, grammar=Grammar("regex", f"[a-z]{{{i + 1}}}")))
+    most, ended = 0, 0
+    while engine.has_work:
+        ended += sum(output.finish_reason == "stop" for output in engine.step())
+        most = max(most, compiler.num_compiled)
+    assert ended == 15 and most <= 6
 
 
 def test_a_mask_that_cannot_be_worked_out_ends_that_answer_only(engine: Engine) -> None:
