@@ -138,6 +138,18 @@ def test_a_grammar_that_takes_too_long_is_a_400_and_others_do_not_wait_for_it(se
     server.until_idle()
 
 
+def test_grammars_are_checked_and_compiled_in_the_name_of_who_asks(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners: list[str] = []
+    checks, client = server.frontend.grammars._pool, server.frontend.client
+    submit_check, submit = checks.submit, client.submit
+    monkeypatch.setattr(checks, "submit", lambda owner, *more: (owners.append(owner), submit_check(owner, *more))[1])
+    monkeypatch.setattr(client, "submit", lambda request: (owners.append(request.owner), submit(request))[1])
+    assert text(server, guided_regex="[b-d]{4}") and owners == ["127.0.0.1"] * 2
+    assert chat(server, max_tokens=2).status_code == 200 and owners[2:] == [""], "nobody takes turns for an answer without a grammar"
+    owners.clear()
+    assert json.loads(text(server, response_format={"type": "json_object"}, frequency_penalty=1.0)) is not None and owners == ["127.0.0.1"], "no check"
+
+
 def test_what_no_token_can_satisfy_is_a_clear_error(server: RunningServer) -> None:
     reply = chat(server, guided_choice=["yes"], bad_words=["yes", "y", "ye", "Y"])
     if reply.status_code == 200:  # the word came in other pieces
