@@ -8,6 +8,7 @@ device from the slot tables: the host sends slots and lengths only, and need not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ def row_buckets(most: int) -> list[int]:
     """Numbers of rows that have a graph: dense where a row more costs much, sparse above."""
     sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, *range(48, 129, 16), *range(160, 257, 32), *range(320, most + 64, 64)]
     return sorted({min(size, most) for size in sizes})
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures of a device: cuBLAS keeps a workspace for each stream that it has seen, as long as the process lives."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
@@ -95,12 +102,12 @@ class DecodeGraphs:
         if found is None:
             self._send(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), rows)
             torch.cuda.current_stream().synchronize()
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side = _side_stream(self._inputs.device)
             with torch.cuda.stream(side):
                 self._step(rows, context)  # compiles kernels and lets libraries take their buffers
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):
                 logits, tokens = self._step(rows, context)
             found = self._graphs[rows, context] = _Captured(graph, logits, tokens)
             logger.debug("captured a decode graph of %d rows and %d tokens of context", rows, context)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
 from concurrent.futures import Future
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -21,13 +20,9 @@ from lmdeploy.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-PERSON = Grammar("json_schema", json.dumps(SCHEMA))
+#: bounded, so that no answer is cut off
+PERSON = r'\{"name": "[a-z]{1,12}", "age": [1-9][0-9]?\}'
+GRAMMAR = Grammar("regex", PERSON)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
@@ -58,7 +53,7 @@ def answers(engine: Engine, params: list[SamplingParams]) -> list[list[int]]:
 
 def test_guided_answers_are_those_of_the_cpu_and_fit(model_folder: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    greedy = SamplingParams(max_new_tokens=150, grammar=PERSON, stop_token_ids=(2, 5118))
+    greedy = SamplingParams(max_new_tokens=60, grammar=GRAMMAR, stop_token_ids=(2, 5118))
     plain = SamplingParams(max_new_tokens=20, ignore_eos=True)
     found = {}
     for device in ("cpu", "cuda"):
@@ -68,13 +63,13 @@ def test_guided_answers_are_those_of_the_cpu_and_fit(model_folder: Path) -> None
     assert found["cuda"] == found["cpu"]
     tokenizer = Tokenizer(model_folder)
     for ids in (found["cuda"][0], found["cuda"][2]):
-        jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMA)
+        assert re.fullmatch(PERSON, tokenizer.decode(ids))
 
 
 def test_sampled_answers_in_a_full_batch_fit(model_folder: Path) -> None:
     engine = build_engine(model_folder, TurbomindEngineConfig(device_type="cuda", max_batch_size=64, cache_max_entry_count=512))
-    params = [SamplingParams(max_new_tokens=200, temperature=1.0, top_p=0.9, seed=s, grammar=PERSON, stop_token_ids=(2, 5118)) for s in range(64)]
+    params = [SamplingParams(max_new_tokens=60, temperature=1.0, top_p=0.9, seed=s, grammar=GRAMMAR, stop_token_ids=(2, 5118)) for s in range(64)]
     tokenizer = Tokenizer(model_folder)
     for ids in answers(engine, params):
-        jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMA)
+        assert re.fullmatch(PERSON, tokenizer.decode(ids))
     engine.close()

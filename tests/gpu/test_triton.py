@@ -91,6 +91,22 @@ def test_attention_of_any_block_size(block_size: int) -> None:
     agree(paged_case(FORMATS["8"], Shape(8, 2, 128, block_size, torch.float16, "cuda"), MIXED))
 
 
+@pytest.fixture
+def tiles_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's sums have another order than those of the tiles."""
+    monkeypatch.setattr(attention, "SHORTEST_PROMPT", 1 << 30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [[(700, 700)], [(300, 1), (4700, 1), (512, 512), (1500, 1500)]], ids=["alone", "beside decoding"])
+def test_whole_prompts(lengths: list[tuple[int, int]], head_dim: int, dtype: torch.dtype) -> None:
+    case = paged_case(FORMATS["16"], Shape(16, 4, head_dim, 64, dtype, "cuda"), sequences(lengths))
+    assert attention._suits_cudnn(case.q, case.layer, case.meta, 0)
+    agree(case)
+
+
+@pytest.mark.usefixtures("tiles_only")
 @EACH_DTYPE
 @pytest.mark.parametrize("fmt", ["16", "8", "4 rotated"])
 @pytest.mark.parametrize("window", [0, 300])
@@ -104,6 +120,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, f
         assert torch.equal(alone, found[together.rows(i)]), s
 
 
+@pytest.mark.usefixtures("tiles_only")
 @pytest.mark.parametrize("fmt", ["16", "8"])
 def test_a_prompt_has_the_same_bits_in_any_chunks(fmt: str) -> None:
     shape = Shape(8, 2, 128, 64, torch.bfloat16, "cuda")
@@ -217,10 +234,12 @@ def test_what_was_written_is_what_attention_reads() -> None:
     plain = qkv.clone()
     TRITON.rope_write_kv(*parts(shape, qkv), cos, sin, None, layer, torch.arange(tokens, device="cuda"))
     case = paged_case(FORMATS["4 rotated"], shape, [Sequence(tokens, tokens, 0)])
-    case = Case(parts(shape, qkv)[0], layer, replace(case.meta, block_table=torch.arange(3, dtype=torch.int32, device="cuda").view(1, 3)))
+    q, k, v = parts(shape, qkv)
+    case = Case(q, layer, replace(case.meta, block_table=torch.arange(3, dtype=torch.int32, device="cuda").view(1, 3)), k, v)
     other = paged_case(FORMATS["16"], shape, [Sequence(tokens, tokens, 0)])
     REFERENCE.rope_write_kv(*parts(shape, plain), cos, sin, None, other.layer, torch.arange(tokens, device="cuda"))
-    other = Case(parts(shape, plain)[0], other.layer, case.meta)
+    q, k, v = parts(shape, plain)
+    other = Case(q, other.layer, case.meta, k, v)
     assert layer.key_scales is not None and dequantise_rows(layer.key[0, 0, :1], layer.key_scales[0, 0, :1], "4").isfinite().all()
     assert error(case.attend(TRITON), other.attend(REFERENCE)) < 0.2, "what 4 bits lose of random numbers, and no more"
 

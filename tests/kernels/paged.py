@@ -50,11 +50,13 @@ class Case:
     q: Tensor
     layer: KVLayer
     meta: AttentionMeta
+    key: Tensor  # of the new tokens, [T, K, D]; the cache holds them, too
+    value: Tensor
 
     def attend(self, kernels: Kernels, window: int = 0) -> Tensor:
         """[T, H * D], from a buffer of NaN."""
         out = torch.full((self.q.shape[0], self.q.shape[1] * self.q.shape[2]), float("nan"), dtype=self.q.dtype, device=self.q.device)
-        kernels.attention(self.q, self.q, self.q, self.layer, self.meta, self.q.shape[2] ** -0.5, window, out)
+        kernels.attention(self.q, self.key, self.value, self.layer, self.meta, self.q.shape[2] ** -0.5, window, out)
         return out
 
     def rows(self, index: int) -> slice:
@@ -93,19 +95,21 @@ def paged_case(fmt: KVFormat, shape: Shape, batch: list[Sequence], shuffle: int 
     memory = torch.full((size,), 0xFF, dtype=torch.uint8, device=shape.device)  # NaN in every floating type
     layer = fmt.layer(memory, len(free), shape.kv_heads, shape.block_size, shape.head_dim, shape.dtype)
     table = torch.full((len(batch), max(needed) + 1), NOWHERE, dtype=torch.int32)
-    queries = []
+    queries, new = [], []
     for i, s in enumerate(batch):
         table[i, : needed[i]] = torch.tensor([free.pop() for _ in range(needed[i])])
         place = torch.arange(s.length)
         block, offset = table[i].long()[place // shape.block_size].to(shape.device), (place % shape.block_size).to(shape.device)
         key, value = (numbers(shape, 10 * s.seed + part, s.length, shape.kv_heads, shape.head_dim) for part in range(2))
         store(layer, block, offset, key, value)
+        new.append((key[s.length - s.new :], value[s.length - s.new :]))
         queries.append(numbers(shape, 10 * s.seed + 2, s.length, shape.heads, shape.head_dim)[s.length - s.new :])
     counts, lengths = [s.new for s in batch], [s.length for s in batch]
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     parts = (starts, torch.tensor(lengths, dtype=torch.int32), table, torch.zeros(sum(counts), dtype=torch.int64))
     meta = AttentionMeta(*(p.to(shape.device) for p in parts), counts, lengths, sum(n == 1 for n in counts))
-    return Case(torch.cat(queries), layer, meta)
+    keys, values = (torch.cat(rows) for rows in zip(*new, strict=True))
+    return Case(torch.cat(queries), layer, meta, keys, values)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
