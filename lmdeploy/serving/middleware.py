@@ -31,12 +31,12 @@ _OPEN = ("/", "/health", "/ready", "/openapi.json")
 _OPEN_FOLDER = "/static/"
 #: paths that are asked every few seconds by machines; their lines would drown the others
 _QUIET = ("/health", "/ready", "/metrics")
-#: admin routes that a flag opens to ordinary clients, as the public surface has it: path -> option
 _ABORT, _INTERACTIVE = "/abort_request", "/v1/chat/interactive"
 #: what ends a running answer must not wait for its end; nothing but a small body is such a request
 _STOPS, SMALL_BODY = (_ABORT, _INTERACTIVE), 64 << 10
 #: routes that compute nothing on the engine
 _LIGHT = ("/tokenize", "/detokenize", "/v1/encode", "/v1/messages/count_tokens", "/anthropic/v1/messages/count_tokens")
+#: admin routes that a flag opens to ordinary clients, as the public surface has it: path -> option
 ADMIN_FLAGS = {"/terminate": "allow_terminate_by_client", _ABORT: "enable_abort_handling"}
 #: an answer ends itself at its time limit; whatever does not is cut so many seconds later
 _GRACE = 5.0
