@@ -228,7 +228,13 @@ def engine(pipe: Pipeline, batch: int, repeats: int) -> None:
             rates[name].append((sum(a.generate_token_len for a in answers) / wall, cpu / steps * 1e3))
     for name, values in rates.items():
         rate, cpu = (statistics.median(column) for column in zip(*values[1:], strict=True))
-        print(f"  batch {batch}, {name}: {rate:.0f} tok/s, {cpu:.2f} ms of processor time a step")
+        print(f"  batch {batch}, {name}: {rate:.0f} tok/s, {batch / rate * 1e3:.2f} ms a step, {cpu:.2f} ms of processor time a step")
+
+
+def engines(model: str | None, config: TurbomindEngineConfig, options: argparse.Namespace) -> None:
+    with pipeline(model, backend_config=config) as pipe:
+        for batch in options.batch:
+            engine(pipe, batch, options.repeats)
 
 
 def apply_masks() -> None:
@@ -250,7 +256,14 @@ def main() -> None:
     parser.add_argument("--tokenizers", type=Path, help="folder of model folders")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for a schema after which a library's other schemas are left out")
+    parser.add_argument("--engine", metavar="MODEL", help="measure only what grammars cost this model's engine")
+    parser.add_argument("--random-weights", action="store_true", help="with --engine: the folder needs no weights")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     options = parser.parse_args()
+    if options.engine:
+        print(common.machine())
+        engines(options.engine, TurbomindEngineConfig(max_batch_size=max(options.batch), random_weights=options.random_weights), options)
+        return
     embedded = resolve_model(None, None, None)
     print(f"{common.machine()}; busy cores {common.busy_cores():.1f}")
     imports()
@@ -265,9 +278,7 @@ def main() -> None:
     print("masks applied to logits on this CPU:")
     apply_masks()
     print("the engine, embedded model:")
-    with pipeline(None, backend_config=TurbomindEngineConfig(max_batch_size=32, cpu_threads=1)) as pipe:
-        for batch in (1, 16):
-            engine(pipe, batch, options.repeats)
+    engines(None, TurbomindEngineConfig(max_batch_size=32, cpu_threads=1), options)
 
 
 if __name__ == "__main__":
