@@ -349,7 +349,7 @@ class ModelRunner:
     # -- start-up ----------------------------------------------------------------------------------------------------
 
     def _run_largest_step(self) -> None:
-        """The largest chunk, then the largest batch, so that every buffer that a step needs is there before the pool is sized.
+        """The largest chunk, the largest batch and the most rows that are scored, so that every buffer that a step needs is there before the pool is sized.
 
         Only shapes matter: one block stands for all, and what is computed is thrown away.
         """
@@ -359,6 +359,9 @@ class ModelRunner:
         self._run_dummy([PlanItem(slot, 0, length, [], True) for slot in range(count)], SamplingParams(max_new_tokens=1))
         batch = [PlanItem(slot, min(1, longest - 1), 1, [], True) for slot in range(min(self.max_batch_size, self.max_tokens))]
         self._run_dummy(batch, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1))
+        rows = min(self.chunk, self.max_tokens)  # the scores of a prompt: libraries keep buffers for products of such a size
+        self.model.logits(torch.zeros((rows, self.model.spec.hidden_size), dtype=self.dtype, device=self.device))
+        self._synchronize()
 
     def _run_buckets(self) -> None:
         """One chunk for each number of rows that products will ever see, so that what torch keeps for each is in the bill."""
