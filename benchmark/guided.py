@@ -245,7 +245,7 @@ def apply_masks() -> None:
     for rows, size in ((1, 5120), (32, 5120), (1, 92544), (32, 92544)):
         words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-size // 32)), dtype=torch.int32)
         logits = torch.zeros(rows, size)
-        mask = StepMask(np.arange(rows), [0] * rows, words, Future(), np.zeros(rows, dtype=bool))
+        mask = StepMask(np.arange(rows), words, Future(), np.zeros(rows, dtype=bool))
         seconds = common.timed(lambda logits=logits, mask=mask: forbid(logits, mask), 21)  # type: ignore[misc]
         best = common.timed(lambda logits=logits: logits.max(dim=-1), 21)  # type: ignore[misc]
         print(f"  {rows} x {size}: {seconds * 1e3:.3f} ms (the greedy choice alone: {best * 1e3:.3f} ms)")

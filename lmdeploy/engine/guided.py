@@ -1,12 +1,14 @@
 """Grammar -> token mask, for the slots of one rank: one matcher a slot, advanced with each token that was sampled.
 
-`start` fills the masks of a step's rows in a thread, by the library's own parallel loop and without the interpreter's lock, while the forward pass runs;
-`StepMask.join` waits for them before tokens are chosen. Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot again
-(after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a grammar cost one look at an array.
+All work on matchers is done by one thread, in the order it was asked for: `follow` takes in the tokens of a step as soon as they are known, `start` fills the masks
+of the next one behind it, by the library's own parallel loop and without the interpreter's lock. So the forward pass of a step can be launched before the tokens
+of the step before have reached the host; only the choice among its logits waits, by `StepMask.join`. Matchers hold nothing that cannot be rebuilt: a sequence that
+takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a grammar cost one look at an array.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,10 +37,11 @@ class StepMask:
     """The masks of the guided rows of a step. After `join`: `words` int32 [G, W], bit t % 32 of word t // 32 says that token t may come."""
 
     rows: Ints  # [G] places among the S sampled rows
-    slots: list[int]  # [G]
     words: Tensor  # on the host
     filling: Future[None]
     only_stops: NDArray[np.bool_]  # [G] nothing but tokens that end the answer may come: they may, whatever min_new_tokens says
+    matchers: list[Any] = field(default_factory=list)  # [G] of the sequences that had the slots when the step began
+    stops: list[Ints] = field(default_factory=list)  # [G] tokens that end each answer
     errors: dict[int, str] = field(default_factory=dict)  # place among the G -> why there is no mask
 
     def join(self) -> StepMask:
@@ -79,22 +82,29 @@ class GuidedSlots:
             self._guided[slot] = False
 
     def start(self, slots: Ints) -> StepMask | None:
-        """Begin to fill the masks of the sampled rows; None when no row has a grammar. Join it before the next `start`."""
+        """Begin to fill the masks of the sampled rows, behind all that was asked for before; None when no row has a grammar.
+
+        Join it, and use its words, before the next `start`; with what is then chosen, call `follow` before it too.
+        """
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
             return None
         if self._masks is None:
             width = -(-self._compiler.vocab_size // 32)
             self._masks = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        words = self._masks[: rows.size]
-        mask = StepMask(rows, slots[rows].tolist(), words, Future(), np.zeros(rows.size, dtype=bool))
+        guided = slots[rows].tolist()
+        matchers, stops = [self._matchers[slot] for slot in guided], [self._stops[slot] for slot in guided]
+        mask = StepMask(rows, self._masks[: rows.size], Future(), np.zeros(rows.size, dtype=bool), matchers, stops)
         mask.filling = self._pool.submit(self._fill, mask)
         return mask
 
+    def follow(self, mask: StepMask, tokens: Callable[[], list[int]]) -> Future[list[bool]]:
+        """Take in the tokens that `tokens` waits for, one for each sampled row (-1: none); True where the answer of a guided row is complete and ends now."""
+        return self._pool.submit(self._advance, mask, tokens)
+
     def _fill(self, mask: StepMask) -> None:
         """Thread: masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
-        matchers = [self._matchers[slot] for slot in mask.slots]
-        words = mask.words
+        matchers, words = mask.matchers, mask.words
         self._executor.unsafe_compute_mask_ptr(list(zip(matchers, range(len(matchers)), strict=True)), words.data_ptr(), words.shape[1] * 4, len(matchers))
         bits: NDArray[np.uint32] = words.numpy().view(np.uint32)
         for place, matcher in enumerate(matchers):
@@ -105,9 +115,8 @@ class GuidedSlots:
 
     def _add_stops(self, mask: StepMask, bits: NDArray[np.uint32]) -> None:
         """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed. bits [G, W]."""
-        stops = [self._stops[slot] for slot in mask.slots]
-        tokens = np.concatenate(stops)
-        place = np.repeat(np.arange(len(stops)), [len(s) for s in stops])
+        tokens = np.concatenate(mask.stops)
+        place = np.repeat(np.arange(len(mask.stops)), [len(stops) for stops in mask.stops])
         word, flag = tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32)
         end_word, end_bit = divmod(self._compiler.eos_token_id, 32)
         accepting = (bits[:, end_word] >> np.uint32(end_bit) & 1).astype(bool)
@@ -117,20 +126,21 @@ class GuidedSlots:
         np.bitwise_or.at(bits, (place[allowed], word[allowed]), flag[allowed])
         mask.only_stops[list(mask.errors)] = False
 
-    def advance(self, mask: StepMask, tokens: list[int]) -> list[bool]:
-        """Take in the token of each guided row (-1: none); True where the answer is complete and ends now."""
+    def _advance(self, mask: StepMask, tokens: Callable[[], list[int]]) -> list[bool]:
+        """Thread: see `follow`."""
+        chosen = tokens()
         complete: list[bool] = mask.only_stops.tolist()
         todo = [
-            (place, slot, token)
-            for place, (slot, token) in enumerate(zip(mask.slots, tokens, strict=True))
-            if token >= 0 and not complete[place] and token not in self._stops[slot]
+            (place, token)
+            for place, token in enumerate(chosen[row] for row in mask.rows.tolist())
+            if token >= 0 and not complete[place] and token not in mask.stops[place]
         ]
-        pairs = [(self._matchers[slot], token) for _, slot, token in todo]
+        pairs = [(mask.matchers[place], token) for place, token in todo]
         if len(pairs) < PARALLEL_ROWS:
             good = [matcher.consume_token(token) for matcher, token in pairs]
         else:
             good = self._executor.consume_token_par(pairs)
-        for (place, _, _), (matcher, _), consumed in zip(todo, pairs, good, strict=True):
+        for (place, _), (matcher, _), consumed in zip(todo, pairs, good, strict=True):
             complete[place] = consumed and matcher.is_stopped()
         return complete
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -258,19 +259,20 @@ class ModelRunner:
         tokens = self.sampler.sample(logits, slots, lengths, mask)
         places = torch.from_numpy(slots * self.tables.width + lengths).to(self.device)
         self.tables.tokens.view(-1).index_copy_(0, places, tokens.clamp_min(0).int())
-        finish = self._fetch(tokens, results)
-        if mask is None and raw is None:
+        finish = self._fetch(tokens, results, mask)
+        if raw is None:
             return finish
-        finish()  # the next step's masks depend on these tokens
-        if mask is not None:
-            self._advance(mask, [-1 if r.token_id is None else r.token_id for r in results], results)
-        if raw is not None:
-            self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
+        finish()
+        self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
         return None
 
-    def _fetch(self, tokens: Tensor, results: list[SlotResult]) -> Finish:
-        """Begin to copy the chosen tokens to the host; the returned function waits for them and notes them in the results."""
+    def _fetch(self, tokens: Tensor, results: list[SlotResult], mask: StepMask | None = None) -> Finish:
+        """Begin to copy the chosen tokens to the host, and then to the grammars; the returned function waits for them and notes them in the results."""
         host = self.arrivals.begin(tokens)
+        complete: Future[list[bool]] | None = None
+        if mask is not None:
+            assert self.guided is not None
+            complete = self.guided.follow(mask, host)
 
         def finish() -> None:
             for result, token in zip(results, host(), strict=True):
@@ -278,18 +280,10 @@ class ModelRunner:
                     result.error = NO_TOKEN
                 else:
                     result.token_id = token
+            if mask is not None and complete is not None:
+                _note_ends(mask, complete.result(), results)
 
         return finish
-
-    def _advance(self, mask: StepMask, tokens: list[int], results: list[SlotResult]) -> None:
-        """Take the tokens of guided rows into their matchers, and say which answers are complete or have failed."""
-        assert self.guided is not None
-        rows = mask.rows.tolist()
-        for place, (row, complete) in enumerate(zip(rows, self.guided.advance(mask, [tokens[row] for row in rows]), strict=True)):
-            result = results[row]
-            result.complete = complete
-            if result.error is not None:
-                result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
     def _add_logprobs(self, slots: Ints, wanted: list[int], raw: Tensor, tokens: Tensor, results: list[SlotResult]) -> None:
         counts = self.sampling.logprobs[slots[wanted]].tolist()
@@ -378,6 +372,15 @@ class ModelRunner:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _note_ends(mask: StepMask, complete: list[bool], results: list[SlotResult]) -> None:
+    """Say which guided answers are complete, and why some have no token."""
+    for place, (row, done) in enumerate(zip(mask.rows.tolist(), complete, strict=True)):
+        result = results[row]
+        result.complete = done
+        if result.error is not None:
+            result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
 
 def _pooled(rows: Tensor, how: str) -> bytes:

@@ -123,4 +123,7 @@ def _load(path: Path, data: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except Exception as e:  # the library raises RuntimeError and others, according to what is broken
-        raise CheckpointError(f"{path} is not a usable sentencepiece model: {str(e).strip() or type(e).__name__}") from e
+        reason = str(e).strip() or type(e).__name__
+        if sentencepiece.__version__ == "0.2.2" and "null character" in reason:
+            reason += "; sentencepiece 0.2.2 refuses what every other version reads: pip install 'sentencepiece!=0.2.2'"
+        raise CheckpointError(f"{path} is not a usable sentencepiece model: {reason}") from e

@@ -96,7 +96,7 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert torch.isfinite(logits[1]).all()
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
     a, seven = (min(by_bytes(tokenizer, lambda b, t=t: b == t, size)) for t in (b"a", b"7"))
-    assert slots.advance(mask, [a, seven]) == [True, False]
+    assert slots.follow(mask, lambda: [a, 0, seven]).result() == [True, False]
     mask = slots.start(np.array([3, 2, 0]))
     assert mask is not None
     forbid(logits.zero_(), mask.join())
@@ -124,5 +124,5 @@ def test_forbid_sets_the_bits_that_are_off_whatever_the_width(rows: int, vocabul
     for place in range(rows):
         bits = np.unpackbits(words[place].numpy().view(np.uint8), bitorder="little")[:vocabulary]
         expected[place + 1][torch.from_numpy(bits == 0)] = float("-inf")
-    forbid(logits, StepMask(np.arange(1, rows + 1), [0] * rows, words, done, np.zeros(rows, dtype=bool)))
+    forbid(logits, StepMask(np.arange(1, rows + 1), words, done, np.zeros(rows, dtype=bool)))
     assert torch.equal(logits, expected)
