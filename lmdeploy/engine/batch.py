@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ Tensor = torch.Tensor
 Ints = NDArray[np.int64]
 
 
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A small array on the device, behind what was launched before and without waiting for it: pageable memory has been read when the call returns."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 class SlotTables:
     """What a rank knows of the sequence in each slot: its tokens, its blocks, its length for a dynamic rope."""
 
@@ -32,8 +38,7 @@ class SlotTables:
         self.tokens = torch.empty((num_slots, self.width), dtype=torch.int32, device=device).zero_()
         self.blocks = torch.empty((num_slots, self.max_blocks), dtype=torch.int32, device=device).zero_()
         self.num_blocks = [0] * num_slots
-        self.rope_lengths = np.zeros(num_slots, dtype=np.int64)
-        self.rope_lengths_device = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.rope_lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -44,10 +49,9 @@ class SlotTables:
         """Forget what `new.slot` held and put the sequence there, without blocks."""
         count = len(new.token_ids)
         assert 0 < count < self.width, f"slot {new.slot}: {count} tokens do not fit session_len {self.width - 1}"
-        self.tokens[new.slot, :count] = torch.tensor(new.token_ids, dtype=torch.int32)
+        self.tokens[new.slot, :count].copy_(upload(np.array(new.token_ids, dtype=np.int32), self.device))
         self.num_blocks[new.slot] = 0
-        self.rope_lengths[new.slot] = new.rope_length or count
-        self.rope_lengths_device[new.slot] = int(self.rope_lengths[new.slot])
+        self.rope_lengths[new.slot].fill_(new.rope_length or count)
 
     def append_blocks(self, new: Iterable[tuple[int, list[int]]]) -> None:
         """Append (slot, blocks) to the slots' block tables, in one copy to the device."""
@@ -61,23 +65,56 @@ class SlotTables:
                 places += range(slot * self.max_blocks + start, slot * self.max_blocks + end)
                 numbers += blocks
         if numbers:
-            both = torch.tensor([places, numbers], dtype=torch.int64).to(self.device)
+            both = upload(np.array([places, numbers], dtype=np.int64), self.device)
             self.blocks.view(-1).index_copy_(0, both[0], both[1].int())
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Where everything of a step is, on the host: T tokens of B sequences, those with one token first. All int64."""
+
+    positions: Ints  # [T]
+    token_slots: Ints  # [T]
+    slots: Ints  # [B]
+    ends: Ints  # [B] keys that the last token of each sequence sees
+    query_start: Ints  # [B + 1] rows query_start[b]..query_start[b + 1] of the step are sequence b's
+    rows: Ints  # [R] rows of the step whose hidden state is wanted
+    chosen: Ints  # [S] the sequences that are sampled
+    num_decode: int  # leading sequences with one token
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The same on the device, as far as the model needs it."""
+
+    positions: Tensor
+    token_slots: Tensor
+    slots: Tensor
+    ends: Tensor
+    query_start: Tensor
+    rows: Tensor
 
 
 @dataclass(slots=True)
 class StepBatch:
-    """A step ready to run. `items` are in batch order, `order[i]` is the place of items[i] in the plan; S rows are sampled."""
+    """A step in batch order: `order[i]` is the place of items[i] in the plan; S of its R wanted rows are sampled."""
 
-    inputs: ForwardInputs
+    layout: StepLayout
     items: list[PlanItem]
     order: list[int]
     first_row: list[int]  # first of each item's rows among the R rows
     num_rows: list[int]
-    sample_items: list[int]  # numbers of the items that are sampled, in row order
-    sample_rows: Tensor | None  # int64 [S], rows among R; None = all of them, in order
-    slots: Ints  # [S] of the sampled items
-    lengths: Ints  # [S] tokens known after this step's, i.e. the place where the next one goes
+    sample_rows: Ints | None  # [S], rows among R; None = all of them, in order
+
+    @property
+    def slots(self) -> Ints:
+        """[S] of the sampled items."""
+        return self.layout.slots[self.layout.chosen]
+
+    @property
+    def lengths(self) -> Ints:
+        """[S] tokens known after this step's, i.e. the place where the next one goes."""
+        return self.layout.ends[self.layout.chosen]
 
 
 class BatchBuilder:
@@ -88,61 +125,60 @@ class BatchBuilder:
 
     def build(self, items: Sequence[PlanItem], all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
-        tables = self.tables
         columns = np.array([(i.slot, i.start, i.num_tokens, i.sample) for i in items], dtype=np.int64).reshape(-1, 4)
         order = np.argsort(columns[:, 2] > 1, kind="stable")
         columns = columns[order]
         slots, starts, counts, sampled = columns.T
-        ends = starts + counts
         query_start = np.zeros(len(items) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
-        positions, token_slots = self._per_token(slots, starts, counts, query_start)
+        positions, token_slots = _per_token(slots, starts, counts, query_start)
         wanted = sampled.copy()
         rows = query_start[1:][sampled > 0] - 1
         if all_rows is not None and any(all_rows):
             wanted, rows = _wanted_rows(np.array(all_rows, dtype=bool)[order], sampled, counts, query_start)
         first_row = np.cumsum(wanted) - wanted
         chosen = np.flatnonzero(sampled)
-        every = len(chosen) == len(rows)
         return StepBatch(
-            inputs=self._inputs(slots, ends, counts, query_start, positions, token_slots, rows),
+            layout=StepLayout(positions, token_slots, slots, starts + counts, query_start, rows, chosen, int((counts == 1).sum())),
             items=[items[i] for i in order.tolist()],
             order=order.tolist(),
             first_row=first_row.tolist(),
             num_rows=wanted.tolist(),
-            sample_items=chosen.tolist(),
-            sample_rows=None if every else torch.from_numpy((first_row + wanted - 1)[chosen]).to(tables.device),
-            slots=slots[chosen],
-            lengths=ends[chosen],
+            sample_rows=None if len(chosen) == len(rows) else (first_row + wanted - 1)[chosen],
         )
 
-    def _per_token(self, slots: Ints, starts: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:
-        total = int(query_start[-1])
-        if total == len(slots):
-            return starts, slots
-        positions = np.arange(total, dtype=np.int64) - np.repeat(query_start[:-1] - starts, counts)
-        return positions, np.repeat(slots, counts)
+    def inputs(self, layout: StepLayout) -> ForwardInputs:
+        """The step on the device, in one copy."""
+        parts = (layout.positions, layout.token_slots, layout.slots, layout.ends, layout.query_start, layout.rows)
+        device = upload(np.concatenate(parts), self.tables.device)
+        places = Places(*torch.split(device, [len(part) for part in parts]))
+        return self.on_device(places, np.diff(layout.query_start).tolist(), layout.ends.tolist(), layout.num_decode)
 
-    def _inputs(self, slots: Ints, ends: Ints, counts: Ints, query_start: Ints, positions: Ints, token_slots: Ints, rows: Ints) -> ForwardInputs:
+    def on_device(self, places: Places, query_lens: list[int], kv_lens: list[int], num_decode: int) -> ForwardInputs:
+        """The step whose places are on the device; the host's lengths may be bounds of those there."""
         tables, size = self.tables, self.tables.block_size
-        host = np.concatenate((positions, token_slots, slots, rows, query_start, ends))  # one copy to the device, whatever the step
-        t, b, r = len(positions), len(slots), len(rows)
-        device = torch.from_numpy(host).to(tables.device)
-        position, token_slot, slot, row, start, end = torch.split(device, [t, t, b, r, b + 1, b])
-        table = tables.blocks[:, : -(-int(ends.max()) // size)].index_select(0, slot)
+        position, token_slot = places.positions, places.token_slots
         block = tables.blocks.view(-1).index_select(0, token_slot * tables.max_blocks + position // size).long()
         meta = AttentionMeta(
-            query_start=start.int(),
-            kv_lens=end.int(),
-            block_table=table,
+            query_start=places.query_start.int(),
+            kv_lens=places.ends.int(),
+            block_table=tables.blocks[:, : -(-max(kv_lens) // size)].index_select(0, places.slots),
             slot_mapping=block * size + position % size,
-            query_lens=counts.tolist(),
-            kv_lens_host=ends.tolist(),
-            num_decode=int((counts == 1).sum()),
+            query_lens=query_lens,
+            kv_lens_host=kv_lens,
+            num_decode=num_decode,
         )
-        rope = torch.from_numpy(tables.rope_lengths[token_slots]).to(tables.device) if self.uses_rope_lengths else None
+        rope = tables.rope_lengths.index_select(0, token_slot) if self.uses_rope_lengths else None
         token_ids = tables.tokens.view(-1).index_select(0, token_slot * tables.width + position).long()
-        return ForwardInputs(token_ids, position, rope, meta, self.kv, row, self.scratch)
+        return ForwardInputs(token_ids, position, rope, meta, self.kv, places.rows, self.scratch)
+
+
+def _per_token(slots: Ints, starts: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:
+    total = int(query_start[-1])
+    if total == len(slots):
+        return starts, slots
+    positions = np.arange(total, dtype=np.int64) - np.repeat(query_start[:-1] - starts, counts)
+    return positions, np.repeat(slots, counts)
 
 
 def _wanted_rows(everything: NDArray[np.bool_], sampled: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:

@@ -1,12 +1,13 @@
-"""CUDA graphs of whole decode steps: embedding to the chosen token is one launch, whatever the number of kernels.
+"""CUDA graphs of whole steps: embedding to the chosen token is one launch, whatever the number of kernels.
 
-A graph serves a number of rows and a longest context, both rounded up; graphs are captured when first needed and share one memory pool. Rows that
-fill up a bucket belong to a slot of their own and write to a block of their own, so they change nothing. Everything that a step needs is read on the
-device from the slot tables: the host sends slots and lengths only, and need not have seen the tokens of the step before.
+A graph serves a shape: so many sequences with one token, room for some prompts, a longest context, all rounded up. Graphs are captured when first needed and
+share one memory pool. What fills up a shape belongs to a slot of its own and writes to a block of its own, so it changes nothing. Everything that a step needs
+is read on the device from the slot tables: the host sends places only, and need not have seen the tokens of the step before.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,10 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.batch import SlotTables
+from lmdeploy.engine.batch import BatchBuilder, Places, StepLayout
 from lmdeploy.engine.model import Model
-from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
-from lmdeploy.kv_layer import KVLayer
 from lmdeploy.log import get_logger
 
 logger = get_logger(__name__)
@@ -28,6 +27,11 @@ Ints = NDArray[np.int64]
 STAGES = 4
 #: keys in the shortest context bucket; the next ones are twice as long each
 SHORTEST = 256
+#: prompts that a graph has room for. A step with more, or with more tokens of them than the last bucket, takes longer on the device than the host needs to launch it
+MOST_PROMPTS = 16
+PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+#: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
+DECODES_BESIDE = (0, 16, 64, 128)
 
 
 def row_buckets(most: int) -> list[int]:
@@ -42,45 +46,118 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-@dataclass(slots=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor  # float32 [rows, V]
-    tokens: Tensor  # int64 [rows], -1 where none can be chosen
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a graph has room for."""
+
+    decodes: int  # sequences with one token
+    tokens: int  # of prompts
+    context: int
+
+    @property
+    def sequences(self) -> int:
+        """Of one token, and prompts."""
+        return self.decodes + (MOST_PROMPTS if self.tokens else 0)
+
+    @property
+    def rows(self) -> int:
+        """Tokens in all."""
+        return self.decodes + self.tokens
+
+    def lengths(self) -> tuple[int, ...]:
+        """Of the parts of a step's input: positions, slots of the tokens; slots, ends; starts; wanted rows; slots that get a token, and its place."""
+        b = self.sequences
+        return self.rows, self.rows, b, b, b + 1, b, b, b
 
 
-class DecodeGraphs:
-    """Decode steps of one rank. `tables` has one slot more than can be used: the last one belongs to rows that fill up."""
+def lay_out(layout: StepLayout, shape: Shape, filler: int, out: Ints) -> None:
+    """Write a step as `shape.lengths` says: sequences with one token, what fills them up, prompts, what fills these up. Nothing is left as it was in `out`."""
+    lengths = shape.lengths()
+    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = np.split(out, np.cumsum(lengths[:-1]))
+    decodes, gap = layout.num_decode, shape.decodes - layout.num_decode
+    for part, values, empty in (
+        (positions, layout.positions, 0),
+        (token_slots, layout.token_slots, filler),
+        (slots, layout.slots, filler),
+        (ends, layout.ends, 0),
+    ):
+        part[:decodes] = values[:decodes]
+        part[decodes : shape.decodes] = empty
+        part[shape.decodes : gap + len(values)] = values[decodes:]
+        part[gap + len(values) :] = empty
+    ends[decodes : shape.decodes] = 1
+    last = gap + len(layout.slots)
+    starts[: shape.decodes] = np.arange(shape.decodes)
+    starts[shape.decodes : last + 1] = layout.query_start[decodes:] + gap
+    starts[last + 1 :] = starts[last]
+    rows[:] = starts[1:] - 1
+    to_slots[:], to_places[:] = filler, 1  # the token of a sequence that is not sampled goes nowhere
+    chosen = in_shape(layout, shape)
+    to_slots[chosen], to_places[chosen] = slots[chosen], ends[chosen]
 
-    def __init__(self, model: Model, tables: SlotTables, kv: list[KVLayer], scratch: Scratch, most_rows: int, *, uses_rope_lengths: bool) -> None:
-        self._model, self._tables, self._kv, self._scratch = model, tables, kv, scratch
-        self._uses_rope_lengths = uses_rope_lengths
+
+def in_shape(layout: StepLayout, shape: Shape) -> Ints:
+    """Where the sampled sequences of a step are among those of the shape."""
+    return layout.chosen + (shape.decodes - layout.num_decode) * (layout.chosen >= layout.num_decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a step brought, until the next one: of each sequence of its shape the logits [B, V] as the head gave them, and a token int64 [B], -1 where none can be chosen."""
+
+    logits: Tensor
+    tokens: Tensor
+    places: slice | Ints  # the sampled sequences among the B
+
+
+class StepGraphs:
+    """The steps of one rank. The builder's tables have one slot more than can be used: the last one belongs to what fills up."""
+
+    def __init__(self, model: Model, builder: BatchBuilder, most_rows: int, dtype: torch.dtype) -> None:
+        self._model, self._builder = model, builder
+        self._tables = tables = builder.tables
         self._sizes = row_buckets(most_rows)
+        self._beside = sorted({min(size, most_rows) for size in (*DECODES_BESIDE, most_rows)})
+        self._token_sizes = [size for size in PROMPT_TOKENS if most_rows + size <= builder.scratch.max_rows]
         self._filler = tables.tokens.shape[0] - 1
-        device = tables.device
-        self._inputs = torch.zeros((2, most_rows), dtype=torch.int64, device=device)  # slots, lengths
-        self._stages = [torch.zeros((2, most_rows), dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
+        largest = self._largest()
+        longest = max(sum(shape.lengths()) for shape in largest)
+        self._inputs = torch.zeros(longest, dtype=torch.int64, device=tables.device)
+        self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
-        self._starts = torch.arange(most_rows + 1, dtype=torch.int32, device=device)
-        self._rows = torch.arange(most_rows, dtype=torch.int64, device=device)
-        self._graphs: dict[tuple[int, int], _Captured] = {}
+        self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
+        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, slots: Ints, lengths: Ints) -> tuple[Tensor, Tensor]:
-        """Compute the last known token of each row. slots, lengths [S], the length being the number of known tokens.
-
-        float32 logits [S, V], which the caller may overwrite, and the likeliest token of each row, already in the token table; both last until the next run.
-        """
-        count = len(slots)
-        rows = next(size for size in self._sizes if size >= count)
-        captured = self._captured(rows, self._context(int(lengths.max())))
-        self._send(slots, lengths, rows)
-        captured.graph.replay()
-        return captured.logits[:count], captured.tokens[:count]
+    def run(self, layout: StepLayout) -> Ran | None:
+        """Compute a step of which only sampled rows are wanted; the likeliest token of each is in the token table afterwards. None: no graph has room for it."""
+        shape = self._shape(layout)
+        if shape is None:
+            return None
+        graph, tokens = self._captured(shape)
+        self._send(layout, shape)
+        graph.replay()
+        every = not shape.tokens and len(layout.chosen) == layout.num_decode
+        return Ran(self._logits[: shape.sequences], tokens, slice(0, layout.num_decode) if every else in_shape(layout, shape))
 
     def warm_up(self) -> None:
-        """Capture the largest step, whose memory all others share."""
-        self._captured(self._sizes[-1], self._context(self._tables.width - 1))
+        """Capture the largest steps, whose memory all others share."""
+        for shape in self._largest():
+            self._captured(shape)
+
+    def _largest(self) -> list[Shape]:
+        context = self._context(self._tables.width - 1)
+        return [Shape(self._sizes[-1], 0, context), *(Shape(self._sizes[-1], size, context) for size in self._token_sizes[-1:])]
+
+    def _shape(self, layout: StepLayout) -> Shape | None:
+        decodes, tokens = layout.num_decode, len(layout.positions) - layout.num_decode
+        context = self._context(int(layout.ends.max()))
+        if not tokens:
+            return Shape(self._sizes[bisect_left(self._sizes, decodes)], 0, context)
+        place = bisect_left(self._token_sizes, tokens)
+        if place == len(self._token_sizes) or len(layout.slots) - decodes > MOST_PROMPTS:
+            return None
+        return Shape(self._beside[bisect_left(self._beside, decodes)], self._token_sizes[place], context)
 
     def _context(self, longest: int) -> int:
         """The context bucket in tokens."""
@@ -89,50 +166,39 @@ class DecodeGraphs:
             context *= 2
         return min(context, self._tables.max_blocks * self._tables.block_size)
 
-    def _send(self, slots: Ints, lengths: Ints, rows: int) -> None:
+    def _send(self, layout: StepLayout, shape: Shape) -> None:
         stage = self._stages[self._stage]
         self._stage = (self._stage + 1) % STAGES
-        host = stage.numpy()
-        host[0, : len(slots)], host[1, : len(slots)] = slots, lengths
-        host[0, len(slots) : rows], host[1, len(slots) : rows] = self._filler, 1
-        self._inputs.copy_(stage, non_blocking=True)
+        total = sum(shape.lengths())
+        lay_out(layout, shape, self._filler, stage[:total].numpy())
+        self._inputs[:total].copy_(stage[:total], non_blocking=True)
 
-    def _captured(self, rows: int, context: int) -> _Captured:
-        found = self._graphs.get((rows, context))
+    def _captured(self, shape: Shape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        found = self._graphs.get(shape)
         if found is None:
-            self._send(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), rows)
+            none = np.zeros(0, dtype=np.int64)
+            self._send(StepLayout(none, none, none, none, np.zeros(1, dtype=np.int64), none, none, 0), shape)
             torch.cuda.current_stream().synchronize()
-            side = _side_stream(self._inputs.device)
+            side = _side_stream(self._tables.device)
             with torch.cuda.stream(side):
-                self._step(rows, context)  # compiles kernels and lets libraries take their buffers
+                self._step(shape)  # compiles kernels and lets libraries take their buffers
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=side):
-                logits, tokens = self._step(rows, context)
-            found = self._graphs[rows, context] = _Captured(graph, logits, tokens)
-            logger.debug("captured a decode graph of %d rows and %d tokens of context", rows, context)
+                tokens = self._step(shape)
+            found = self._graphs[shape] = (graph, tokens)
+            logger.debug("captured a graph of %s", shape)
         return found
 
-    def _step(self, rows: int, context: int) -> tuple[Tensor, Tensor]:
+    def _step(self, shape: Shape) -> Tensor:
         """The whole step, from the device's own tables."""
-        tables, size = self._tables, self._tables.block_size
-        slots, lengths = self._inputs[0, :rows], self._inputs[1, :rows]
-        positions = lengths - 1
-        row = slots * tables.width
-        block = tables.blocks.view(-1).index_select(0, slots * tables.max_blocks + positions // size).long()
-        meta = AttentionMeta(
-            query_start=self._starts[: rows + 1],
-            kv_lens=lengths.int(),
-            block_table=tables.blocks[:, : -(-context // size)].index_select(0, slots),
-            slot_mapping=block * size + positions % size,
-            query_lens=[1] * rows,
-            kv_lens_host=[context] * rows,
-            num_decode=rows,
-        )
-        rope = tables.rope_lengths_device.index_select(0, slots) if self._uses_rope_lengths else None
-        token_ids = tables.tokens.view(-1).index_select(0, row + positions).long()
-        hidden = self._model.forward(ForwardInputs(token_ids, positions, rope, meta, self._kv, self._rows[:rows], self._scratch))
-        logits = self._model.logits(hidden)
+        tables = self._tables
+        parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
+        slots, places = parts[6:]
+        query_lens = [1] * shape.decodes + [shape.tokens] * (shape.sequences - shape.decodes)  # bounds, as are the numbers of keys
+        inputs = self._builder.on_device(Places(*parts[:6]), query_lens, [shape.context] * shape.sequences, shape.decodes)
+        logits = self._logits[: shape.sequences]
+        self._model.raw_logits(self._model.forward(inputs), logits)
         best, tokens = logits.max(dim=-1)
-        tables.tokens.view(-1).index_copy_(0, row + lengths, tokens.int())
-        return logits, torch.where(best.isfinite(), tokens, -1)
+        tables.tokens.view(-1).index_copy_(0, slots * tables.width + places, tokens.int())
+        return torch.where(best.isfinite(), tokens, -1)

@@ -25,3 +25,7 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V]; the caller may overwrite it."""
         ...
+
+    def raw_logits(self, hidden: Tensor, out: Tensor) -> None:
+        """The same into `out` [R, V] of the model's dtype, without a copy."""
+        ...

@@ -45,6 +45,14 @@ class PictureSlots:
         for number in range(len(self._pictures.pop(slot, ()))):
             self._rows.pop((slot, number), None)
 
+    def shown_by(self, items: Sequence[PlanItem]) -> bool:
+        """Whether a token of these items stands for a part of a picture."""
+        return bool(self._pictures) and any(
+            picture.start < item.start + item.num_tokens and item.start < picture.start + picture.count
+            for item in items
+            for picture in self._pictures.get(item.slot, ())
+        )
+
     def fill(self, inputs: ForwardInputs, items: Sequence[PlanItem]) -> None:
         """Set what replaces embeddings in this step; `items` in the order of the step's rows."""
         if not self._pictures:

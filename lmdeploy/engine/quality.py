@@ -71,7 +71,7 @@ class Probe:
         builder = BatchBuilder(tables, cache.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
         hidden, cos, sin = [], [], []
         for start in range(0, count, self.chunk):
-            inputs = builder.build([PlanItem(0, start, min(self.chunk, count - start), [], True)], [True]).inputs
+            inputs = builder.inputs(builder.build([PlanItem(0, start, min(self.chunk, count - start), [], True)], [True]).layout)
             hidden.append(self.model.forward(inputs).clone())
             assert inputs.cos is not None and inputs.sin is not None
             cos.append(inputs.cos)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.batch import BatchBuilder, Ints, SlotTables, StepBatch
+from lmdeploy.engine.batch import BatchBuilder, Ints, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.graphs import STAGES, DecodeGraphs
+from lmdeploy.engine.graphs import MOST_PROMPTS, STAGES, Ran, StepGraphs
 from lmdeploy.engine.guided import GuidedSlots, StepMask
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
@@ -50,10 +50,10 @@ class Arrivals:
         self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
         self._next = 0
 
-    def begin(self, tokens: Tensor) -> Callable[[], list[int]]:
-        """Start to copy int64 [S]; the returned function waits and gives them."""
+    def begin(self, tokens: Tensor, places: slice | Ints) -> Callable[[], list[int]]:
+        """Start to copy int64 [B]; the returned function waits and gives those at `places`."""
         if not self._cuda:
-            return tokens.tolist
+            return lambda: tokens.numpy()[places].tolist()
         buffer = self._buffers[self._next][: tokens.shape[0]]
         self._next = (self._next + 1) % STAGES
         buffer.copy_(tokens, non_blocking=True)
@@ -62,7 +62,7 @@ class Arrivals:
 
         def wait() -> list[int]:
             arrived.synchronize()
-            numbers: list[int] = buffer.tolist()
+            numbers: list[int] = buffer.numpy()[places].tolist()
             return numbers
 
         return wait
@@ -91,8 +91,8 @@ class ModelRunner:
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.pictures = PictureSlots(vision)
         self.kv_layout = kv_layout
-        self.graphs: DecodeGraphs | None = None
-        self.arrivals = Arrivals(self.max_batch_size, device)
+        self.graphs: StepGraphs | None = None
+        self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
         self.graphed = graphed
         spare, reserved = int(self.graphed), 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
@@ -218,57 +218,58 @@ class ModelRunner:
     def _compute(self, items: list[PlanItem], results: list[SlotResult]) -> Finish | None:
         special = [self._wants[item.slot] for item in items]
         wants_more = any(special)
-        if self.graphs is not None and not wants_more and all(item.num_tokens == 1 and item.sample for item in items):
-            return self._decode(self.graphs, items, results)
         all_rows = [self._wants_all(item, want) for item, want in zip(items, special, strict=True)] if wants_more else None
         batch = self.batches.build(items, all_rows)
-        mask = self.guided.start(batch.slots) if self.guided is not None else None  # filled while the model computes
+        layout, ordered = batch.layout, [results[i] for i in batch.order]
+        sampled = [ordered[i] for i in layout.chosen.tolist()]
+        slots, lengths = batch.slots, batch.lengths
+        mask = self.guided.start(slots) if self.guided is not None else None  # filled while the model computes
         try:
-            self.pictures.fill(batch.inputs, batch.items)
-            hidden = self.model.forward(batch.inputs)
+            ran = self.graphs.run(layout) if self.graphs is not None and not wants_more and not self.pictures.shown_by(items) else None
+            hidden = self._forward(batch) if ran is None else None
         finally:
             if mask is not None:
                 mask.join()
-        ordered = [results[i] for i in batch.order]
-        if wants_more:
+        if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
-        if not batch.sample_items:
+        if not sampled:
             return None
-        rows = hidden if batch.sample_rows is None else hidden.index_select(0, batch.sample_rows)
-        return self._sample(self.model.logits(rows), batch.slots, batch.lengths, [ordered[i] for i in batch.sample_items], mask)
+        if ran is not None:
+            return self._take(ran, slots, lengths, sampled, mask)
+        assert hidden is not None
+        rows = hidden if batch.sample_rows is None else hidden.index_select(0, upload(batch.sample_rows, self.device))
+        return self._sample(self.model.logits(rows), slots, lengths, sampled, mask)
 
-    def _decode(self, graphs: DecodeGraphs, items: list[PlanItem], results: list[SlotResult]) -> Finish | None:
-        """A step in which every sequence gets its next token: one graph, and the sampler only for rows that are not simply greedy."""
-        columns = np.array([(item.slot, item.start) for item in items], dtype=np.int64)
-        slots, lengths = columns[:, 0], columns[:, 1] + 1
-        mask = self.guided.start(slots) if self.guided is not None else None
-        try:
-            logits, tokens = graphs.run(slots, lengths)
-        finally:
-            if mask is not None:
-                mask.join()
+    def _forward(self, batch: StepBatch) -> Tensor:
+        inputs = self.batches.inputs(batch.layout)
+        self.pictures.fill(inputs, batch.items)
+        return self.model.forward(inputs)
+
+    def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: list[SlotResult], mask: StepMask | None) -> Finish | None:
+        """What a graph brought; its tokens hold where all rows are simply greedy."""
         table = self.sampling
         if mask is None and table.greedy[slots].all() and not table.edited[slots].any() and (table.logprobs[slots] < 0).all():
-            return self._fetch(tokens, results)
-        return self._sample(logits, slots, lengths, results, mask)
+            return self._fetch(ran.tokens, results, ran.places)
+        logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
+        return self._sample(logits.float(), slots, lengths, results, mask)
 
     def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: list[SlotResult], mask: StepMask | None) -> Finish | None:
         """Choose the next token of rows of logits [S, V], which are overwritten."""
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
-        raw = torch.log_softmax(logits[torch.from_numpy(wanted).to(self.device)], dim=-1) if wanted.size else None
+        raw = torch.log_softmax(logits[upload(wanted, self.device)], dim=-1) if wanted.size else None
         tokens = self.sampler.sample(logits, slots, lengths, mask)
-        places = torch.from_numpy(slots * self.tables.width + lengths).to(self.device)
+        places = upload(slots * self.tables.width + lengths, self.device)
         self.tables.tokens.view(-1).index_copy_(0, places, tokens.clamp_min(0).int())
-        finish = self._fetch(tokens, results, mask)
+        finish = self._fetch(tokens, results, slice(None), mask)
         if raw is None:
             return finish
         finish()
         self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
         return None
 
-    def _fetch(self, tokens: Tensor, results: list[SlotResult], mask: StepMask | None = None) -> Finish:
-        """Begin to copy the chosen tokens to the host, and then to the grammars; the returned function waits for them and notes them in the results."""
-        host = self.arrivals.begin(tokens)
+    def _fetch(self, tokens: Tensor, results: list[SlotResult], places: slice | Ints, mask: StepMask | None = None) -> Finish:
+        """Begin to copy the tokens at `places` to the host, and then to the grammars; the returned function waits for them and notes them in the results."""
+        host = self.arrivals.begin(tokens, places)
         complete: Future[list[bool]] | None = None
         if mask is not None:
             assert self.guided is not None
@@ -325,9 +326,8 @@ class ModelRunner:
         targets = self.tables.tokens[item.slot, item.start + 1 : item.start + 1 + rows.shape[0]].long()
         return prompt_logprobs(self.model.logits, rows, targets, count, self.chunk)
 
-    def _make_graphs(self) -> DecodeGraphs:
-        depends = self.model.spec.rope.depends_on_length
-        return DecodeGraphs(self.model, self.tables, self.kv.layers, self.scratch, self.max_batch_size, uses_rope_lengths=depends)
+    def _make_graphs(self) -> StepGraphs:
+        return StepGraphs(self.model, self.batches, self.max_batch_size, self.dtype)
 
     def _graph_bytes(self) -> int:
         """What graphs take beside the cache: the memory of the largest one, which all share, and room for what each needs of the driver's."""

@@ -182,8 +182,12 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] of hidden states [R, M]."""
         out = torch.empty(hidden.shape[0], self.spec.vocab_size, dtype=self.ctx.dtype, device=hidden.device)
-        self.head.forward(hidden, out)
+        self.raw_logits(hidden, out)
         return out.float()
+
+    def raw_logits(self, hidden: Tensor, out: Tensor) -> None:
+        """The same as the head's product gives them, into `out` [R, V] of the model's dtype."""
+        self.head.forward(hidden, out)
 
     def smoothing_groups(self) -> tuple[SmoothingGroup, ...]:
         """For quantisers: where scales may move from activations into weights, in every layer."""

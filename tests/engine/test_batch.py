@@ -41,10 +41,12 @@ def test_a_batch_equals_its_definition_token_by_token(raw: list[tuple[int, int, 
     items = [PlanItem(slot, start, count, [], sample) for slot, start, count, sample, _ in raw]
     everything = [all_rows for *_, all_rows in raw]
     tables = tables_with(items)
-    batch = BatchBuilder(tables, [], Scratch(64, torch.float32, CPU), uses_rope_lengths=True).build(items, everything)
+    builder = BatchBuilder(tables, [], Scratch(64, torch.float32, CPU), uses_rope_lengths=True)
+    batch = builder.build(items, everything)
     ordered = sorted(range(len(items)), key=lambda i: items[i].num_tokens > 1)
     assert batch.order == ordered and batch.items == [items[i] for i in ordered]
-    inputs, meta = batch.inputs, batch.inputs.attention
+    inputs = builder.inputs(batch.layout)
+    meta = inputs.attention
     row, rows, sampled = 0, [], []
     for number, i in enumerate(ordered):
         item = items[i]
@@ -74,7 +76,8 @@ def test_a_batch_equals_its_definition_token_by_token(raw: list[tuple[int, int, 
 
 def test_types_are_those_of_the_contract() -> None:
     items = [PlanItem(0, 0, 5, [], True), PlanItem(1, 3, 1, [], True)]
-    inputs = BatchBuilder(tables_with(items), [], Scratch(64, torch.float32, CPU), uses_rope_lengths=False).build(items, None).inputs
+    builder = BatchBuilder(tables_with(items), [], Scratch(64, torch.float32, CPU), uses_rope_lengths=False)
+    inputs = builder.inputs(builder.build(items, None).layout)
     meta = inputs.attention
     assert {inputs.token_ids.dtype, inputs.positions.dtype, inputs.logit_rows.dtype, meta.slot_mapping.dtype} == {torch.int64}
     assert {meta.query_start.dtype, meta.kv_lens.dtype, meta.block_table.dtype} == {torch.int32}

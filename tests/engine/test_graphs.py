@@ -1,0 +1,72 @@
+"""How a step is laid out in a graph's shape: what fills it up is told apart from what it is, whatever the step. The graphs themselves need CUDA: tests/gpu."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmdeploy.engine.batch import BatchBuilder, Places, SlotTables
+from lmdeploy.engine.graphs import MOST_PROMPTS, Shape, in_shape, lay_out
+from lmdeploy.engine.plan import NewSequence, PlanItem
+from lmdeploy.inputs import Scratch
+from lmdeploy.messages import SamplingParams
+
+CPU = torch.device("cpu")
+FILLER = 8  # a slot with a block of its own, 99
+BLOCK = 4
+
+
+def builder() -> BatchBuilder:
+    tables = SlotTables(FILLER + 1, 40, BLOCK, CPU)
+    for slot in range(FILLER):
+        tables.set(NewSequence(slot, [100 * slot + p for p in range(40)], 40, SamplingParams(max_new_tokens=1), 0))
+        tables.append_blocks([(slot, [10 * slot + i for i in range(10)])])
+    tables.blocks[FILLER] = 99
+    return BatchBuilder(tables, [], Scratch(64, torch.float32, CPU), uses_rope_lengths=False)
+
+
+steps = st.lists(
+    st.tuples(st.integers(0, FILLER - 1), st.integers(0, 20), st.one_of(st.just(1), st.integers(1, 19)), st.booleans()),
+    min_size=1, max_size=FILLER, unique_by=lambda t: t[0],
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=100)
+@given(steps, st.integers(0, 3), st.integers(0, 9))
+def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int, int, int, bool]], more_decodes: int, more_tokens: int) -> None:
+    build = builder()
+    batch = build.build([PlanItem(slot, start, count, [], sample) for slot, start, count, sample in raw], None)
+    layout = batch.layout
+    prompt_tokens = len(layout.positions) - layout.num_decode
+    shape = Shape(layout.num_decode + more_decodes, prompt_tokens + more_tokens if prompt_tokens else 0, 40)
+    flat = np.full(sum(shape.lengths()), -7)
+    lay_out(layout, shape, FILLER, flat)
+    parts = torch.split(torch.from_numpy(flat), list(shape.lengths()))
+    found = build.on_device(Places(*parts[:6]), [1] * shape.sequences, [40] * shape.sequences, shape.decodes)
+    plain = build.inputs(layout)
+    sequence = np.arange(len(layout.slots)) + more_decodes * (np.arange(len(layout.slots)) >= layout.num_decode)  # where each is in the shape
+    token = np.arange(len(layout.positions)) + more_decodes * (np.arange(len(layout.positions)) >= layout.num_decode)
+    for name in ("token_ids", "positions"):
+        assert torch.equal(getattr(found, name)[token], getattr(plain, name)), name
+    assert torch.equal(found.attention.slot_mapping[token], plain.attention.slot_mapping)
+    assert torch.equal(found.attention.kv_lens[sequence], plain.attention.kv_lens)
+    assert torch.equal(
+        found.attention.query_start[sequence],
+        plain.attention.query_start[:-1] + torch.from_numpy(sequence - np.arange(len(sequence))) * (torch.from_numpy(sequence) >= shape.decodes),
+    )
+    assert torch.equal(found.attention.query_start.diff()[sequence], plain.attention.query_start.diff())
+    others = np.setdiff1d(np.arange(shape.sequences), sequence)
+    lengths = found.attention.query_start.diff()
+    assert all(lengths[i] == (i < shape.decodes) for i in others) and len(lengths) == shape.sequences
+    assert all(parts[2][i] == FILLER for i in others)
+    idle = np.setdiff1d(np.arange(shape.rows), token)
+    assert (found.attention.slot_mapping[idle] // BLOCK == 99).all()  # they write where nobody reads
+    assert torch.equal(found.logit_rows[sequence], torch.from_numpy(token[layout.query_start[1:] - 1]))
+    assert ((found.logit_rows >= 0) & (found.logit_rows < shape.rows)).all()
+    places = in_shape(layout, shape)
+    assert parts[6][places].tolist() == batch.slots.tolist() and parts[7][places].tolist() == batch.lengths.tolist()
+    unsampled = np.setdiff1d(np.arange(shape.sequences), places)
+    assert all(parts[6][i] == FILLER for i in unsampled)
+    assert shape.sequences <= shape.decodes + MOST_PROMPTS
