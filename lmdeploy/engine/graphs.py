@@ -90,7 +90,7 @@ def lay_out(layout: StepLayout, shape: Shape, filler: int, out: Ints) -> None:
     starts[: shape.decodes] = np.arange(shape.decodes)
     starts[shape.decodes : last + 1] = layout.query_start[decodes:] + gap
     starts[last + 1 :] = starts[last]
-    rows[:] = starts[1:] - 1
+    rows[:] = np.maximum(starts[1:] - 1, 0)
     to_slots[:], to_places[:] = filler, 1  # the token of a sequence that is not sampled goes nowhere
     chosen = in_shape(layout, shape)
     to_slots[chosen], to_places[chosen] = slots[chosen], ends[chosen]
