@@ -42,6 +42,11 @@ PROBE_STEPS = 64
 #: processor time of a step of the probe from which a grammar is too slow to be served
 STEP_SECONDS = 0.1
 
+#: Parts of the vocabulary whose masks are ready where all of their tokens may come: white space, and what JSON strings hold, by length. Near the end of a
+#: string with a maxLength only the tokens of the longer parts are looked at one by one: with a part of up to 4 characters beside the library's own (10, 30)
+#: such a mask takes 0.5 ms instead of 4 to 7 (vocabulary of 92,544)
+SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in (4, 10, 30)), r'[^"\\\x00-\x1F\x7F]+']
+
 
 class GrammarCompiler:
     """Matchers of one vocabulary. May be called from any thread.
@@ -58,7 +63,7 @@ class GrammarCompiler:
         special = frozenset(i for i in tokenizer.special_ids if i < vocab_size)
         self._special = SpecialTokens(_Splitter(tokenizer, special), special - frozenset(ends))
         vocabulary: Any = _Vocabulary(tokenizer, vocab_size, self.eos_token_id, special)  # stands in for the library's TokenizerWrapper
-        self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id)
+        self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id, slices=SLICES)
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, Future[Any]] = OrderedDict()

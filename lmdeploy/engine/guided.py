@@ -26,8 +26,6 @@ Ints = NDArray[np.int64]
 
 #: rows of which the expanded mask is in memory at a time
 ROWS_AT_ONCE = 32
-#: tokens of fewer rows are taken in one by one, some microseconds each: waking other threads would cost more
-PARALLEL_ROWS = 32
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
 
@@ -135,13 +133,9 @@ class GuidedSlots:
             for place, token in enumerate(chosen[row] for row in mask.rows.tolist())
             if token >= 0 and not complete[place] and token not in mask.stops[place]
         ]
-        pairs = [(mask.matchers[place], token) for place, token in todo]
-        if len(pairs) < PARALLEL_ROWS:
-            good = [matcher.consume_token(token) for matcher, token in pairs]
-        else:
-            good = self._executor.consume_token_par(pairs)
-        for (place, _), (matcher, _), consumed in zip(todo, pairs, good, strict=True):
-            complete[place] = consumed and matcher.is_stopped()
+        for place, token in todo:  # some microseconds each: waking other threads costs more
+            matcher = mask.matchers[place]
+            complete[place] = matcher.consume_token(token) and matcher.is_stopped()
         return complete
 
     def close(self) -> None:
