@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmdeploy.engine import wire
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, MemoryBill
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, MemoryBill, StepOutputs
 
-Listener = Callable[[list[EngineOutput]], None]
+Listener = Callable[[StepOutputs], None]
 
 #: passes of the event loop after the delivery of a step until its chunks are written: task wake-up, answer, a spare one
 
@@ -117,10 +117,10 @@ class _Child:
         """Until the parent is gone."""
         due = time.perf_counter()
         while True:
-            outputs: list[EngineOutput] = []
+            outputs = StepOutputs()
             block = not self._running or (not self._rate and self._credit <= 0)
             while block or not self._inbox.empty():
-                if not self._take(self._inbox.get(), outputs):
+                if not self._take(self._inbox.get(), outputs.others):
                     return
                 block = False
             if self._rate:
@@ -128,7 +128,7 @@ class _Child:
                 time.sleep(max(0.0, due - time.perf_counter()))
             elif self._credit <= 0 and not outputs:
                 continue
-            outputs += self._step()
+            self._step(outputs)
             if outputs:
                 self._credit -= 1
                 self._channel.send(wire.Outputs(outputs))
@@ -145,13 +145,19 @@ class _Child:
             self._credit += 1
         return message is not None
 
-    def _step(self) -> list[EngineOutput]:
-        outputs = []
+    def _step(self, outputs: StepOutputs) -> None:
+        """A token for each; as the scheduler does, first and last ones are told whole."""
         for (request_id, index), running in list(self._running.items()):
             token = self._ids[(running.count + request_id * 7) % len(self._ids)]
             running.count += 1
             last = running.count >= running.request.sampling.max_new_tokens
-            outputs.append(
+            if running.count > 1 and not last:
+                outputs.request_ids.append(request_id)
+                outputs.indices.append(index)
+                outputs.token_ids.append(token)
+                outputs.num_generated.append(running.count)
+                continue
+            outputs.others.append(
                 EngineOutput(
                     request_id=request_id,
                     index=index,
@@ -163,7 +169,6 @@ class _Child:
             )
             if last:
                 del self._running[request_id, index]
-        return outputs
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmark import common
 from lmdeploy.checkpoint.hub import resolve_model
@@ -28,6 +28,7 @@ from lmdeploy.config import GenerationConfig, TurbomindEngineConfig
 from lmdeploy.engine.client import EngineThread
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
+from lmdeploy.engine.graphs import Shape, StepGraphs
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.frontend import Frontend
@@ -41,7 +42,8 @@ from lmdeploy.text.tokenizer import Tokenizer
 
 BLOCK = 64
 PROMPT = 128
-Ints = NDArray[np.int64]
+#: first steps of a run that do not count
+SKIPPED = 12
 
 
 class NoModel:
@@ -65,14 +67,14 @@ class Device:
     """A device that takes `seconds` a step and works through its queue alone; counts what it waited for its host."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.idle, self.steps = seconds, 0.0, 0
+        self.seconds, self.idle, self.steps = seconds, 0.0, -SKIPPED
         self._free_at = 0.0
         self._ends: deque[float] = deque()
 
     def launch(self) -> None:
         """Queue a step."""
         now = time.perf_counter()
-        if self._free_at:
+        if self.steps > 0:
             self.idle += max(0.0, now - self._free_at)
         self.steps += 1
         self._free_at = max(now, self._free_at) + self.seconds
@@ -85,25 +87,31 @@ class Device:
             time.sleep(left)
 
     def rest(self) -> None:
-        """What follows is another measurement."""
-        self.idle, self.steps, self._free_at = 0.0, 0, 0.0
+        """What follows is another measurement; its first steps, those with prompts, do not count."""
+        self.idle, self.steps, self._free_at = 0.0, -SKIPPED, 0.0
 
 
-class PretendedGraphs:
-    """In place of `DecodeGraphs`: the host's part of a replay, on buffers of the CPU, and random tokens."""
+class NoGraph:
+    """Computes nothing."""
 
-    def __init__(self, rows: int, vocab_size: int, text_ids: list[int]) -> None:
-        self._inputs = torch.zeros((2, rows), dtype=torch.int64)
-        self._stage = torch.zeros((2, rows), dtype=torch.int64)
-        self._logits = torch.zeros((rows, 1)).expand(rows, vocab_size)
-        self._tokens = torch.tensor(np.random.default_rng(0).choice(text_ids, rows))
+    def replay(self) -> None:
+        """Nothing."""
 
-    def run(self, slots: Ints, lengths: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DecodeGraphs.run`."""
-        host, count = self._stage.numpy(), len(slots)
-        host[0, :count], host[1, :count] = slots, lengths
-        self._inputs.copy_(self._stage)
-        return self._logits[:count], self._tokens[:count]
+
+class PretendedGraphs(StepGraphs):
+    """All of the host's part, on buffers of the CPU, and random tokens."""
+
+    def __init__(self, runner: ModelRunner, text_ids: list[int]) -> None:
+        zeros = torch.zeros
+        with (
+            mock.patch("torch.zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
+            mock.patch("torch.cuda.graph_pool_handle", lambda: (0, 0)),
+        ):
+            super().__init__(runner.model, runner.batches, runner.max_batch_size, torch.float32)
+        self._drawn = torch.tensor(np.random.default_rng(0).choice(text_ids, self._logits.shape[0]))
+
+    def _captured(self, shape: Shape) -> Any:
+        return NoGraph(), self._drawn[: shape.sequences]
 
 
 class PretendedExecutor(LocalExecutor):
@@ -140,7 +148,7 @@ def build(batch: int, seconds: float) -> Bench:
     config = TurbomindEngineConfig(dtype="float32", max_batch_size=batch, max_prefill_token_num=8192, session_len=2048)
     pool = PoolRequest(batch * 12 + 64, BLOCK, 2048)
     runner = ModelRunner(NoModel(spec), config, pool, torch.device("cpu"), torch.float32)
-    runner.graphs = PretendedGraphs(batch, spec.vocab_size, text_ids)  # type: ignore[assignment]
+    runner.graphs = PretendedGraphs(runner, text_ids)
     info = EngineInfo(
         session_len=2048, vocab_size=spec.vocab_size, max_batch_size=batch, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0.0
     )  # fmt: skip
@@ -262,13 +270,17 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     busy = common.wait_until_idle()
-    print(f"{common.machine()}; other processes kept {busy:.2f} cores busy at the start; switch interval {__import__('sys').getswitchinterval() * 1e3:.1f} ms\n")
+    print(
+        f"{common.machine()}; other processes kept {busy:.2f} cores busy at the start; switch interval {__import__('sys').getswitchinterval() * 1e3:.1f} ms\n"
+    )
     head = ["batch", "schedule", "submit", "result", "update", "whole step"]
     print("us a step (median), a full batch decodes")
     common.print_table([head, *(parts_of_a_step(batch, args.steps, steady=True) for batch in args.batch)])
     print("\nus a step (median), a request ends and one arrives every 100 / batch steps")
     common.print_table([head, *(parts_of_a_step(batch, args.steps, steady=False) for batch in args.batch)])
-    print("\nthe offline pipeline; us a step: the device idle with the engine alone, the device idle here, processor time of the engine's thread and of the reader's")
+    print(
+        "\nthe offline pipeline; us a step: the device idle with the engine alone, the device idle here, processor time of the engine's thread and of the reader's"
+    )
     rows = [beside_text(batch, args.device_ms / 1e3, args.steps) for batch in args.batch]
     common.print_table([["batch", "device ms", "wall ms", "idle alone", "idle", "engine", "reader"], *rows])
     assert threading.active_count() < 10

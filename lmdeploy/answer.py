@@ -72,7 +72,7 @@ class Answer:
             shown_special=shown_special,
         )
         self._stops, self._zones = stops, zones
-        self._num_prompt = len(prompt_ids)
+        self._num_prompt, self._num_cached = len(prompt_ids), 0
         self._include_stop = include_stop
         self._min_new_tokens = min_new_tokens
         self.finished = False
@@ -83,6 +83,7 @@ class Answer:
         ids, logprobs, logits, hidden = list(output.token_ids), output.logprobs, output.logits, output.last_hidden_state
         if output.stop_token_id is not None and not self._include_stop:  # the token goes, and with it the rows that chose it
             ids, logprobs, logits, hidden = ids[:-1], _but_last(logprobs), _but_last(logits), _but_last(hidden)
+        self._num_cached = output.num_cached or self._num_cached  # said with the first token
         self._count = max(self._count, output.num_generated)  # an engine that died does not know it any more
         # stop words that lie wholly within the first min_new_tokens do not count
         text = self._until_stop(self._detokenizer.feed(ids), active=self._count >= self._min_new_tokens)
@@ -104,7 +105,7 @@ class Answer:
             index=output.index,
             logits=logits,
             last_hidden_state=hidden,
-            cached_tokens=output.num_cached,
+            cached_tokens=self._num_cached,
             stop_reason=stop_reason,
             queue_seconds=output.queue_seconds,
             error_code=(output.error_code or "engine_error") if output.error else None,

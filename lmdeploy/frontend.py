@@ -33,7 +33,7 @@ from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
 from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.grammar import Grammar, wanted_grammar
 from lmdeploy.log import get_logger
-from lmdeploy.messages import SLEEPING, EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, Response, SamplingParams
+from lmdeploy.messages import SLEEPING, EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, Response, SamplingParams, StepOutputs
 from lmdeploy.models.language_spec import language_spec
 from lmdeploy.prompts import Prompt, PromptEncoder, too_long
 from lmdeploy.spec import ModelSpec
@@ -467,7 +467,7 @@ class Frontend:
             self._in_flight -= count
         return count > 0
 
-    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+    def _on_outputs(self, outputs: StepOutputs) -> None:
         """Listener, on the engine client's thread: one wake-up per event loop and step."""
         addressed = [(entry[0], output) for output in outputs if (entry := self._sinks.get(output.request_id)) is not None]
         for request_id in deliver(addressed):

@@ -5,6 +5,7 @@ Everything between processes is a `msgspec.Struct`: typed, bounded, encoded as m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -101,6 +102,28 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     logits: Any = None  # torch [n, V] float32, in-process only
     last_hidden_state: Any = None
     embedding: bytes | None = None  # float32 [M], of length 1; with the last output of a request that embeds
+
+
+class StepOutputs(msgspec.Struct, array_like=True):
+    """What one step brought. Nearly all answers get one more token and nothing else: these are columns; `others` are told whole.
+
+    An answer is in it once at most, but for outputs of its end. Reading it as a sequence of `EngineOutput`s makes those of the columns, without
+    what stays the same after the first token (`num_prompt`, `num_cached`).
+    """
+
+    request_ids: list[int] = []
+    indices: list[int] = []
+    token_ids: list[int] = []
+    num_generated: list[int] = []
+    others: list[EngineOutput] = []
+
+    def __len__(self) -> int:
+        return len(self.token_ids) + len(self.others)
+
+    def __iter__(self) -> Iterator[EngineOutput]:
+        yield from self.others
+        for request_id, index, token, count in zip(self.request_ids, self.indices, self.token_ids, self.num_generated, strict=True):
+            yield EngineOutput(request_id=request_id, index=index, token_ids=[token], num_generated=count)
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.plan import NewSequence, PlanItem
+from lmdeploy.engine.plan import Ints, Items, NewSequence
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
-Ints = NDArray[np.int64]
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -100,10 +99,10 @@ class StepBatch:
     """A step in batch order: `order[i]` is the place of items[i] in the plan; S of its R wanted rows are sampled."""
 
     layout: StepLayout
-    items: list[PlanItem]
-    order: list[int]
-    first_row: list[int]  # first of each item's rows among the R rows
-    num_rows: list[int]
+    items: Items
+    order: Ints
+    first_row: Ints  # first of each item's rows among the R rows
+    num_rows: Ints
     sample_rows: Ints | None  # [S], rows among R; None = all of them, in order
 
     @property
@@ -123,12 +122,11 @@ class BatchBuilder:
     def __init__(self, tables: SlotTables, kv: list[KVLayer], scratch: Scratch, *, uses_rope_lengths: bool) -> None:
         self.tables, self.kv, self.scratch, self.uses_rope_lengths = tables, kv, scratch, uses_rope_lengths
 
-    def build(self, items: Sequence[PlanItem], all_rows: Sequence[bool] | None) -> StepBatch:
+    def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
-        columns = np.array([(i.slot, i.start, i.num_tokens, i.sample) for i in items], dtype=np.int64).reshape(-1, 4)
-        order = np.argsort(columns[:, 2] > 1, kind="stable")
-        columns = columns[order]
-        slots, starts, counts, sampled = columns.T
+        order = np.argsort(items.counts > 1, kind="stable")
+        items = items.take(order)
+        slots, starts, counts, sampled = items.slots, items.starts, items.counts, items.sample.astype(np.int64)
         query_start = np.zeros(len(items) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
         positions, token_slots = _per_token(slots, starts, counts, query_start)
@@ -140,10 +138,10 @@ class BatchBuilder:
         chosen = np.flatnonzero(sampled)
         return StepBatch(
             layout=StepLayout(positions, token_slots, slots, starts + counts, query_start, rows, chosen, int((counts == 1).sum())),
-            items=[items[i] for i in order.tolist()],
-            order=order.tolist(),
-            first_row=first_row.tolist(),
-            num_rows=wanted.tolist(),
+            items=items,
+            order=order,
+            first_row=first_row,
+            num_rows=wanted,
             sample_rows=None if len(chosen) == len(rows) else (first_row + wanted - 1)[chosen],
         )
 

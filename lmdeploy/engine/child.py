@@ -21,7 +21,7 @@ from lmdeploy.engine import wire
 from lmdeploy.engine.client import EngineThread
 from lmdeploy.errors import EngineError, LmdeployError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineOutput, EngineRequest
+from lmdeploy.messages import EngineOutput, EngineRequest, StepOutputs
 
 logger = get_logger(__name__)
 
@@ -87,7 +87,7 @@ class _Child:
         try:
             client.submit(request)
         except LmdeployError as e:
-            self._forward([_refusal(request.request_id, i, e) for i in range(request.n)])
+            self._forward(StepOutputs(others=[_refusal(request.request_id, i, e) for i in range(request.n)]))
 
     def _read(self) -> None:
         try:
@@ -97,7 +97,7 @@ class _Child:
             logger.error("the engine process lost its parent: %s", e)
         os._exit(1)  # the parent is gone: whatever this process is doing, nobody wants it
 
-    def _forward(self, outputs: list[EngineOutput]) -> None:
+    def _forward(self, outputs: StepOutputs) -> None:
         try:
             self._channel.send(wire.Outputs(outputs))
         except OSError:

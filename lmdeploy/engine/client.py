@@ -21,11 +21,11 @@ from typing import Protocol
 from lmdeploy.engine.engine import Engine
 from lmdeploy.errors import CheckpointError, ConfigError, EngineError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, StepOutputs
 
 logger = get_logger(__name__)
 
-Listener = Callable[[list[EngineOutput]], None]
+Listener = Callable[[StepOutputs], None]
 
 
 class EngineClient(Protocol):
@@ -79,7 +79,7 @@ def weak_listener(method: Listener) -> Listener:
     """Calls the bound method for as long as its object lives, without keeping it alive."""
     reference = weakref.WeakMethod(method)
 
-    def listen(outputs: list[EngineOutput]) -> None:
+    def listen(outputs: StepOutputs) -> None:
         if (call := reference()) is not None:
             call(outputs)
 
@@ -183,13 +183,13 @@ class EngineThread:
 
     def _loop(self, engine: Engine) -> None:
         while True:
-            outputs: list[EngineOutput] = []
-            if not self._drain_inbox(engine, outputs):
+            refused: list[EngineOutput] = []
+            if not self._drain_inbox(engine, refused):
                 return
             if self._pending:
-                self._proceed(engine, outputs)
-            if engine.has_work:
-                outputs += engine.step()
+                self._proceed(engine, refused)
+            outputs = engine.step() if engine.has_work else StepOutputs()
+            outputs.others += refused
             self._beat += 1
             if outputs:
                 self._deliver(outputs)
@@ -249,8 +249,8 @@ class EngineThread:
             return [_error(request.request_id, i, str(e), e.code) for i in range(max(1, request.n))]
         return []
 
-    def _deliver(self, outputs: list[EngineOutput]) -> None:
-        ended = [o for o in outputs if o.finish_reason is not None]
+    def _deliver(self, outputs: StepOutputs) -> None:
+        ended = [o for o in outputs.others if o.finish_reason is not None]
         if ended:
             with self._lock:
                 self._forget(ended)
@@ -274,7 +274,7 @@ class EngineThread:
             pending.done.set_exception(EngineError(reason))
         if self._listener is not None and outputs:
             try:
-                self._listener(outputs)
+                self._listener(StepOutputs(others=outputs))
             except Exception:
                 logger.exception("the listener failed while %d answers were ended", len(outputs))
 

@@ -18,7 +18,7 @@ from lmdeploy.engine.preparing import Preparing
 from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, StepOutputs
 
 logger = get_logger(__name__)
 
@@ -95,12 +95,13 @@ class Engine:
         ended = self._preparing.abort(request_id, index)
         self._outputs += self._scheduler.abort(request_id, index) if ended is None else ended
 
-    def step(self) -> list[EngineOutput]:
+    def step(self) -> StepOutputs:
         """Compute one step; what it brought each answer. Raises EngineError when the executor is lost."""
         start = time.monotonic()
-        outputs, self._outputs = self._outputs, []
+        ended, self._outputs = self._outputs, []
+        outputs = StepOutputs()
         if self._preparing:
-            outputs += self._take_prepared(block=not (outputs or self._in_flight or self._scheduler.has_unfinished))
+            ended += self._take_prepared(block=not (ended or self._in_flight or self._scheduler.has_unfinished))
         plan = self._scheduler.schedule()
         assert plan is not None or self._in_flight or not self._scheduler.has_unfinished, "unfinished sequences and nothing to compute"
         try:
@@ -109,10 +110,11 @@ class Engine:
             raise
         except Exception as e:
             logger.warning("a step failed (%s: %s); its sequences are computed one by one", type(e).__name__, e, exc_info=True)
-            outputs += self._isolate()
+            ended += self._isolate()
         else:
             if done is not None:
-                outputs += self._scheduler.update(*done)
+                outputs = self._scheduler.update(*done)
+        outputs.others[:0] = ended
         self._last_step_time = time.monotonic()
         self._step_seconds = self._last_step_time - start
         self._rate.add(self._last_step_time, self._scheduler.counts.generated_tokens)

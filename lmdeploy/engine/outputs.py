@@ -15,11 +15,11 @@ from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineOutput, FinishReason
 
 
-def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishReason | None) -> EngineOutput | None:
+def step_output(seq: Sequence, item: PlanItem, token: int, slot: SlotResult, reason: FinishReason | None) -> EngineOutput | None:
     """What this result brought, or None for a chunk in the middle of a prompt that brought nothing."""
     if slot.embedding is not None:
         _pool(seq, item, slot.embedding)
-    if slot.token_id is None and reason is None and not seq.wants_rows:
+    if token < 0 and reason is None and not seq.wants_rows:
         return None
     output = EngineOutput(
         request_id=seq.request.request_id,
@@ -29,14 +29,14 @@ def step_output(seq: Sequence, item: PlanItem, slot: SlotResult, reason: FinishR
         num_cached=seq.num_cached,
         num_generated=seq.num_generated,
     )
-    if slot.token_id is not None:
-        output.token_ids = [slot.token_id]
+    if token >= 0:
+        output.token_ids = [token]
         if seq.num_generated == 1:
             output.queue_seconds = seq.queue_seconds
         if slot.logprobs is not None:
             output.logprobs = [slot.logprobs]
-        if reason == "stop" and slot.token_id in seq.sampling.stop_token_ids:  # else a grammar ended it with its last token
-            output.stop_token_id = slot.token_id
+        if reason == "stop" and token in seq.sampling.stop_token_ids:  # else a grammar ended it with its last token
+            output.stop_token_id = token
     if seq.embedding is not None and reason is not None:
         output.embedding = (seq.embedding / max(float(np.linalg.norm(seq.embedding)), 1e-30)).astype(np.float32).tobytes()
     if seq.wants_rows or slot.logits is not None or slot.last_hidden_state is not None:

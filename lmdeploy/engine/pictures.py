@@ -5,11 +5,9 @@ So the rows of no more pictures are held than the token budget of a step lets be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from lmdeploy.engine.plan import PlanItem
+from lmdeploy.engine.plan import Items
 from lmdeploy.inputs import ForwardInputs
 from lmdeploy.messages import Picture
 from lmdeploy.models.vision import VisionEncoder
@@ -45,7 +43,7 @@ class PictureSlots:
         for number in range(len(self._pictures.pop(slot, ()))):
             self._rows.pop((slot, number), None)
 
-    def shown_by(self, items: Sequence[PlanItem]) -> bool:
+    def shown_by(self, items: Items) -> bool:
         """Whether a token of these items stands for a part of a picture."""
         return bool(self._pictures) and any(
             picture.start < item.start + item.num_tokens and item.start < picture.start + picture.count
@@ -53,7 +51,7 @@ class PictureSlots:
             for picture in self._pictures.get(item.slot, ())
         )
 
-    def fill(self, inputs: ForwardInputs, items: Sequence[PlanItem]) -> None:
+    def fill(self, inputs: ForwardInputs, items: Items) -> None:
         """Set what replaces embeddings in this step; `items` in the order of the step's rows."""
         if not self._pictures:
             return

@@ -3,13 +3,21 @@
 A rank keeps, per slot, the token table row, the block table row and the sampling parameters. So a plan sends a new
 sequence whole, once, and afterwards only differences. A rank reads input tokens from its own token table, where it also
 writes the tokens it samples: that is what lets step N+1 be launched before the host has seen the tokens of step N.
+What every row of a step has is a column, so that a decode step costs a few vector operations however many rows it has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from lmdeploy.messages import Picture, SamplingParams, TokenLogprobs
+
+Ints = NDArray[np.int64]
 
 
 class NewSequence(msgspec.Struct, array_like=True):
@@ -37,20 +45,58 @@ class PlanItem(msgspec.Struct, array_like=True):
     sample: bool
 
 
-class StepPlan(msgspec.Struct, array_like=True):
+@dataclass(frozen=True, slots=True)
+class Items:
+    """The `PlanItem`s of a step as columns; new blocks, which few rows have, by slot."""
+
+    slots: Ints
+    starts: Ints
+    counts: Ints
+    sample: NDArray[np.bool_]
+    new_blocks: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, items: Sequence[PlanItem]) -> Items:
+        """The same as columns."""
+        columns = np.array([(i.slot, i.start, i.num_tokens, i.sample) for i in items], dtype=np.int64).reshape(-1, 4)
+        return cls(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3].astype(bool), {i.slot: i.new_blocks for i in items if i.new_blocks})
+
+    def joined(self, others: Sequence[Items]) -> Items:
+        """With those of others behind."""
+        parts = [self, *others]
+        slots, starts, counts, sample = (np.concatenate(c) for c in zip(*((p.slots, p.starts, p.counts, p.sample) for p in parts), strict=True))
+        return Items(slots, starts, counts, sample, {slot: blocks for part in parts for slot, blocks in part.new_blocks.items()})
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, row: int) -> PlanItem:
+        slot = self.slots.item(row)
+        return PlanItem(slot, self.starts.item(row), self.counts.item(row), self.new_blocks.get(slot, []), bool(self.sample[row]))
+
+    def __iter__(self) -> Iterator[PlanItem]:
+        return (self[row] for row in range(len(self)))
+
+    def take(self, rows: Ints) -> Items:
+        """Some rows, in the order of `rows`."""
+        slots = self.slots[rows]
+        blocks = {slot: self.new_blocks[slot] for slot in slots.tolist() if slot in self.new_blocks} if self.new_blocks else {}
+        return Items(slots, self.starts[rows], self.counts[rows], self.sample[rows], blocks)
+
+
+@dataclass(slots=True)
+class StepPlan:
     """One step. `released` slots are forgotten first, then `new` ones set up, then `items` computed together."""
 
     step: int
     released: list[int]
     new: list[NewSequence]
-    items: list[PlanItem]
+    items: Items
 
 
-class SlotResult(msgspec.Struct, array_like=True):
-    """What a step brought one slot. `token_id` is None for an item with `sample=False` or with `error`."""
+class SlotResult(msgspec.Struct):
+    """What a step brought one row beside its token. `error`: there is none, and the sequence ends."""
 
-    slot: int
-    token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt positions start+1 .. start+num_tokens of this chunk
     error: str | None = None
@@ -61,9 +107,55 @@ class SlotResult(msgspec.Struct, array_like=True):
     error_code: str = "step_failed"
 
 
-class StepResult(msgspec.Struct, array_like=True):
-    """Results in the order of the plan's items."""
+#: of a row that brought nothing but its token
+NOTHING_MORE = SlotResult()
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or has an error), and of few rows more."""
 
     step: int
-    slots: list[SlotResult]
-    seconds: float
+    tokens: Ints
+    more: dict[int, SlotResult] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepResult:
+        """Nothing known yet."""
+        return cls(plan.step, np.full(len(plan.items), -1, dtype=np.int64))
+
+    def rows(self) -> Rows:
+        """All rows, to be filled in."""
+        return Rows(self, np.arange(len(self.tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a result, in an order of their own."""
+
+    result: StepResult
+    places: Ints  # of each in the result
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> SlotResult:
+        """What one row brought beside its token, to be filled in."""
+        return self.result.more.setdefault(self.places.item(row), SlotResult())
+
+    def failed(self, row: int) -> bool:
+        """Whether a row whose token was noted has none."""
+        return self.result.tokens.item(self.places.item(row)) < 0
+
+    def take(self, rows: Ints) -> Rows:
+        """Rows of these."""
+        return Rows(self.result, self.places[rows])
+
+    def note_tokens(self, tokens: Sequence[int], error: str) -> None:
+        """The token of each row; `error` is that of a row with -1."""
+        self.result.tokens[self.places] = tokens
+        if min(tokens, default=0) < 0:
+            for row, token in enumerate(tokens):
+                if token < 0:
+                    self[row].error = error

@@ -28,7 +28,7 @@ from lmdeploy.engine import wire
 from lmdeploy.engine.client import Listener
 from lmdeploy.errors import EngineError, LmdeployError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, Order
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, Order, StepOutputs
 
 logger = get_logger(__name__)
 
@@ -221,7 +221,7 @@ class EngineProcess:
                 self._channel.send(message)
             except wire.WireError as e:
                 assert isinstance(message, wire.Submit), "only requests can be too large"
-                self._deliver([_failed(message.request.request_id, i, str(e), "invalid_value") for i in range(message.request.n)])
+                self._deliver(StepOutputs(others=[_failed(message.request.request_id, i, str(e), "invalid_value") for i in range(message.request.n)]))
             except (OSError, ValueError):
                 return  # the child is gone; the reader sees that too
 
@@ -280,11 +280,11 @@ class EngineProcess:
                 self._child.kill()
                 return
 
-    def _deliver(self, outputs: list[EngineOutput]) -> None:
+    def _deliver(self, outputs: StepOutputs) -> None:
         with self._delivering:
             if self._failure is not None:
                 return
-            for output in outputs:
+            for output in outputs.others:
                 if output.finish_reason is not None:
                     with self._lock:
                         answers = self._open.get(output.request_id)
@@ -314,7 +314,7 @@ class EngineProcess:
             for index in sorted(indices)
         ]
         if outputs and self._listener is not None:
-            self._listener(outputs)
+            self._listener(StepOutputs(others=outputs))
         for done in orders.values():
             done.set_exception(EngineError(error or "the engine was closed", code="engine_failed"))
         self._ended.set()

@@ -20,7 +20,7 @@ from lmdeploy.engine.batch import BatchBuilder, SlotTables
 from lmdeploy.engine.key_centers import KeySample, key_centers
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.model import Model
-from lmdeploy.engine.plan import NewSequence, PlanItem
+from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.engine.scores import rows_per_chunk
 from lmdeploy.engine.sizing import FORMATS
 from lmdeploy.errors import ConfigError, LmdeployError
@@ -71,7 +71,7 @@ class Probe:
         builder = BatchBuilder(tables, cache.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
         hidden, cos, sin = [], [], []
         for start in range(0, count, self.chunk):
-            inputs = builder.inputs(builder.build([PlanItem(0, start, min(self.chunk, count - start), [], True)], [True]).layout)
+            inputs = builder.inputs(builder.build(Items.of([PlanItem(0, start, min(self.chunk, count - start), [], True)]), [True]).layout)
             hidden.append(self.model.forward(inputs).clone())
             assert inputs.cos is not None and inputs.sin is not None
             cos.append(inputs.cos)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.batch import BatchBuilder, Ints, SlotTables, StepBatch, upload
+from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.graphs import MOST_PROMPTS, STAGES, Ran, StepGraphs
 from lmdeploy.engine.guided import GuidedSlots, StepMask
@@ -22,7 +22,7 @@ from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
-from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.plan import Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, size_pool
@@ -134,6 +134,7 @@ class ModelRunner:
         self.sampler = Sampler(self.sampling, self.tables.tokens)
         self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
         self._wants: list[SamplingParams | None] = [None] * self.max_batch_size  # of slots that want more than tokens
+        self._wanting = np.zeros(self.max_batch_size, dtype=bool)  # which these are
         self._broken: dict[int, str] = {}
 
     def drop_cache(self) -> None:
@@ -175,27 +176,38 @@ class ModelRunner:
         """Begin to compute a plan; the returned function waits for its results, which come in the order of the items. Call it once, before the one after next."""
         start = time.perf_counter()
         for slot in plan.released:
-            self._wants[slot] = None
+            self._wants[slot], self._wanting[slot] = None, False
             self.pictures.drop(slot)
             self._broken.pop(slot, None)
             if self.guided is not None:
                 self.guided.release(slot)
         for new in plan.new:
             self._set_up(new)
-        results = [SlotResult(item.slot, error=self._broken.get(item.slot)) for item in plan.items]
-        places = [i for i, result in enumerate(results) if result.error is None]
+        result = StepResult.of(plan)
+        items, rows = plan.items, result.rows()
+        if self._broken:
+            items, rows = self._sound(items, rows)
         finish: Finish | None = None
-        if places:
-            items = plan.items if len(places) == len(results) else [plan.items[i] for i in places]
-            self.tables.append_blocks((item.slot, item.new_blocks) for item in items)
-            finish = self._compute(items, [results[i] for i in places])
+        if len(items):
+            self.tables.append_blocks(items.new_blocks.items())
+            finish = self._compute(items, rows)
 
-        def result() -> StepResult:
+        def wait() -> StepResult:
             if finish is not None:
                 finish()
-            return StepResult(plan.step, results, time.perf_counter() - start)
+            result.seconds = time.perf_counter() - start
+            return result
 
-        return result
+        return wait
+
+    def _sound(self, items: Items, rows: Rows) -> tuple[Items, Rows]:
+        """Without the items whose slots could not be set up, which have an error instead."""
+        errors = [self._broken.get(slot) for slot in items.slots.tolist()]
+        for row, error in enumerate(errors):
+            if error is not None:
+                rows[row].error = error
+        sound = np.flatnonzero([error is None for error in errors])
+        return items.take(sound), rows.take(sound)
 
     def _set_up(self, new: NewSequence) -> None:
         slot, params, vocab = new.slot, new.sampling, self.model.spec.vocab_size
@@ -213,15 +225,14 @@ class ModelRunner:
         except ValueError as error:
             self._broken[slot] = str(error)
         more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state or params.embed
-        self._wants[slot] = params if more else None
+        self._wants[slot], self._wanting[slot] = params if more else None, bool(more)
 
-    def _compute(self, items: list[PlanItem], results: list[SlotResult]) -> Finish | None:
-        special = [self._wants[item.slot] for item in items]
-        wants_more = any(special)
-        all_rows = [self._wants_all(item, want) for item, want in zip(items, special, strict=True)] if wants_more else None
+    def _compute(self, items: Items, results: Rows) -> Finish | None:
+        wants_more = bool(self._wanting[items.slots].any())
+        all_rows = [self._wants_all(item, self._wants[item.slot]) for item in items] if wants_more else None
         batch = self.batches.build(items, all_rows)
-        layout, ordered = batch.layout, [results[i] for i in batch.order]
-        sampled = [ordered[i] for i in layout.chosen.tolist()]
+        layout, ordered = batch.layout, results.take(batch.order)
+        sampled = ordered.take(layout.chosen)
         slots, lengths = batch.slots, batch.lengths
         mask = self.guided.start(slots) if self.guided is not None else None  # filled while the model computes
         try:
@@ -232,7 +243,7 @@ class ModelRunner:
                 mask.join()
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
-        if not sampled:
+        if not len(sampled):
             return None
         if ran is not None:
             return self._take(ran, slots, lengths, sampled, mask)
@@ -245,7 +256,7 @@ class ModelRunner:
         self.pictures.fill(inputs, batch.items)
         return self.model.forward(inputs)
 
-    def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: list[SlotResult], mask: StepMask | None) -> Finish | None:
+    def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: Rows, mask: StepMask | None) -> Finish | None:
         """What a graph brought; its tokens hold where all rows are simply greedy."""
         table = self.sampling
         if mask is None and table.greedy[slots].all() and not table.edited[slots].any() and (table.logprobs[slots] < 0).all():
@@ -253,7 +264,7 @@ class ModelRunner:
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits.float(), slots, lengths, results, mask)
 
-    def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: list[SlotResult], mask: StepMask | None) -> Finish | None:
+    def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: StepMask | None) -> Finish | None:
         """Choose the next token of rows of logits [S, V], which are overwritten."""
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
         raw = torch.log_softmax(logits[upload(wanted, self.device)], dim=-1) if wanted.size else None
@@ -267,7 +278,7 @@ class ModelRunner:
         self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
         return None
 
-    def _fetch(self, tokens: Tensor, results: list[SlotResult], places: slice | Ints, mask: StepMask | None = None) -> Finish:
+    def _fetch(self, tokens: Tensor, results: Rows, places: slice | Ints, mask: StepMask | None = None) -> Finish:
         """Begin to copy the tokens at `places` to the host, and then to the grammars; the returned function waits for them and notes them in the results."""
         host = self.arrivals.begin(tokens, places)
         complete: Future[list[bool]] | None = None
@@ -276,23 +287,18 @@ class ModelRunner:
             complete = self.guided.follow(mask, host)
 
         def finish() -> None:
-            for result, token in zip(results, host(), strict=True):
-                if token < 0:
-                    result.error = NO_TOKEN
-                else:
-                    result.token_id = token
+            results.note_tokens(host(), NO_TOKEN)
             if mask is not None and complete is not None:
                 _note_ends(mask, complete.result(), results)
 
         return finish
 
-    def _add_logprobs(self, slots: Ints, wanted: list[int], raw: Tensor, tokens: Tensor, results: list[SlotResult]) -> None:
+    def _add_logprobs(self, slots: Ints, wanted: list[int], raw: Tensor, tokens: Tensor, results: Rows) -> None:
         counts = self.sampling.logprobs[slots[wanted]].tolist()
         chosen = tokens[torch.tensor(wanted, device=self.device)].clamp_min(0)
         for row, logprobs in zip(wanted, token_logprobs(raw, chosen, counts), strict=True):
-            result = results[row]
-            if result.error is None:
-                result.logprobs = logprobs
+            if not results.failed(row):
+                results[row].logprobs = logprobs
 
     # -- what some requests want beside tokens -----------------------------------------------------------------------
 
@@ -307,12 +313,12 @@ class ModelRunner:
         pooled = want.embed == "mean" or (want.embed == "last" and item.start + item.num_tokens == self.sampling.prompt_len[item.slot])
         return scores or pooled or "all" in (want.output_logits, want.output_last_hidden_state)
 
-    def _add_rows(self, batch: StepBatch, hidden: Tensor, results: list[SlotResult]) -> None:
-        for item, result, first, count in zip(batch.items, results, batch.first_row, batch.num_rows, strict=True):
+    def _add_rows(self, batch: StepBatch, hidden: Tensor, results: Rows) -> None:
+        for row in np.flatnonzero(self._wanting[batch.items.slots] & (batch.num_rows > 0)).tolist():
+            item, result, first = batch.items[row], results[row], batch.first_row.item(row)
             want = self._wants[item.slot]
-            if want is None or not count:
-                continue
-            rows = hidden[first : first + count]
+            assert want is not None
+            rows = hidden[first : first + batch.num_rows.item(row)]
             if want.embed:
                 result.embedding = _pooled(rows, want.embed)
             if want.prompt_logprobs is not None and (targets := self._prompt_targets(item)):
@@ -366,7 +372,8 @@ class ModelRunner:
     def _run_dummy(self, items: list[PlanItem], params: SamplingParams) -> None:
         for item in items:
             self.sampling.set(item.slot, params, 1)
-        self._compute(items, [SlotResult(item.slot) for item in items])
+        plan = StepPlan(0, [], [], Items.of(items))
+        self._compute(plan.items, StepResult.of(plan).rows())
         self._synchronize()
 
     def _synchronize(self) -> None:
@@ -374,13 +381,13 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
 
-def _note_ends(mask: StepMask, complete: list[bool], results: list[SlotResult]) -> None:
+def _note_ends(mask: StepMask, complete: list[bool], results: Rows) -> None:
     """Say which guided answers are complete, and why some have no token."""
     for place, (row, done) in enumerate(zip(mask.rows.tolist(), complete, strict=True)):
-        result = results[row]
-        result.complete = done
-        if result.error is not None:
-            result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
+        if done:
+            results[row].complete = True
+        if results.failed(row):
+            results[row].error, results[row].error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
 
 def _pooled(rows: Tensor, how: str) -> bytes:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import heapq
 import time
-from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from lmdeploy.engine.blocks import BlockPool
 from lmdeploy.engine.outputs import final_output, step_output
-from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.plan import NOTHING_MORE, Ints, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.prefix_cache import PrefixCache, RootKey
-from lmdeploy.engine.sequence import Sequence
-from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason
+from lmdeploy.engine.running import Running
+from lmdeploy.engine.sequence import BLOCKS, Sequence
+from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason, StepOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A plan whose result is not known, and whose items belong to whom (sequence, its epoch then)."""
+    """A plan whose result is not known, and the epochs of its slots then: one that has passed on since has another."""
 
     plan: StepPlan
-    owners: list[tuple[Sequence, int]]
+    epochs: Ints
 
 
 class Scheduler:
@@ -74,10 +75,9 @@ class Scheduler:
         self.cache = PrefixCache(self.pool, limits.block_size) if limits.enable_prefix_caching else None
         self._requests: dict[int, list[Sequence]] = {}  # unfinished answers of each request
         self._num_unfinished = 0
-        self._running: list[Sequence] = []  # have a slot; in order of arrival
+        self._running = Running(limits.max_batch_size, limits.block_size)
         self._waiting: list[tuple[int, Sequence]] = []  # a heap by arrival; may hold sequences that have ended
         self._sharers: list[Sequence] = []  # waiting, yet holding blocks of their leader's prompt
-        self._free_slots = list(range(limits.max_batch_size - 1, -1, -1))
         self._released: list[int] = []  # slots that the rank has not been told to forget
         self._flights: deque[_Flight] = deque()
         self._next_arrival = 0
@@ -152,57 +152,55 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before results are seen."""
-        plan = StepPlan(self._next_step, [], [], [])
-        flight = _Flight(plan, [])
-        budget = self._schedule_running(flight, self.limits.max_prefill_token_num)
-        self._schedule_waiting(flight, budget)
-        if not plan.items:
+        budget = self.limits.max_prefill_token_num
+        items = self._schedule_running(budget)
+        new = self._schedule_waiting(budget - int(items.counts.sum())) if self._waiting else []
+        if new:
+            items = items.joined([item for _, item in new])
+        if not len(items):
             return None
-        plan.released, self._released = self._released, []
+        return self._launch([sequence for sequence, _ in new], items)
+
+    def _launch(self, new: list[NewSequence], items: Items) -> StepPlan:
+        """The plan of these items; it counts as in flight."""
+        plan = StepPlan(self._next_step, self._released, new, items)
+        self._released = []
         self._next_step += 1
-        self._flights.append(flight)
+        self._flights.append(_Flight(plan, self._running.epochs(items)))
         return plan
 
-    def _schedule_running(self, flight: _Flight, budget: int) -> int:
-        """Items for running sequences, oldest first; returns what is left of the budget."""
+    def _schedule_running(self, budget: int) -> Items:
+        """Items for running sequences, oldest first."""
         running = self._running
-        block_size = self.limits.block_size
-        i = 0
-        while i < len(running) and budget > 0:  # pre-emption shortens the list from its end
-            seq = running[i]
-            todo = seq.num_tokens - seq.num_computed
-            if todo == 0 or (seq.num_pending and seq.num_tokens >= seq.max_tokens):
-                i += 1  # complete as soon as the results in flight are seen
-                continue
-            if todo > 1:
-                # the other running sequences keep their token a step, but the oldest is never left out
-                todo = min(todo, max(budget - self._decodes_after(i), 0 if i else 1))
-            missing = -(-(seq.num_computed + todo) // block_size) - len(seq.blocks)
-            if missing > 0 and not self._make_room(seq, missing):
-                break  # it was the last one, and had to go
-            if todo > 0:
-                new_blocks = self.pool.allocate(missing) if missing > 0 else []
-                seq.blocks += new_blocks
-                self._add_item(flight, seq, todo, new_blocks)
-                budget -= todo
-            i += 1
-        return budget
+        items, missing = running.shares(budget)
+        for i in np.flatnonzero(missing > 0).tolist():
+            if i >= len(running) or not self._make_room(running[i], missing.item(i)):
+                break  # it, or one before it, was the last one, and had to go
+            seq, new = running[i], self.pool.allocate(missing.item(i))
+            seq.blocks += new
+            seq.counts[BLOCKS] += len(new)
+            items.new_blocks[seq.slot] = new
+        items = items.take(np.flatnonzero(items.counts[: len(running)]))  # pre-emption shortens the list from its end
+        running.count_as_computed(items)
+        return items
 
-    def _decodes_after(self, i: int) -> int:
-        return sum(seq.num_tokens - seq.num_computed == 1 for seq in self._running[i + 1 :])
-
-    def _schedule_waiting(self, flight: _Flight, budget: int) -> None:
+    def _schedule_waiting(self, budget: int) -> list[tuple[NewSequence, Items]]:
         """Start waiting sequences in order of arrival while budget, slots and blocks last."""
-        while budget > 0 and self._free_slots and (seq := self._first_waiting()) is not None:
+        started = []
+        while budget > 0 and self._running.has_room and (seq := self._first_waiting()) is not None:
             if not self._take_blocks(seq):
-                return
+                break
             heapq.heappop(self._waiting)
-            seq.slot = self._free_slots.pop()
-            insort(self._running, seq, key=_arrival)
-            flight.plan.new.append(self._new_on_rank(seq))
-            todo = min(budget, seq.num_tokens - seq.num_computed)
-            self._add_item(flight, seq, todo, list(seq.blocks))
-            budget -= todo
+            self._running.enter(seq)
+            new, items = self._new_on_rank(seq), self._next_of(seq, budget)
+            started.append((new, items))
+            budget -= items.counts.item(0)
+        return started
+
+    def _next_of(self, seq: Sequence, budget: int) -> Items:
+        items = self._running.next_of(seq, min(budget, seq.num_tokens - seq.num_computed))
+        self._running.count_as_computed(items)
+        return items
 
     def _first_waiting(self) -> Sequence | None:
         while self._waiting and self._waiting[0][1].ended:
@@ -256,7 +254,6 @@ class Scheduler:
         """Back to the waiting ones, to be computed again; its full blocks stay in the prefix cache while nobody needs them."""
         self.counts.preemptions += 1
         self._leave(seq)
-        seq.num_done = seq.num_computed = seq.num_pending = 0
         self._wait(seq)
 
     def _unshare(self, seq: Sequence) -> None:
@@ -268,23 +265,11 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         """Give back slot and blocks; what is in flight for the sequence becomes void."""
-        self._running.remove(seq)
-        self._free_slots.append(seq.slot)
         self._released.append(seq.slot)
         self.pool.release(seq.blocks)
         seq.blocks = []
         seq.node, seq.num_published = None, 0
-        seq.slot = -1
-        seq.epoch += 1
-
-    def _add_item(self, flight: _Flight, seq: Sequence, num_tokens: int, new_blocks: list[int]) -> None:
-        end = seq.num_computed + num_tokens
-        sample = end == seq.num_tokens and seq.sampling.max_new_tokens > 0
-        flight.plan.items.append(PlanItem(seq.slot, seq.num_computed, num_tokens, new_blocks, sample))
-        flight.owners.append((seq, seq.epoch))
-        seq.num_computed = end
-        if sample:
-            seq.num_pending += 1
+        self._running.leave(seq)
 
     def _new_on_rank(self, seq: Sequence) -> NewSequence:
         assert seq.num_pending == 0
@@ -297,38 +282,38 @@ class Scheduler:
 
     # ------------------------------------------------------------------ results
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
+    def update(self, plan: StepPlan, result: StepResult) -> StepOutputs:
         """Take in the result of the oldest plan in flight."""
         flight = self._flights.popleft()
-        assert flight.plan is plan and result.step == plan.step and len(result.slots) == len(plan.items), "results must come in the order of the plans"
+        assert flight.plan is plan and result.step == plan.step and len(result.tokens) == len(plan.items), "results must come in the order of the plans"
         self.counts.steps += 1
-        outputs = []
-        for (seq, epoch), item, slot in zip(flight.owners, plan.items, result.slots, strict=True):
-            if seq.epoch != epoch:
-                continue  # ended or pre-empted since
-            assert slot.slot == item.slot, f"result of slot {slot.slot} for slot {item.slot}"
-            output = self._take_result(seq, item, slot)
+        items = plan.items
+        valid = self._running.epochs(items) == flight.epochs  # others have ended or were pre-empted since
+        outputs, rows = self._running.take_tokens(items, result, valid)
+        self.counts.generated_tokens += len(outputs)
+        for row in rows.tolist():
+            output = self._take_result(self._running.at(items.slots.item(row)), items[row], result.tokens.item(row), result.more.get(row, NOTHING_MORE))
             if output is not None:
-                outputs.append(output)
+                outputs.others.append(output)
         return outputs
 
-    def _take_result(self, seq: Sequence, item: PlanItem, slot: SlotResult) -> EngineOutput | None:
-        if slot.error is not None:
-            return self._fail(seq, slot.error, slot.error_code)
-        assert (slot.token_id is not None) == item.sample, f"slot {slot.slot}: token {slot.token_id} for sample={item.sample}"
+    def _take_result(self, seq: Sequence, item: PlanItem, token: int, more: SlotResult) -> EngineOutput | None:
+        if more.error is not None:
+            return self._fail(seq, more.error, more.error_code)
+        assert (token >= 0) == item.sample, f"slot {item.slot}: token {token} for sample={item.sample}"
         seq.num_done = item.start + item.num_tokens
         if seq.num_done // self.limits.block_size > seq.num_published and self.cache is not None:
             self._publish(seq, self.cache)
         if seq.siblings and seq.num_done // self.limits.block_size >= self._shared_blocks(seq):
             self._share(seq)
-        if slot.token_id is None:
+        if not item.sample:
             reason: FinishReason | None = "length" if seq.sampling.max_new_tokens == 0 and seq.num_done == seq.prompt_len else None
         else:
             seq.num_pending -= 1
-            seq.append(slot.token_id)
+            seq.append(token)
             self.counts.generated_tokens += 1
-            reason = "stop" if slot.complete else self._finish_reason(seq, slot.token_id)
-        output = step_output(seq, item, slot, reason)
+            reason = "stop" if more.complete else self._finish_reason(seq, token)
+        output = step_output(seq, item, token, more, reason)
         if reason is not None:
             self.counts.finished += 1
             self._end(seq)
@@ -341,10 +326,10 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, cache: PrefixCache) -> None:
         """Offer the full blocks that are now certain to the prefix cache."""
-        size, key = self.limits.block_size, self._root_key(seq)
+        size, key, ids = self.limits.block_size, self._root_key(seq), seq.cache_ids
         while seq.num_published < seq.num_done // size:
             i = seq.num_published
-            node = cache.publish(key, seq.node, tuple(seq.cache_ids[i * size : (i + 1) * size]), seq.blocks[i])
+            node = cache.publish(key, seq.node, tuple(ids[i * size : (i + 1) * size]), seq.blocks[i])
             # its prefix was someone else's copy and has been evicted: publish our own from the start
             seq.node, seq.num_published = node, (0 if node is None else i + 1)
 
@@ -397,28 +382,24 @@ class Scheduler:
 
     def rollback(self) -> list[Sequence]:
         """Forget all plans in flight, as their results will not come; returns the sequences in them that still run, oldest first."""
-        found: dict[int, Sequence] = {}
+        held: set[int] = set()
         released: list[int] = []
         for flight in self._flights:
             released += flight.plan.released
-            found.update({seq.arrival: seq for seq, epoch in flight.owners if seq.epoch == epoch})
+            items = flight.plan.items
+            held.update(items.slots[self._running.epochs(items) == flight.epochs].tolist())
         self._flights.clear()
         self._released = list(dict.fromkeys(released + self._released))  # the rank may not have seen them
-        for seq in found.values():
+        found = [seq for seq in self._running if seq.slot in held]
+        for seq in found:
             seq.num_computed, seq.num_pending = seq.num_done, 0
-        return [found[arrival] for arrival in sorted(found)]
+        return found
 
     def solo_plan(self, seq: Sequence) -> StepPlan:
         """The next step of one running sequence alone, telling the rank everything about it again."""
-        released = list(dict.fromkeys([*self._released, seq.slot]))
-        self._released = []
-        plan = StepPlan(self._next_step, released, [self._new_on_rank(seq)], [])
-        self._next_step += 1
-        flight = _Flight(plan, [])
-        todo = min(seq.num_tokens - seq.num_computed, self.limits.max_prefill_token_num)
-        self._add_item(flight, seq, todo, seq.blocks.copy())
-        self._flights.append(flight)
-        return plan
+        self._released = list(dict.fromkeys([*self._released, seq.slot]))
+        new = self._new_on_rank(seq)
+        return self._launch([new], self._next_of(seq, self.limits.max_prefill_token_num))
 
     def fail(self, seq: Sequence, message: str) -> list[EngineOutput]:
         """The step of the solo plan of `seq` failed too: the sequence ends with an error."""
@@ -455,9 +436,8 @@ class Scheduler:
         self.pool.check_integrity(block for seq in live for block in seq.blocks)
         if self.cache is not None:
             self.cache.check_integrity()
-        running = self._running
-        assert [s.arrival for s in running] == sorted(s.arrival for s in running)
-        assert sorted([s.slot for s in running] + self._free_slots) == list(range(self.limits.max_batch_size)), "slots are lost or doubled"
+        self._running.check_integrity()
+        running = list(self._running)
         waiting = [seq for _, seq in self._waiting if not seq.ended]
         held = [sibling for seq in live for sibling in seq.siblings]
         assert sorted(s.arrival for s in running + waiting + held) == sorted(s.arrival for s in live), "a sequence is nowhere or twice"
@@ -473,7 +453,3 @@ class Scheduler:
         assert self._flights or (seq.num_computed == seq.num_done and seq.num_pending == 0)
         for block in seq.blocks[seq.num_done // size :]:  # will be written
             assert self.pool.references(block) == 1 and not self.pool.is_cached(block), f"block {block} of {seq.arrival} is not private"
-
-
-def _arrival(seq: Sequence) -> int:
-    return seq.arrival

@@ -12,17 +12,25 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from lmdeploy.engine.plan import Ints
 from lmdeploy.engine.prefix_cache import Node
 from lmdeploy.messages import EngineRequest, Picture, SamplingParams, TokenLogprobs
 
+#: columns of a sequence's counts
+KNOWN, PENDING, COMPUTED, DONE, BLOCKS, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(10)
+
 
 class Sequence:
-    """State of one of the `n` answers of a request."""
+    """State of one of the `n` answers of a request.
+
+    Its counts are a row of int64: its own while it waits, one of the scheduler's table while it has a slot, so that a step over all running
+    sequences is a few operations on the table's columns.
+    """
 
     __slots__ = (
         *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
-        *("num_done", "num_computed", "num_pending", "blocks", "slot", "epoch", "retry_version", "siblings"),
-        *("cache_ids", "node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
+        *("counts", "blocks", "slot", "retry_version", "siblings"),
+        *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
         *("created", "queue_seconds", "compiled"),
     )
 
@@ -33,15 +41,11 @@ class Sequence:
         self.sampling = sampling  # the request's, seed offset by index
         self.max_tokens = max_tokens  # prompt + answer end here at the latest
         self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
-        self.token_ids = list(request.token_ids)  # prompt and known generated tokens
-        self.prompt_len = len(request.token_ids)
-        self.cache_ids = with_digests(self.token_ids, request.pictures) if request.pictures else self.token_ids  # what the prefix cache compares
-        self.num_done = 0
-        self.num_computed = 0
-        self.num_pending = 0
+        self.token_ids = list(request.token_ids)  # prompt and known generated tokens; `append` adds one
+        self.prompt_len = length = len(request.token_ids)
+        self.counts: Ints = np.array([length, 0, 0, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
         self.blocks: list[int] = []  # block table; each entry holds one reference
         self.slot = -1  # place on the rank; -1 while waiting
-        self.epoch = 0  # grows when the sequence leaves its slot: results of older plans are then void
         self.node: Node | None = None  # the last published block in the prefix cache
         self.num_published = 0  # leading blocks that were found in or offered to the prefix cache
         self.num_cached = -1  # prompt tokens found in the prefix cache at the first start; -1 = not started
@@ -57,16 +61,60 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.embedding: NDArray[np.float64] | None = None  # [M], pooled so far
 
+    def take_slot(self, slot: int, row: Ints) -> None:
+        """Move the counts to the row of a slot."""
+        row[:] = self.counts
+        row[BLOCKS] = len(self.blocks)
+        self.slot, self.counts = slot, row
+
+    def leave_slot(self) -> None:
+        """Without slot and blocks nothing is computed."""
+        self.slot, self.counts = -1, self.counts.copy()
+        self.counts[[PENDING, COMPUTED, DONE, BLOCKS]] = 0
+
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
-        if self.cache_ids is not self.token_ids:
-            self.cache_ids.append(token_id)
+        self.counts[KNOWN] += 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens that exist, on the rank at least."""
-        return len(self.token_ids) + self.num_pending
+        return self.counts.item(KNOWN) + self.counts.item(PENDING)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that plans in flight will sample."""
+        return self.counts.item(PENDING)
+
+    @num_pending.setter
+    def num_pending(self, count: int) -> None:
+        self.counts[PENDING] = count
+
+    @property
+    def num_computed(self) -> int:
+        """Positions whose keys and values are there once all plans in flight are computed."""
+        return self.counts.item(COMPUTED)
+
+    @num_computed.setter
+    def num_computed(self, count: int) -> None:
+        self.counts[COMPUTED] = count
+
+    @property
+    def num_done(self) -> int:
+        """Positions whose keys and values are certainly there."""
+        return self.counts.item(DONE)
+
+    @num_done.setter
+    def num_done(self, count: int) -> None:
+        self.counts[DONE] = count
+
+    @property
+    def cache_ids(self) -> list[int]:
+        """What the prefix cache compares: the tokens, those of pictures replaced by numbers that no other picture's have."""
+        if not self.request.pictures:
+            return self.token_ids
+        return with_digests(self.token_ids, self.request.pictures)
 
     @property
     def num_generated(self) -> int:

@@ -20,7 +20,7 @@ from lmdeploy.engine.client import Listener
 from lmdeploy.engine.process import EngineProcess, Launched, launch
 from lmdeploy.errors import EngineError, LmdeployError
 from lmdeploy.log import get_logger
-from lmdeploy.messages import SLEEPING, EngineOutput, EngineRequest, EngineStats, FinishReason, Order
+from lmdeploy.messages import SLEEPING, EngineOutput, EngineRequest, EngineStats, FinishReason, Order, StepOutputs
 
 logger = get_logger(__name__)
 
@@ -139,7 +139,7 @@ class SupervisedEngine:
         if request is None:
             self._engine.abort(request_id, index)
         else:
-            self._tell(_ends(request, None))
+            self._tell(StepOutputs(others=_ends(request, None)))
 
     def obey(self, order: Order) -> Future[None]:
         """Hand over an order; see `EngineClient`. What was carried out is so in the next process too."""
@@ -193,11 +193,11 @@ class SupervisedEngine:
         with self._lock:
             self._standing = self._standing.after(order)
 
-    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+    def _on_outputs(self, outputs: StepOutputs) -> None:
         """Listener of every process: ends that a failure made of requests that may be replayed are kept back."""
-        if self._fresh:
+        if self._fresh and outputs.others:  # a first output is always told whole
             with self._lock:
-                outputs = [output for output in outputs if not self._keeps(output)]
+                outputs.others = [output for output in outputs.others if not self._keeps(output)]
         self._tell(outputs)
 
     def _keeps(self, output: EngineOutput) -> bool:
@@ -215,7 +215,7 @@ class SupervisedEngine:
         self._held.discard(request_id)
         self._replayed.discard(request_id)
 
-    def _tell(self, outputs: list[EngineOutput]) -> None:
+    def _tell(self, outputs: StepOutputs) -> None:
         if outputs and self._listener is not None:
             self._listener(outputs)
 
@@ -311,7 +311,7 @@ class SupervisedEngine:
             requests = [self._fresh[request_id] for request_id in sorted(self._held)]
             for request in requests:
                 self._forget(request.request_id)
-        self._tell([output for request in requests for output in _ends(request, error)])
+        self._tell(StepOutputs(others=[output for request in requests for output in _ends(request, error)]))
 
 
 def _ends(request: EngineRequest, error: str | None) -> list[EngineOutput]:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from lmdeploy.errors import EngineError
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order
+from lmdeploy.messages import EngineInfo, EngineRequest, EngineStats, Order, StepOutputs
 
 MAX_FRAME = 256 << 20
 _LENGTH = struct.Struct("!I")
@@ -83,7 +83,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 class Outputs(msgspec.Struct, tag=True, frozen=True):
     """What one step brought."""
 
-    outputs: list[EngineOutput]
+    outputs: StepOutputs
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True):

@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
-from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.plan import NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.messages import EngineInfo, MemoryBill, TokenLogprobs
 
 MASK = (1 << 61) - 1
@@ -114,7 +114,7 @@ class FakeRank:
     def submit(self, plan: StepPlan) -> None:
         """Remember the plan; it is computed when its result is asked for."""
         check(len(self._queue) < 2, "an executor need not take three plans at once")
-        check(plan.step >= self._next_step and bool(plan.items), f"step {plan.step} after {self._next_step}, or without items")
+        check(plan.step >= self._next_step and len(plan.items) > 0, f"step {plan.step} after {self._next_step}, or without items")
         self._next_step = plan.step + 1
         self.plans.append(plan)
         self._queue.append(plan)
@@ -142,7 +142,11 @@ class FakeRank:
             self.slots[item.slot].blocks += item.new_blocks
         self._fail_if_broken(before=False)
         check(len({item.slot for item in plan.items}) == len(plan.items), "a slot twice in one step")
-        return StepResult(plan.step, [self._compute(item) for item in plan.items], 0.0)
+        result = StepResult.of(plan)
+        rows = result.rows()
+        for row, item in enumerate(plan.items):
+            self._compute(item, rows, row)
+        return result
 
     def _fail_if_broken(self, *, before: bool) -> None:
         if self.broken and before != self.half_applied:
@@ -153,11 +157,12 @@ class FakeRank:
         """Note that it happened."""
         self.closed = True
 
-    def _compute(self, item: PlanItem) -> SlotResult:
+    def _compute(self, item: PlanItem, rows: Rows, row: int) -> None:
         slot = self.slots[item.slot]
         end = item.start + item.num_tokens
         if slot.failed:  # launched before the error was seen: nobody will look at the result
-            return SlotResult(item.slot, error="failed before")
+            rows[row].error = "failed before"
+            return
         check(item.num_tokens > 0 and end <= len(slot.token_ids), f"{item}: only {len(slot.token_ids)} tokens are known")
         check(len(slot.blocks) * self._block_size >= end and len(set(slot.blocks)) == len(slot.blocks), f"{item}: blocks {slot.blocks}")
         check(not item.sample or end == len(slot.token_ids), f"{item}: a token is drawn from the middle")
@@ -169,7 +174,7 @@ class FakeRank:
             if slot.token_ids[position] == self.poison:
                 raise PoisonError(f"token {self.poison}")
             self._write(item.slot, slot, position)
-        return self._answer(item, slot, end)
+        self._answer(item, slot, rows, row)
 
     def _fill_keys(self, slot: Slot, end: int) -> None:
         while len(slot.keys) < end:
@@ -185,24 +190,23 @@ class FakeRank:
                 check(same, f"slot {number} overwrites keys of slot {other_number}")
         self._store[block][offset] = slot.keys[position]
 
-    def _answer(self, item: PlanItem, slot: Slot, end: int) -> SlotResult:
-        sampling, prompt_len = slot.new.sampling, slot.new.prompt_len
-        result = SlotResult(item.slot)
+    def _answer(self, item: PlanItem, slot: Slot, results: Rows, row: int) -> None:
+        sampling, prompt_len, end = slot.new.sampling, slot.new.prompt_len, item.start + item.num_tokens
         if sampling.prompt_logprobs is not None:
-            rows = range(item.start, min(end, prompt_len - 1))
-            result.prompt_logprobs = [TokenLogprobs(slot.token_ids[p + 1], -float(slot.keys[p] % 100), []) for p in rows]
+            places = range(item.start, min(end, prompt_len - 1))
+            results[row].prompt_logprobs = [TokenLogprobs(slot.token_ids[p + 1], -float(slot.keys[p] % 100), []) for p in places]
         if sampling.output_logits == "all":
-            result.logits = slot.keys[item.start : end]
+            results[row].logits = slot.keys[item.start : end]
         if not item.sample:
-            return result
+            return
         token = draw(slot.keys[end - 1], sampling.seed, end - prompt_len, self._vocab_size)
         if token == self.bad_draw:
             slot.failed = True
-            return SlotResult(item.slot, error=f"token {token} cannot be drawn")
+            results[row].error = f"token {token} cannot be drawn"
+            return
         slot.token_ids.append(token)
-        result.token_id = token
+        results.result.tokens[row] = token
         if sampling.logprobs is not None:
-            result.logprobs = TokenLogprobs(token, -1.0, [])
+            results[row].logprobs = TokenLogprobs(token, -1.0, [])
         if sampling.output_logits == "generation":
-            result.logits = slot.keys[end - 1 : end]
-        return result
+            results[row].logits = slot.keys[end - 1 : end]

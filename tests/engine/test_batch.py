@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine.batch import BatchBuilder, SlotTables
-from lmdeploy.engine.plan import NewSequence, PlanItem
+from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.inputs import Scratch
 from lmdeploy.messages import SamplingParams
 
@@ -42,9 +42,9 @@ def test_a_batch_equals_its_definition_token_by_token(raw: list[tuple[int, int, 
     everything = [all_rows for *_, all_rows in raw]
     tables = tables_with(items)
     builder = BatchBuilder(tables, [], Scratch(64, torch.float32, CPU), uses_rope_lengths=True)
-    batch = builder.build(items, everything)
+    batch = builder.build(Items.of(items), everything)
     ordered = sorted(range(len(items)), key=lambda i: items[i].num_tokens > 1)
-    assert batch.order == ordered and batch.items == [items[i] for i in ordered]
+    assert batch.order.tolist() == ordered and list(batch.items) == [items[i] for i in ordered]
     inputs = builder.inputs(batch.layout)
     meta = inputs.attention
     row, rows, sampled = 0, [], []
@@ -77,7 +77,7 @@ def test_a_batch_equals_its_definition_token_by_token(raw: list[tuple[int, int, 
 def test_types_are_those_of_the_contract() -> None:
     items = [PlanItem(0, 0, 5, [], True), PlanItem(1, 3, 1, [], True)]
     builder = BatchBuilder(tables_with(items), [], Scratch(64, torch.float32, CPU), uses_rope_lengths=False)
-    inputs = builder.inputs(builder.build(items, None).layout)
+    inputs = builder.inputs(builder.build(Items.of(items), None).layout)
     meta = inputs.attention
     assert {inputs.token_ids.dtype, inputs.positions.dtype, inputs.logit_rows.dtype, meta.slot_mapping.dtype} == {torch.int64}
     assert {meta.query_start.dtype, meta.kv_lens.dtype, meta.block_table.dtype} == {torch.int32}

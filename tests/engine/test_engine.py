@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmdeploy.engine.engine import Engine, _Rate
-from lmdeploy.engine.plan import SlotResult, StepPlan, StepResult
+from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
 from tests.engine.fake_rank import FakeRank, expected_tokens
@@ -176,7 +177,7 @@ def test_running_ahead_launches_the_next_step_before_the_result_is_fetched() -> 
     rank = FakeRank()
     engine = build(rank, run_ahead=1)
     engine.add(request(0, [1, 2, 3]))
-    assert engine.step() == [] and len(rank.plans) == 1
+    assert not engine.step() and len(rank.plans) == 1
     assert tokens(engine.step()) == expected_tokens([1, 2, 3], 1) and len(rank.plans) == 2
 
 
@@ -233,7 +234,7 @@ class InstantRank(FakeRank):
 
     def result(self) -> StepResult:
         plan = self.plans.pop()
-        return StepResult(plan.step, [SlotResult(item.slot, 5 if item.sample else None) for item in plan.items], 0.0)
+        return StepResult(plan.step, np.where(plan.items.sample, 5, -1))
 
     def submit(self, plan: StepPlan) -> None:
         self.plans.append(plan)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmdeploy.engine.batch import BatchBuilder, Places, SlotTables
 from lmdeploy.engine.graphs import MOST_PROMPTS, Shape, in_shape, lay_out
-from lmdeploy.engine.plan import NewSequence, PlanItem
+from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.inputs import Scratch
 from lmdeploy.messages import SamplingParams
 
@@ -37,7 +37,7 @@ steps = st.lists(
 @given(steps, st.integers(0, 3), st.integers(0, 9))
 def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int, int, int, bool]], more_decodes: int, more_tokens: int) -> None:
     build = builder()
-    batch = build.build([PlanItem(slot, start, count, [], sample) for slot, start, count, sample in raw], None)
+    batch = build.build(Items.of([PlanItem(slot, start, count, [], sample) for slot, start, count, sample in raw]), None)
     layout = batch.layout
     prompt_tokens = len(layout.positions) - layout.num_decode
     shape = Shape(layout.num_decode + more_decodes, prompt_tokens + more_tokens if prompt_tokens else 0, 40)

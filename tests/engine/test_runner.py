@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from lmdeploy.config import TurbomindEngineConfig
-from lmdeploy.engine.plan import NewSequence, PlanItem, SlotResult, StepPlan
+from lmdeploy.engine.plan import NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.messages import SamplingParams
@@ -43,6 +44,13 @@ def truth(folder: Path) -> Harness:
     return Harness(load_model(folder))
 
 
+class Got(SlotResult):
+    """A row of a result with its slot and token."""
+
+    slot: int = -1
+    token_id: int | None = None
+
+
 class Driver:
     """A minimal scheduler: one block list a slot, items as asked for."""
 
@@ -55,12 +63,13 @@ class Driver:
         self.held[slot] = self.held.get(slot, 0) + max(0, need)
         return PlanItem(slot, start, count, [self.free.pop() for _ in range(need)], sample)
 
-    def run(self, items: list[PlanItem], new: list[NewSequence] | None = None, released: list[int] | None = None) -> list[SlotResult]:
+    def run(self, items: list[PlanItem], new: list[NewSequence] | None = None, released: list[int] | None = None) -> list[Got]:
         """One step."""
         self.step += 1
-        result = self.runner.run(StepPlan(self.step, released or [], new or [], items))
-        assert result.step == self.step and result.seconds > 0 and [s.slot for s in result.slots] == [i.slot for i in items]
-        return result.slots
+        result = self.runner.run(StepPlan(self.step, released or [], new or [], Items.of(items)))
+        assert result.step == self.step and result.seconds > 0 and len(result.tokens) == len(items)
+        more = [msgspec.structs.asdict(result.more.get(row, NOTHING_MORE)) for row in range(len(items))]
+        return [Got(**m, slot=i.slot, token_id=None if t < 0 else t) for m, i, t in zip(more, items, result.tokens.tolist(), strict=True)]
 
     def start(self, slot: int, ids: list[int], **params: Any) -> NewSequence:
         """A new sequence without blocks."""

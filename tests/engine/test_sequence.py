@@ -15,14 +15,14 @@ def build(**sampling: object) -> Sequence:
 
 def test_tokens_in_flight_count_as_tokens_but_not_as_generated() -> None:
     seq = build()
-    seq.token_ids.append(7)
+    seq.append(7)
     seq.num_pending = 1
     assert (seq.num_tokens, seq.num_generated, seq.prompt_len) == (6, 1, 4)
 
 
 def test_the_request_keeps_its_own_prompt() -> None:
     seq = build()
-    seq.token_ids.append(7)
+    seq.append(7)
     assert seq.request.token_ids == [1, 2, 3, 4]
 
 
@@ -47,6 +47,7 @@ def test_positions_whose_rows_are_owed_are_computed(wish: dict[str, object]) -> 
 def test_prompt_logprobs_owe_nothing_after_the_prompt_but_all_logits_do() -> None:
     seq, every = build(prompt_logprobs=0), build(output_logits="all")
     for s in (seq, every):
-        s.token_ids += [7, 8]
+        s.append(7)
+        s.append(8)
         s.rows_done = 3
     assert (seq.max_reusable, every.max_reusable) == (5, 3)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine import wire
-from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, MemoryBill, SamplingParams, TokenLogprobs
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, MemoryBill, SamplingParams, StepOutputs, TokenLogprobs
 
 BILL = MemoryBill(
     device="cpu", weights=1, kv_pool=2, workspace=3, other=4, total=10, free=5, num_blocks=6, block_size=64, bytes_per_token=7, session_len=8, note="n"
@@ -51,7 +51,14 @@ def test_what_the_parent_sends_arrives_unchanged(message: wire.ToChild, pair: tu
 
 
 @pytest.mark.parametrize(
-    "message", [wire.Ready(INFO), wire.Failed("ConfigError", "no"), wire.Outputs([OUTPUT, OUTPUT]), wire.Stats(4, EngineStats(running=2))], ids=repr
+    "message",
+    [
+        wire.Ready(INFO),
+        wire.Failed("ConfigError", "no"),
+        wire.Outputs(StepOutputs([3], [1], [5], [2], [OUTPUT, OUTPUT])),
+        wire.Stats(4, EngineStats(running=2)),
+    ],
+    ids=repr,
 )
 def test_what_the_child_sends_arrives_unchanged(message: wire.ToParent, pair: tuple) -> None:
     parent, child, _ = pair
