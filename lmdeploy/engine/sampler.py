@@ -4,11 +4,13 @@ Order: grammar, logit bias, repetition, presence and frequency penalties, banned
 Only rows that need a feature pay for it; an all-greedy batch is one max. Invariant: the token of a row depends only on that
 row's logits, parameters, seed and number of generated tokens, never on its batch mates: candidates have one canonical order
 (logit descending, then id ascending), and the draw is one counter-based uniform through the inverse CDF in that order.
+On CUDA all from the temperature on is one kernel (`kernels/triton_kernels/sampling.py`), and nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from lmdeploy.engine.guided import StepMask, forbid
 from lmdeploy.inputs import Scratch
+from lmdeploy.kernels.select import token_kernel
 from lmdeploy.messages import SamplingParams
 
 Tensor = torch.Tensor
@@ -52,12 +55,17 @@ class SamplingTable:
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
-        self.host = np.zeros((num_slots, 7), dtype=np.float32)
-        self._mirror = torch.from_numpy(self.host)
-        self.values = self._mirror if device.type == "cpu" else self._mirror.to(device)
+        self.num_slots = num_slots
+        # one row more: rows that fill up a CUDA graph belong to a slot of their own, which is greedy
+        self._bytes = torch.zeros((num_slots + 1) * (8 + 8 + 7 * 4), dtype=torch.uint8)
+        self._device_bytes = self._bytes if device.type == "cpu" else self._bytes.to(device)
         self._stale = False
-        self.seeds = np.zeros(num_slots, dtype=np.uint64)
-        self.prompt_len = np.zeros(num_slots, dtype=np.int64)
+        #: float32 [slots, 7], int64 [slots], int64 [slots]: parameters, seeds and lengths of the prompts on the device; `refresh` brings them up to date
+        self.columns = _columns(self._device_bytes, num_slots + 1)
+        values, seeds, prompt_len = (column.numpy() for column in _columns(self._bytes, num_slots + 1))
+        self.host: NDArray[np.float32] = values
+        self.seeds: NDArray[np.uint64] = seeds.view(np.uint64)
+        self.prompt_len: Ints = prompt_len
         self.min_new = np.zeros(num_slots, dtype=np.int64)
         self.greedy = np.ones(num_slots, dtype=bool)
         self.edited = np.zeros(num_slots, dtype=bool)  # anything between the raw logits and the temperature
@@ -105,8 +113,8 @@ class SamplingTable:
             prefixes = np.full((len(words), max(map(len, words)) - 1), -1, dtype=np.int32)
             for row, word in zip(prefixes, words, strict=True):
                 row[len(row) - len(word) + 1 :] = word[:-1]
-            last = torch.tensor([w[-1] for w in words], device=self.device)
-            self.phrases[slot] = _Phrases(torch.from_numpy(prefixes).to(self.device), last)
+            last = np.array([w[-1] for w in words], dtype=np.int64)
+            self.phrases[slot] = _Phrases(_send(prefixes, self.device), _send(last, self.device))
 
     def _check_ids(self, params: SamplingParams) -> None:
         for name, ids in (("logit_bias", list(params.logit_bias)), ("bad_words", [t for word in params.bad_words for t in word])):
@@ -114,12 +122,16 @@ class SamplingTable:
             if wrong:
                 raise ValueError(f"{name} has token id {wrong[0]}; this model's ids are 0 to {self.vocab_size - 1}")
 
+    def refresh(self) -> None:
+        """Begin to bring `columns` up to date; what is launched afterwards sees them. A CUDA graph that chooses tokens wants it before each replay."""
+        if self._stale and self._device_bytes is not self._bytes:
+            self._device_bytes.copy_(self._bytes.pin_memory(), non_blocking=True)
+        self._stale = False
+
     def on_device(self) -> Tensor:
         """float32 [slots, 7], up to date."""
-        if self._stale and self.values is not self._mirror:
-            self.values.copy_(self._mirror)
-        self._stale = False
-        return self.values
+        self.refresh()
+        return self.columns[0]
 
 
 class Sampler:
@@ -128,10 +140,13 @@ class Sampler:
     def __init__(self, table: SamplingTable, tokens: Tensor) -> None:
         self.table, self.tokens = table, tokens  # int32 [slots, session_len + 1]
         self.scratch = Scratch(1, torch.float32, tokens.device)
+        self.kernel = token_kernel(tokens.device.type)
+        if self.kernel is not None:  # now and for all: graphs keep its address
+            self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width, torch.int64)
 
     def reserve(self, max_rows: int) -> None:
         """Take the work buffers for batches of `max_rows` now, so that no later step does."""
-        for name in ("probs", "work"):
+        for name in ("probs", "work") if self.kernel is None else ("work",):
             self.scratch.take(name, max_rows, self.table.vocab_size)
 
     def sample(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None = None) -> Tensor:
@@ -141,13 +156,15 @@ class Sampler:
         `mask`: what the grammars of guided rows allow, joined.
         """
         table = self.table
-        if mask is not None:
+        if mask is not None and self.kernel is None:
             forbid(logits, mask)
         if table.edited[slots].any():
             young = lengths - table.prompt_len[slots] < table.min_new[slots]
             if mask is not None:
                 young[mask.rows[mask.only_stops]] = False  # the answer is complete: it can only end
             self._edit(logits, slots, lengths, young)
+        if self.kernel is not None:
+            return self._launch(logits, slots, lengths, mask)
         best, tokens = logits.max(dim=-1)
         greedy = table.greedy[slots]
         if not greedy.all():
@@ -156,6 +173,31 @@ class Sampler:
             numbers = uniforms(table.seeds[slots[rows]], counters)
             self._draw(logits, rows, slots[rows], numbers, tokens)
         return torch.where(best.isfinite(), tokens, -1)
+
+    # -- the kernel --------------------------------------------------------------------------------------------------
+
+    def choose(self, logits: Tensor, slots: Tensor, lengths: Tensor, tokens: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> None:
+        """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
+
+        Everything is on the device, parameters are read from `table.columns` when it runs, logits are left alone: this can be part of a CUDA graph.
+        slots, lengths int64 [S]; slots may include the one that no sequence has, which is greedy. `masks`: words int32 [G, W] as in StepMask and for each row
+        the place of its words, int32 [S], -1 for none. Only where there is a `kernel`.
+        """
+        assert self.kernel is not None
+        self.kernel.choose(logits, slots, lengths, self.table.columns, masks, self.tokens, tokens, self._candidates)
+
+    def _launch(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Tensor:
+        """What `sample` gives, for edited logits."""
+        self.table.refresh()
+        masks = None
+        if mask is not None:
+            places = np.full(slots.size, -1, dtype=np.int32)
+            places[mask.rows] = np.arange(mask.rows.size)
+            masks = (mask.words.to(logits.device, non_blocking=True), self._tensor(places))
+        both = self._tensor(np.stack([slots, lengths]))
+        tokens = torch.empty(slots.size, dtype=torch.int64, device=logits.device)
+        self.choose(logits, both[0], both[1], tokens, masks)
+        return tokens
 
     # -- editing the logits ------------------------------------------------------------------------------------------
 
@@ -182,7 +224,7 @@ class Sampler:
         found = [(row, bias) for row, slot in enumerate(slots.tolist()) if (bias := self.table.bias[slot]) is not None]
         if found:
             ids = np.concatenate([ids + row * logits.shape[1] for row, (ids, _) in found])
-            logits.view(-1).index_add_(0, self._tensor(ids), torch.from_numpy(np.concatenate([v for _, (_, v) in found])).to(logits.device))
+            logits.view(-1).index_add_(0, self._tensor(ids), self._tensor(np.concatenate([v for _, (_, v) in found])))
 
     def _penalise(self, logits: Tensor, rows: Ints, slots: Ints, lengths: Ints) -> None:
         """Repetition over prompt and answer; presence and frequency over the answer. Costs O(length), not O(V), but for the counts."""
@@ -272,8 +314,20 @@ class Sampler:
         cdf = torch.cumsum(probs, dim=-1, out=self.scratch.take("work", *x.shape))
         return _search(cdf, numbers)
 
-    def _tensor(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(self.tokens.device)
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return _send(array, self.tokens.device)
+
+
+def _send(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device. To CUDA through pinned memory, which torch keeps until it has arrived: a copy from other memory would wait for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _columns(buffer: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of a byte buffer [slots * 44], so that one copy brings all of them: float32 [slots, 7], int64 [slots], int64 [slots]."""
+    seeds, prompt_len, values = buffer[: slots * 8], buffer[slots * 8 : slots * 16], buffer[slots * 16 :]
+    return values.view(torch.float32).view(slots, 7), seeds.view(torch.int64), prompt_len.view(torch.int64)
 
 
 def _canonical(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from lmdeploy.log import get_logger
 from lmdeploy.spec import ModelSpec
 
 logger = get_logger(__name__)
+Tensor = torch.Tensor
 
 PADDED: Linear = padded(REFERENCE.linear)
 PADDED_W4 = dequantising(PADDED)
@@ -163,6 +164,24 @@ def select(
         functions |= {operator: triton.operators[operator] for operator, chosen in names.items() if chosen != "torch"}
         _log_fallbacks(rows, "triton")
     return Kernels(**functions, names=names)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKernel:
+    """The kernel that chooses tokens, and how many int64 numbers of work space it wants for a row; `triton_kernels/sampling.py` says what it does."""
+
+    choose: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor], None]
+    scratch_width: int
+
+
+def token_kernel(device_type: str) -> TokenKernel | None:
+    """The sampler's kernel; None where torch serves. No operator of a layer, and so the same for every backend."""
+    triton = _triton_for(Need("turbomind", device_type, torch.float32))
+    if triton.reasons_against is None or triton.reasons_against("choose_tokens", torch.float32, None):
+        return None
+    from lmdeploy.kernels.triton_kernels import sampling
+
+    return TokenKernel(sampling.choose_tokens, sampling.scratch_width())
 
 
 def report(backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, cache_dir: Path | None = None) -> Report:

@@ -1,0 +1,111 @@
+"""Fused sampling on a CUDA device: the CPU's tokens, in any batch, inside a CUDA graph, and without waiting for the device."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lmdeploy.engine.guided import StepMask
+from tests.kernels.sampled import MIXTURE, Rows, rows_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+VOCAB = 92544
+EDITS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.5}, {"logit_bias": {5: 4.0, 17: -100.0}}, {"bad_words": ((3,), (1, 9))}, {"frequency_penalty": 1.0, "presence_penalty": 0.5},
+    {"min_new_tokens": 18, "stop_token_ids": (4, 7)}, {},
+]  # fmt: skip
+
+
+def normal(rows: int, scale: float, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(rows)) * scale
+
+
+def tokens_on(device: str, rows: Rows, mask: StepMask | None = None) -> list[int]:
+    sampler = rows.sampler(device)
+    assert (sampler.kernel is not None) == (device == "cuda"), "on CUDA with Triton"
+    return sampler.sample(rows.logits.to(device, copy=True), rows.slots, rows.lengths, mask).tolist()
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("count", [1, 7, 64, 256])
+def test_tokens_are_those_of_the_cpu(count: int, scale: float) -> None:
+    rows = rows_of([MIXTURE[(i + count) % len(MIXTURE)] for i in range(count)], normal(count, scale))
+    found, wanted = tokens_on("cuda", rows), tokens_on("cpu", rows)
+    assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1 + count // 32, "other tokens at a border of the distribution only"
+    assert all(rows.permitted(found))
+
+
+def test_a_row_gives_the_same_token_alone_and_in_a_batch() -> None:
+    rows = rows_of(MIXTURE * 4, normal(64, 2.0))
+    together = tokens_on("cuda", rows)
+    assert [tokens_on("cuda", rows.part(slice(i, i + 1)))[0] for i in range(64)] == together
+    assert tokens_on("cuda", rows) == together
+
+
+@pytest.mark.parametrize("vocab", [5120, 257, 31])
+def test_ties_nan_and_rows_without_a_token(vocab: int) -> None:
+    logits = (normal(32, 2.0, vocab) * 4).round() / 4
+    logits[3, vocab - 1] = float("nan")
+    logits[5] = float("-inf")
+    logits[7] = 1.5
+    logits[9, 1:] = float("-inf")
+    rows = rows_of(MIXTURE * 2, logits)
+    found = tokens_on("cuda", rows)
+    assert all(rows.permitted(found)) and [i for i, token in enumerate(found) if token < 0] == [3, 5]
+    assert sum(a != b for a, b in zip(found, tokens_on("cpu", rows), strict=True)) <= 1
+
+
+def guided(count: int, vocab: int) -> StepMask:
+    """Masks for every other row."""
+    words = torch.randint(-(2**31), 2**31, (count // 2, -(-vocab // 32)), generator=torch.Generator().manual_seed(1)).int()
+    done: Future[None] = Future()
+    done.set_result(None)
+    places = np.arange(0, count, 2)
+    return StepMask(places, [0] * len(places), words.pin_memory(), done, np.zeros(len(places), dtype=bool))
+
+
+def test_edits_and_masks_wait_for_nothing_and_give_the_tokens_of_the_cpu() -> None:
+    rows = rows_of([{**MIXTURE[i % 7], **EDITS[i % 6]} for i in range(42)], normal(42, 3.0, 5120))
+    mask = guided(42, 5120)
+    tokens_on("cuda", rows, mask)  # kernels are compiled
+    sampler, logits = rows.sampler("cuda"), rows.logits.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = sampler.sample(logits, rows.slots, rows.lengths, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.tolist() == tokens_on("cpu", rows, mask)
+
+
+def test_a_graph_draws_anew_with_each_replay() -> None:
+    """Logits, lengths and parameters are read when the graph runs; the token table is written; rows that fill up are greedy."""
+    count, spare = 24, 3
+    params = [MIXTURE[i % 7] for i in range(count)]
+    rows = rows_of(params, normal(count, 2.0))
+    sampler = rows.sampler("cuda")
+    sampler.table.refresh()
+    logits = torch.zeros(count + spare, VOCAB, device="cuda")
+    slots = torch.tensor([*rows.slots, *[count] * spare], device="cuda")
+    lengths = torch.ones(count + spare, dtype=torch.int64, device="cuda")
+    tokens = torch.zeros(count + spare, dtype=torch.int64, device="cuda")
+    sampler.choose(logits, slots, lengths, tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler.choose(logits, slots, lengths, tokens)
+    for step in range(4):
+        now = rows_of(params[step:] + params[:step], normal(count, 1.0 + step), first_seed=step)
+        for slot, p in zip(now.slots.tolist(), now.params, strict=True):
+            sampler.table.set(slot, p, 2)
+        sampler.table.refresh()
+        logits[:count] = now.logits.cuda()
+        logits[count:] = logits[:spare]
+        lengths[:count] = torch.from_numpy(now.lengths).cuda()
+        graph.replay()
+        assert tokens[:count].tolist() == tokens_on("cuda", now)
+        assert tokens[count:].tolist() == now.logits[:spare].argmax(-1).tolist()
+        assert sampler.tokens[slots[:count], lengths[:count]].tolist() == tokens[:count].tolist()

@@ -1,0 +1,176 @@
+"""Triton's choice of tokens in its interpreter, against the sampler's torch operations and the definition in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmdeploy.kernels.select import TokenKernel
+from tests.kernels.sampled import MIXTURE, Rows, distribution, rows_of
+
+sampling = pytest.importorskip("lmdeploy.kernels.triton_kernels.sampling", reason="triton is not installed")
+KERNEL = TokenKernel(sampling.choose_tokens, sampling.scratch_width())
+
+
+def normal(rows: int, vocab: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def chosen(rows: Rows, masks: tuple[torch.Tensor, torch.Tensor] | None = None) -> list[int]:
+    """The kernel's tokens, which it also notes in the token table; logits stay."""
+    sampler, before = rows.sampler("cpu", KERNEL), rows.logits.clone()
+    tokens = torch.full((len(rows.params),), -7)
+    sampler.choose(rows.logits, torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths), tokens, masks)
+    assert torch.equal(rows.logits.view(torch.int32), before.view(torch.int32))
+    assert torch.equal(sampler.tokens[rows.slots, rows.lengths], tokens.clamp_min(0).int())
+    assert sampler.tokens.count_nonzero() == tokens.clamp_min(0).count_nonzero()
+    return tokens.tolist()
+
+
+def defined(rows: Rows) -> list[int]:
+    """The tokens of the sampler's torch operations."""
+    return rows.sampler("cpu").sample(rows.logits.clone(), rows.slots, rows.lengths).tolist()
+
+
+def agree(rows: Rows) -> int:
+    """All tokens are permitted; how many are not the sampler's, for they lie at a border."""
+    found, wanted = chosen(rows), defined(rows)
+    bad = [i for i, good in enumerate(rows.permitted(found)) if not good]
+    assert not bad, [(rows.params[i], found[i], wanted[i], rows.numbers[i]) for i in bad]
+    return sum(a != b for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize(("vocab", "rows"), [(92544, 16), (5120, 16), (257, 96), (100, 96), (32, 48), (3, 48)])
+def test_tokens_are_the_samplers(vocab: int, rows: int, scale: float) -> None:
+    params = [MIXTURE[i % len(MIXTURE)] for i in range(rows)]
+    differing = agree(rows_of(params, normal(rows, vocab, scale, vocab)))
+    assert differing <= (1 if rows == 16 else 0), "other tokens at a border only, and hardly ever"
+
+
+@pytest.mark.parametrize("step", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("vocab", [3000, 1000])
+def test_ties_go_by_the_smaller_id(vocab: int, step: float) -> None:
+    logits = (normal(16, vocab, 2.0) / step).round() * step
+    assert (logits == 0).any()
+    logits[::2] *= torch.where(logits[::2] == 0, -1.0, 1.0)  # -0 is 0
+    assert agree(rows_of(MIXTURE, logits)) == 0
+
+
+@pytest.mark.parametrize("vocab", [1500, 97])
+def test_rows_of_one_value_only(vocab: int) -> None:
+    """More ties than there is room for candidates."""
+    assert agree(rows_of(MIXTURE, torch.full((16, vocab), 3.0))) <= 1
+    few = torch.full((16, vocab), -50.0)
+    few[:, ::3] = 1.0
+    assert agree(rows_of(MIXTURE, few, 11)) <= 1
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 0.01, 2.0])
+def test_temperatures(temperature: float) -> None:
+    params = [{**p, "temperature": temperature} for p in MIXTURE if p.get("temperature")]
+    assert agree(rows_of(params, normal(len(params), 5120, 3.0))) == 0
+
+
+def test_a_temperature_beyond_those_of_requests_flattens() -> None:
+    """Logits over 100 are all but equal: borders lie close together, so that a last bit may decide."""
+    params: list[dict[str, Any]] = [{"temperature": 100.0, **p} for p in ({}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 3000}, {"top_p": 0.3, "min_p": 0.9})]
+    assert agree(rows_of(params * 3, normal(15, 5120, 3.0))) <= 2
+
+
+def test_what_cannot_be_chosen_from_gives_no_token_and_leaves_its_mates_alone() -> None:
+    for params in MIXTURE:
+        logits = normal(6, 300, 2.0)
+        logits[1, 299] = float("nan")
+        logits[2] = float("-inf")
+        logits[3, 7] = float("inf")
+        logits[4, 0] = -float("nan")
+        found = chosen(rows_of([params] * 6, logits))
+        assert [t < 0 for t in found] == [False, True, True, True, True, False]
+        assert found == defined(rows_of([params] * 6, logits))
+
+
+@pytest.mark.parametrize("allowed", [1, 3, 60, 900])
+def test_forbidden_tokens_never_come(allowed: int) -> None:
+    logits = normal(32, 3000, 2.0)
+    for row in logits:
+        row[torch.randperm(3000, generator=torch.Generator().manual_seed(allowed))[allowed:]] = float("-inf")
+    assert agree(rows_of(MIXTURE * 2, logits)) == 0
+
+
+@pytest.mark.parametrize("vocab", [3001, 64, 31])
+def test_masks_forbid_what_minus_infinity_forbids(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    words = torch.randint(-(2**31), 2**31, (12, -(-vocab // 32)), generator=generator).int()
+    words[0] = 0
+    places = torch.full((32,), -1, dtype=torch.int32)
+    places[torch.randperm(32, generator=generator)[:12]] = torch.arange(12, dtype=torch.int32)
+    rows = rows_of(MIXTURE * 2, normal(32, vocab, 2.0))
+    closed = rows.logits.clone()
+    bits = (words[:, :, None] >> torch.arange(32)) & 1
+    for row, place in enumerate(places.tolist()):
+        if place >= 0:
+            closed[row, bits[place].flatten()[:vocab] == 0] = float("-inf")
+    found = chosen(rows, (words, places))
+    assert found == chosen(Rows(rows.params, closed, rows.slots, rows.lengths))
+    assert found[places.tolist().index(0)] == -1
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**63 - 1), kind=st.sampled_from(MIXTURE), mates=st.lists(st.sampled_from(MIXTURE), max_size=3), coarse=st.booleans())
+def test_a_row_gives_the_same_token_alone_and_in_any_batch(seed: int, kind: dict[str, Any], mates: list[dict[str, Any]], coarse: bool) -> None:
+    logits = normal(1 + len(mates), 700, 2.0, seed % 1000)
+    if coarse:
+        logits = (logits * 4).round() / 4
+    row = {**kind, "seed": seed}
+    alone = rows_of([row], logits[:1])
+    batch = rows_of([*mates, row], logits.roll(-1, 0))
+    batch.lengths[-1] = alone.lengths[0]
+    assert chosen(batch)[-1] == chosen(alone)[0]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"top_k": 12, "top_p": 0.9}, {"top_p": 0.8}, {}, {"min_p": 0.1}, {"top_k": 30, "min_p": 0.05}],
+    ids=str,
+)
+def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
+    """Chi-square over many seeds; its 99.99 % point by Wilson and Hilferty."""
+    count, logits = 3000, normal(1, 40, 1.5, 3)
+    rows = rows_of([{"temperature": 1.0, **params}] * count, logits.expand(count, -1).contiguous())
+    ids, probs = distribution(logits[0], rows.params[0])
+    found = np.bincount(chosen(rows), minlength=40)
+    assert found.sum() == found[ids].sum()
+    expected, seen = probs * count, found[ids]
+    rare = expected < 5
+    if rare.any():
+        expected, seen = np.append(expected[~rare], expected[rare].sum()), np.append(seen[~rare], seen[rare].sum())
+    freedom = len(expected) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert ((seen - expected) ** 2 / expected).sum() < limit
+
+
+def test_sample_edits_masks_and_chooses_as_without_the_kernel() -> None:
+    """Penalties, bias, bad words and a minimal length come before the kernel."""
+    edits: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.5}, {"logit_bias": {5: 4.0, 17: -100.0}}, {"bad_words": ((3,), (1, 9))}, {"frequency_penalty": 1.0, "presence_penalty": 0.5},
+        {"min_new_tokens": 18, "stop_token_ids": (4, 7)},
+    ]  # fmt: skip
+    params = [{**MIXTURE[i % 7], **edits[i % 5]} for i in range(35)]
+    rows = rows_of(params, normal(35, 200, 3.0))
+    found = rows.sampler("cpu", KERNEL).sample(rows.logits.clone(), rows.slots, rows.lengths).tolist()
+    assert found == defined(rows)
+
+
+def test_the_slot_that_no_sequence_has_is_greedy() -> None:
+    rows = rows_of([{"temperature": 1.0}] * 3, normal(3, 500))
+    sampler = rows.sampler("cpu", KERNEL)
+    tokens = torch.zeros(3, dtype=torch.int64)
+    sampler.choose(rows.logits, torch.tensor([0, 3, 3]), torch.tensor([4, 1, 1]), tokens)
+    assert tokens[1:].tolist() == rows.logits[1:].argmax(-1).tolist()
