@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmdeploy.engine.batch import upload
 from lmdeploy.engine.guided import StepMask, forbid
 from lmdeploy.inputs import Scratch
 from lmdeploy.kernels.select import token_kernel
@@ -114,7 +115,7 @@ class SamplingTable:
             for row, word in zip(prefixes, words, strict=True):
                 row[len(row) - len(word) + 1 :] = word[:-1]
             last = np.array([w[-1] for w in words], dtype=np.int64)
-            self.phrases[slot] = _Phrases(_send(prefixes, self.device), _send(last, self.device))
+            self.phrases[slot] = _Phrases(upload(prefixes, self.device), upload(last, self.device))
 
     def _check_ids(self, params: SamplingParams) -> None:
         for name, ids in (("logit_bias", list(params.logit_bias)), ("bad_words", [t for word in params.bad_words for t in word])):
@@ -125,7 +126,7 @@ class SamplingTable:
     def refresh(self) -> None:
         """Begin to bring `columns` up to date; what is launched afterwards sees them. A CUDA graph that chooses tokens wants it before each replay."""
         if self._stale and self._device_bytes is not self._bytes:
-            self._device_bytes.copy_(self._bytes.pin_memory(), non_blocking=True)
+            self._device_bytes.copy_(self._bytes, non_blocking=True)  # has been read when the call returns, as in `upload`
         self._stale = False
 
     def on_device(self) -> Tensor:
@@ -152,13 +153,15 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None = None) -> Tensor:
         """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed).
 
-        logits float32 [S, V] are overwritten; `lengths` counts the known tokens of each row, so the draw's number is lengths - prompt_len.
+        logits [S, V] are overwritten where they are float32; `lengths` counts the known tokens of each row, so the draw's number is lengths - prompt_len.
         `mask`: what the grammars of guided rows allow, joined.
         """
-        table = self.table
+        table, edited = self.table, bool(self.table.edited[slots].any())
+        if edited or self.kernel is None:
+            logits = logits.float()
         if mask is not None and self.kernel is None:
             forbid(logits, mask)
-        if table.edited[slots].any():
+        if edited:
             young = lengths - table.prompt_len[slots] < table.min_new[slots]
             if mask is not None:
                 young[mask.rows[mask.only_stops]] = False  # the answer is complete: it can only end
@@ -179,9 +182,9 @@ class Sampler:
     def choose(self, logits: Tensor, slots: Tensor, lengths: Tensor, tokens: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> None:
         """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
 
-        Everything is on the device, parameters are read from `table.columns` when it runs, logits are left alone: this can be part of a CUDA graph.
-        slots, lengths int64 [S]; slots may include the one that no sequence has, which is greedy. `masks`: words int32 [G, W] as in StepMask and for each row
-        the place of its words, int32 [S], -1 for none. Only where there is a `kernel`.
+        Everything is on the device, parameters are read from `table.columns` when it runs, logits, of any floating type, are left alone: this can be part of a
+        CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words
+        int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. Only where there is a `kernel`.
         """
         assert self.kernel is not None
         self.kernel.choose(logits, slots, lengths, self.table.columns, masks, self.tokens, tokens, self._candidates)
@@ -315,13 +318,7 @@ class Sampler:
         return _search(cdf, numbers)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return _send(array, self.tokens.device)
-
-
-def _send(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device. To CUDA through pinned memory, which torch keeps until it has arrived: a copy from other memory would wait for the device."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+        return upload(array, self.tokens.device)
 
 
 def _columns(buffer: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:

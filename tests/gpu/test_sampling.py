@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmdeploy.engine.guided import StepMask
-from tests.kernels.sampled import MIXTURE, Rows, rows_of
+from tests.kernels.sampled import MIXTURE, Rows, assert_follow, distribution, rows_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -58,6 +58,15 @@ def test_ties_nan_and_rows_without_a_token(vocab: int) -> None:
     found = tokens_on("cuda", rows)
     assert all(rows.permitted(found)) and [i for i, token in enumerate(found) if token < 0] == [3, 5]
     assert sum(a != b for a, b in zip(found, tokens_on("cpu", rows), strict=True)) <= 1
+
+
+@pytest.mark.parametrize("params", [{"top_k": 12, "min_p": 0.02}, {"top_p": 0.9}, {"top_k": 400, "top_p": 0.99}, {}], ids=str)
+def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
+    logits, tokens = normal(1, 1.0, 500), []
+    for part in range(8):
+        rows = rows_of([{"temperature": 1.0, **params}] * 2500, logits.expand(2500, -1).contiguous(), first_seed=part)
+        tokens += tokens_on("cuda", rows)
+    assert_follow(tokens, *distribution(logits[0], rows.params[0]))
 
 
 def guided(count: int, vocab: int) -> StepMask:

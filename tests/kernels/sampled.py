@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,3 +103,16 @@ def _permitted(logits: Tensor, params: SamplingParams, number: float, token: int
         return number > 1 - EDGE and token >= 0
     end = float(np.cumsum(probs)[places[0]])
     return end - float(probs[places[0]]) - EDGE <= number <= end + EDGE
+
+
+def assert_follow(tokens: list[int], ids: NDArray[np.int64], probs: NDArray[np.float64]) -> None:
+    """Chi-square of tokens drawn from one distribution, against its 99.99 % point by Wilson and Hilferty; nothing but `ids` may come."""
+    seen = np.array([tokens.count(token) for token in ids.tolist()])
+    assert seen.sum() == len(tokens)
+    expected = probs * len(tokens)
+    rare = expected < 5
+    if rare.any():
+        expected, seen = np.append(expected[~rare], expected[rare].sum()), np.append(seen[~rare], seen[rare].sum())
+    freedom = len(expected) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert ((seen - expected) ** 2 / expected).sum() < limit

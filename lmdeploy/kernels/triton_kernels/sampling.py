@@ -100,12 +100,14 @@ def _sum(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _tile(row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, start: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr) -> tl.tensor:
+def _tile(
+    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, start: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr
+) -> tl.tensor:
     """Logits and ids from `start` on; -inf where nothing is or nothing may come."""
     line, place = tl.arange(0, ROWS)[:, None] * 32, tl.arange(0, 32)[None, :]
     token = start + line + place
     x = tl.load(row_ptr + token, mask=token < VOCAB, other=NONE).to(tl.float32)
-    if MASKS:
+    if MASKS:  # noqa: SIM102 - a constant of the compiler, then a number on the device
         if masked:
             word = tl.load(words_ptr + (start + line) // 32, mask=start + line < VOCAB, other=0)
             x = tl.where(((word >> place) & 1) != 0, x, NONE)
@@ -320,7 +322,7 @@ def _draw_far(
     goal = top_k - 1
     cut = goal * 0 + LOWEST
     found = cut
-    for step in range(0, 3):
+    for step in range(3):
         if ((step > 0) | (top_k < count)) & ((step != 1) | (top_p < 1)):
             unit = step == 0
             bottom = tl.where(unit, lowest, tl.maximum(lowest, best - 41.0 / scale))  # what is below weighs nothing
@@ -414,14 +416,14 @@ def _choose_kernel(
     elif (tl.load(values_ptr) > 0) & (tl.load(values_ptr + 6) != 1):
         uniform = _uniform(tl.load(seeds_ptr + slot), length - tl.load(prompt_len_ptr + slot))
         token = _draw(
-            row_ptr, words_ptr, masked, scratch_ptr + row * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
+            row_ptr, words_ptr, masked, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
         )  # fmt: skip
     tl.store(tokens_ptr + row, token)
     tl.store(table_ptr + slot * table_stride + length, tl.maximum(token, 0).to(tl.int32))
 
 
 def scratch_width() -> int:
-    """int64 numbers of work space a row."""
+    """int64 numbers of work space a slot."""
     return 2 * MOST + 1
 
 
@@ -433,7 +435,8 @@ def choose_tokens(
 
     slots, lengths int64 [S]: the row's slot, and how many of its tokens are known. `table`: of all slots the float32 parameters [slots, 7], the seeds and the
     lengths of the prompts, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says that token t may come, and for each row the place of its
-    words, int32 [S], -1 for none. The token, or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [S, scratch_width()].
+    words, int32 [S], -1 for none. The token, or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64
+    [slots, scratch_width()]: slots of rows that are not greedy differ.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len = table
