@@ -152,10 +152,7 @@ class _Child:
             running.count += 1
             last = running.count >= running.request.sampling.max_new_tokens
             if running.count > 1 and not last:
-                outputs.request_ids.append(request_id)
-                outputs.indices.append(index)
-                outputs.token_ids.append(token)
-                outputs.num_generated.append(running.count)
+                outputs.add_token(request_id, index, token, running.count)
                 continue
             outputs.others.append(
                 EngineOutput(

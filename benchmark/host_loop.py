@@ -201,7 +201,7 @@ def parts_of_a_step(batch: int, steps: int, *, steady: bool) -> list[str]:
         engine.add(request(number, tokens))
     number = batch
     for _ in range(8 if steady else 120):
-        for output in engine.step():
+        for output in engine.step().others:
             if output.finish_reason is not None:
                 engine.add(request(number, 100))
                 number += 1
@@ -211,7 +211,7 @@ def parts_of_a_step(batch: int, steps: int, *, steady: bool) -> list[str]:
     clock.around(engine.scheduler, "update", "update")
     clock.around(engine, "step", "step")
     for _ in range(steps):
-        for output in engine.step():
+        for output in engine.step().others:
             if output.finish_reason is not None and not steady:
                 engine.add(request(number, 100))
                 number += 1

@@ -49,7 +49,7 @@ def run_batch(engine: Engine, inputs: list[list[int]], new_tokens: int, first_id
     waiting, first = len(inputs), 0.0
     seen: set[int] = set()
     while engine.has_work:
-        for output in engine.step():
+        for output in engine.step().others:  # with the first and last output of each
             if output.error:
                 raise RuntimeError(output.error)
             seen.add(output.request_id)

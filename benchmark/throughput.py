@@ -43,7 +43,7 @@ def run(engine: Engine, spec: ModelSpec, pairs: list[tuple[int, int]], first_id:
         engine.add(EngineRequest(request_id=first_id + n, token_ids=ids, sampling=SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)))
     with tqdm(total=len(pairs), desc="requests") as bar:
         while engine.has_work:
-            bar.update(sum(o.finish_reason is not None for o in engine.step()))
+            bar.update(sum(o.finish_reason is not None for o in engine.step().others))
     return time.perf_counter() - start
 
 

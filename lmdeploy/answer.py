@@ -84,9 +84,9 @@ class Answer:
         if output.stop_token_id is not None and not self._include_stop:  # the token goes, and with it the rows that chose it
             ids, logprobs, logits, hidden = ids[:-1], _but_last(logprobs), _but_last(logits), _but_last(hidden)
         self._num_cached = output.num_cached or self._num_cached  # said with the first token
-        self._count = max(self._count, output.num_generated)  # an engine that died does not know it any more
-        # stop words that lie wholly within the first min_new_tokens do not count
-        text = self._until_stop(self._detokenizer.feed(ids), active=self._count >= self._min_new_tokens)
+        text, ids = self._read(ids)
+        if self._stops.matched is None:
+            self._count = max(self._count, output.num_generated)  # an engine that died does not know it any more
         finish, stop_reason = output.finish_reason, output.stop_token_id
         if finish is not None and self._stops.matched is None:
             text += self._until_stop(self._detokenizer.flush(), last=True) + self._stops.flush()
@@ -113,6 +113,23 @@ class Answer:
             prompt_logprobs=None if output.prompt_logprobs is None else [None if e is None else as_dict(e) for e in output.prompt_logprobs],
             embedding=output.embedding,
         )
+
+    def _read(self, ids: list[int]) -> tuple[str, list[int]]:
+        """The text of new tokens, and which of them are the answer's: those behind the end of a stop word are not."""
+        if self._zones is None and self._count + 1 >= self._min_new_tokens:
+            before = (self._detokenizer.state, self._stops.state) if len(ids) > 1 else None
+            text = self._stops.feed(self._detokenizer.feed(ids))
+            if before is None or self._stops.matched is None:
+                self._count += len(ids)
+                return text, ids
+            self._detokenizer.state, self._stops.state = before  # which token ended it?
+        text, end = "", 0
+        while end < len(ids) and self._stops.matched is None:
+            # stop words that lie wholly within the first min_new_tokens do not count
+            active = self._count + 1 >= self._min_new_tokens
+            text += self._until_stop(self._detokenizer.feed(ids[end : end + 1]), active=active)
+            end, self._count = end + 1, self._count + 1
+        return text, ids[:end]
 
     def _until_stop(self, text: str, *, active: bool = True, last: bool = False) -> str:
         """What of the new text, and of what was held back, is sure to be part of the answer."""

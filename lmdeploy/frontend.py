@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import queue
 import secrets
 import threading
 import time
@@ -26,7 +25,7 @@ from lmdeploy.answer import Answer, Merger, Prepared, answers_to, joined, merge_
 from lmdeploy.checkpoint.defaults import read_generation_defaults
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
-from lmdeploy.delivery import AsyncSink, Sink, deliver
+from lmdeploy.delivery import PATIENCE, AsyncSink, Sink, ThreadSink, deliver
 from lmdeploy.engine.client import EngineClient, weak_listener
 from lmdeploy.engine.grammar_check import GrammarChecker
 from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
@@ -317,12 +316,14 @@ class Frontend:
         """Increments of the answer(s), as they come; closing the iterator aborts the request."""
         yield from self.stream_many([prepared])
 
-    def stream_many(self, requests: list[Prepared], window: int = 1024) -> Iterator[Response]:
+    def stream_many(self, requests: list[Prepared], window: int = 1024, patience: float = 0.0) -> Iterator[Response]:
         """Increments of many requests at once; `Response.session_id` is the request's place in the list, `.index` the answer's.
+
+        `patience`: seconds for which the tokens of an increment may gather; reading whole answers in this way leaves the processor to the engine.
 
         At most `window` requests, and no more than half of the engine's queue, are in flight: any number may be given, none is refused.
         """
-        inbox: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
+        inbox = ThreadSink(patience)
         open_answers: dict[int, tuple[int, dict[int, Answer]]] = {}
         waiting = deque(enumerate(requests))
         try:
@@ -333,24 +334,24 @@ class Frontend:
                     open_answers[self._submit(prepared, inbox)] = (place, answers)
                 if not open_answers:
                     return
-                output = inbox.get()
-                if output.request_id not in open_answers:
-                    continue  # late output of an answer that a stop word ended
-                place, answers = open_answers[output.request_id]
-                response = self._advance(output, answers)
-                if not answers:
-                    self._drop(output.request_id, finished=output.finish_reason is not None)
-                    del open_answers[output.request_id]
-                if response is not None:
-                    response.session_id = place
-                    yield response
+                for output in inbox.take(sum(len(answers) for _, answers in open_answers.values())):
+                    if output.request_id not in open_answers:
+                        continue  # another reader's, or late output of an answer that a stop word ended
+                    place, answers = open_answers[output.request_id]
+                    response = self._advance(output, answers)
+                    if not answers:
+                        self._drop(output.request_id, finished=output.finish_reason is not None)
+                        del open_answers[output.request_id]
+                    if response is not None:
+                        response.session_id = place
+                        yield response
         finally:
             for request_id in open_answers:
                 self._drop(request_id, finished=False)
 
     def generate(self, prepared: Prepared) -> list[Response]:
         """The n complete answers."""
-        with contextlib.closing(self.stream(prepared)) as increments:  # type: ignore[type-var]  # Ctrl-C aborts at once
+        with contextlib.closing(self.stream_many([prepared], patience=PATIENCE)) as increments:  # type: ignore[type-var]  # Ctrl-C aborts at once
             return merge_increments(increments, prepared.n)
 
     async def astream(self, prepared: Prepared, deadline: float | None = None, began: Callable[[int], None] | None = None) -> AsyncGenerator[Response, None]:
@@ -468,9 +469,8 @@ class Frontend:
         return count > 0
 
     def _on_outputs(self, outputs: StepOutputs) -> None:
-        """Listener, on the engine client's thread: one wake-up per event loop and step."""
-        addressed = [(entry[0], output) for output in outputs if (entry := self._sinks.get(output.request_id)) is not None]
-        for request_id in deliver(addressed):
+        """Listener, on the engine client's thread."""
+        for request_id in deliver(outputs, self._sinks):
             self._drop(request_id, finished=False)
 
 

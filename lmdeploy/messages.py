@@ -117,6 +117,13 @@ class StepOutputs(msgspec.Struct, array_like=True):
     num_generated: list[int] = []
     others: list[EngineOutput] = []
 
+    def add_token(self, request_id: int, index: int, token: int, count: int) -> None:
+        """The `count`th token of an answer."""
+        self.request_ids.append(request_id)
+        self.indices.append(index)
+        self.token_ids.append(token)
+        self.num_generated.append(count)
+
     def __len__(self) -> int:
         return len(self.token_ids) + len(self.others)
 

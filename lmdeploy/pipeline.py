@@ -25,6 +25,7 @@ from lmdeploy import log
 from lmdeploy.answer import Merger, Prepared
 from lmdeploy.calls import GenConfigs, Prompts, as_batch, as_config, as_turn, id_batch
 from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, TurbomindEngineConfig
+from lmdeploy.delivery import PATIENCE
 from lmdeploy.errors import ConfigError, RequestError, SessionBusyError
 from lmdeploy.frontend import Frontend
 from lmdeploy.messages import EngineInfo, MemoryBill, Response
@@ -385,7 +386,7 @@ class Pipeline:
                 mergers[place].answers[0] = dataclasses.replace(r, session_id=place)
         with (
             tqdm(total=sum(r.n for _, r in good), desc="answers", disable=not show) as bar,
-            contextlib.closing(self.frontend.stream_many([r for _, r in good])) as increments,  # type: ignore[type-var]  # Ctrl-C aborts at once
+            contextlib.closing(self.frontend.stream_many([r for _, r in good], patience=PATIENCE)) as increments,  # type: ignore[type-var]  # Ctrl-C aborts at once
         ):
             for part in increments:
                 place = good[part.session_id][0]

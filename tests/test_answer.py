@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.answer import Answer, Merger, as_dict, joined, merge_increments
-from lmdeploy.messages import EngineOutput, Response, TokenLogprobs
+from lmdeploy.delivery import gathered
+from lmdeploy.messages import EngineOutput, Response, StepOutputs, TokenLogprobs
 from lmdeploy.text.stops import StopMatcher
 
 END = 256
@@ -187,3 +188,29 @@ def test_the_text_before_an_error_stays_an_increment_of_its_own() -> None:
 def test_increments_with_tensors_are_not_joined() -> None:
     made = [Response("a", 1, 2, token_ids=[1], logits=torch.zeros(1, 3)), Response("b", 2, 2, token_ids=[2], logits=torch.ones(1, 3))]
     assert [p.text for p in joined(made)] == ["a", "b"]
+
+
+def summed_up(increments: list[Response]) -> tuple[object, ...]:
+    """What a reader has in the end."""
+    got = merge_increments(increments, 1)[0]
+    return got.text, got.token_ids, got.generate_token_len, got.finish_reason, got.stop_reason
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="abé\U0001f600", min_size=1, max_size=20),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 12),
+    st.booleans(),
+    st.lists(st.integers(1, 6), max_size=20),
+)
+def test_tokens_that_came_together_say_what_they_say_one_by_one(text: str, words: list[str], least: int, include: bool, sizes: list[int]) -> None:
+    single = outputs(text)
+    steps = [StepOutputs([1], [0], one.token_ids, [one.num_generated]) for one in single[:-1]]
+    together: list[EngineOutput] = []
+    while steps:
+        size = sizes.pop() if sizes else 2
+        together += gathered(steps[:size])
+        del steps[:size]
+    new = [answer(words, include=include, min_new_tokens=least) for _ in range(2)]
+    assert summed_up(run(new[0], [*together, single[-1]])) == summed_up(run(new[1], single))

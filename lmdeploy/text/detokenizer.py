@@ -82,6 +82,16 @@ class IncrementalDetokenizer:
         return text
 
     @property
+    def state(self) -> tuple[bytes, bool, bool, bool]:
+        """All that depends on the ids so far; setting it undoes what was fed since."""
+        return self._decoder.getstate()[0], self._strip_space, self._drop_first, self._after_special
+
+    @state.setter
+    def state(self, state: tuple[bytes, bool, bool, bool]) -> None:
+        pending, self._strip_space, self._drop_first, self._after_special = state
+        self._decoder.setstate((pending, 0))
+
+    @property
     def pending(self) -> bytes:
         """The bytes of the unfinished character."""
         return self._decoder.getstate()[0]

@@ -29,11 +29,22 @@ class StopMatcher:
         for word in stop_words:
             self._insert(word)
         self._link()
+        self._firsts = frozenset(self._next[0])
+
+    @property
+    def state(self) -> tuple[str, int]:
+        """All that depends on the text so far, before a match; setting it undoes what came since."""
+        return self._held, self._state
+
+    @state.setter
+    def state(self, state: tuple[str, int]) -> None:
+        self.matched = None
+        self._held, self._state = state
 
     def fresh(self) -> StopMatcher:
         """A matcher of another answer to the same words; the automaton is shared."""
         other = copy.copy(self)
-        other.matched, other._held, other._state = None, "", 0
+        other.state = "", 0
         return other
 
     def _insert(self, word: str) -> None:
@@ -68,9 +79,11 @@ class StopMatcher:
 
         While not `active`, words that become complete are ignored; those that have begun may still end later.
         """
-        if self.matched is not None or len(self._next) == 1:
-            return "" if self.matched is not None else text
+        if self.matched is not None:
+            return ""
         state = self._state
+        if not state and self._firsts.isdisjoint(text):
+            return text
         for end, char in enumerate(text, 1):
             state = self._step(state, char)
             word = self._word[state]
