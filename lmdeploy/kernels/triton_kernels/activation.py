@@ -6,15 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
+
 Tensor = torch.Tensor
 BLOCK = 1024
 
 
 @triton.jit
 def _silu_mul_kernel(
-    both_ptr: tl.tensor, out_ptr: tl.tensor, both_stride: tl.tensor, out_stride: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
+    both_ptr: tl.tensor, out_ptr: tl.tensor, both_stride: tl.tensor, out_stride: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK numbers of one row: out = g / (1 + e^-g) * up in float32."""
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
@@ -28,5 +32,7 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     rows, width = out.shape
     assert gate_up.stride(1) == out.stride(1) == 1
     if rows and width:
-        grid = (rows, triton.cdiv(width, BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
+        grid, pdl = (rows, triton.cdiv(width, BLOCK)), overlaps(out.device)
+        _silu_mul_kernel[grid](
+            gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4, enable_fp_fusion=True
+        )  # fmt: skip

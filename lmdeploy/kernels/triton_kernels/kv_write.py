@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 from lmdeploy.kernels.triton_kernels.rows import exact_bf16, row_scales, to_fp8, to_levels, turned
 from lmdeploy.kv_layer import KVLayer
 
@@ -108,8 +109,10 @@ def _rope_write_kernel(
     v_head_stride: tl.tensor, angle_stride: tl.tensor,
     QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, ROPE_HALF: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr,
     ROTATED: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The first programs take the rows of q, the next those of k, the last those of v."""
+    after_previous(PDL)
     program = tl.program_id(0)
     query_tiles, kv_tiles = tl.cdiv(tokens * QUERY_HEADS, BLOCK), tl.cdiv(tokens * KV_HEADS, BLOCK)
     place = tl.arange(0, BLOCK)
@@ -156,6 +159,7 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_s
     assert kv.key.is_contiguous() and kv.value.is_contiguous() and (kv.key_center is None or kv.key_center.is_contiguous())
     if tokens == 0:
         return
+    pdl = overlaps(q.device)
     unused = cos  # stands for a tensor that this variant never reads
     grid = (triton.cdiv(tokens * heads, BLOCK) + 2 * triton.cdiv(tokens * kv_heads, BLOCK),)
     _rope_write_kernel[grid](
@@ -165,5 +169,5 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_s
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos.stride(0),
         QUERY_HEADS=heads, KV_HEADS=kv_heads, SLOTS=kv.key.shape[2], ROPE_HALF=cos.shape[1], SCALED=q_scale is not None, CENTRED=kv.key_center is not None,
         ROTATED=kv.rotation is not None, KEY_WIDTH=kv.key_width, VALUE_WIDTH=kv.value_width, HALF=head_dim // 2, PADDED=padded_half(head_dim), BLOCK=BLOCK,
-        num_warps=4 if head_dim <= 128 else 8, enable_fp_fusion=False,
+        PDL=pdl, launch_pdl=pdl, num_warps=4 if head_dim <= 128 else 8, enable_fp_fusion=False,
     )  # fmt: skip

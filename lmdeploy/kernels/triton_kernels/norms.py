@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
+
 Tensor = torch.Tensor
 MAX_WIDTH = 1 << 16  # numbers of a row, which a program holds in registers
 
@@ -14,11 +16,14 @@ MAX_WIDTH = 1 << 16  # numbers of a row, which a program holds in registers
 def _rms_norm_kernel(
     x_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor,
     x_stride: tl.tensor, residual_stride: tl.tensor, out_stride: tl.tensor, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row: out = x / sqrt(mean(x^2) + eps) * weight, with ADD of residual += x, rounded, instead of x."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < WIDTH
+    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    after_previous(PDL)
     x = tl.load(x_ptr + row * x_stride + place, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         sum_ptr = residual_ptr + row * residual_stride + place
@@ -26,16 +31,16 @@ def _rms_norm_kernel(
         tl.store(sum_ptr, summed, mask=inside)
         x = summed.to(tl.float32)  # what is stored is what is normalised
     inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / WIDTH + eps)
-    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * out_stride + place, (x * inverse * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _head_norm_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, rows: tl.tensor, eps: tl.tensor, x_stride: tl.tensor, head_stride: tl.tensor,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK rows (token, head) in place."""
+    after_previous(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, PADDED)[None, :]
     mask = (row < rows)[:, None] & (dim < WIDTH)
@@ -53,9 +58,10 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
         return
     block = int(triton.next_power_of_2(width))
     total = x if residual is None else residual
+    pdl = overlaps(x.device)
     _rms_norm_kernel[(rows,)](
         x, total, weight, out, eps, x.stride(0), total.stride(0), out.stride(0), WIDTH=width, ADD=residual is not None, BLOCK=block,
-        num_warps=min(16, max(1, block // 512)), enable_fp_fusion=True,
+        PDL=pdl, launch_pdl=pdl, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -78,6 +84,8 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     rows = tokens * heads
     if rows == 0:
         return
+    pdl = overlaps(x.device)
     _head_norm_kernel[(triton.cdiv(rows, block),)](
-        x, weight, rows, eps, x.stride(0), x.stride(1), HEADS=heads, WIDTH=width, PADDED=padded, BLOCK=block, num_warps=4, enable_fp_fusion=True
+        x, weight, rows, eps, x.stride(0), x.stride(1), HEADS=heads, WIDTH=width, PADDED=padded, BLOCK=block, PDL=pdl, launch_pdl=pdl,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
