@@ -1,0 +1,81 @@
+"""Triton's products with 16-bit weights on the GPU, in the shapes of real models: right, the same bits whatever the other rows, and safe in a chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+linear16 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear16")
+norms = pytest.importorskip("lmdeploy.kernels.triton_kernels.norms")
+
+pytestmark = pytest.mark.gpu
+Tensor = torch.Tensor
+DEVICE = torch.device("cuda", 0)
+#: inputs, outputs: qkv, o, gate_up, down and head of a 1.8B and a 7B model, ragged ones, and one that cuBLAS computes
+SHAPES = [(2048, 4096), (2048, 2048), (2048, 16384), (8192, 2048), (2048, 92544), (4096, 6144), (4096, 28672), (14336, 4096), (3080, 1000), (72, 40), (172, 72)]
+STEP = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def made(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a part of a wider buffer; weight; bias."""
+    x, weight = torch.randn(rows, inner + 8, device=DEVICE).to(dtype)[:, :inner], torch.randn(outer, inner, device=DEVICE).to(dtype) * 0.05
+    return x, weight, torch.randn(outer, device=DEVICE).to(dtype)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
+    linear16.linear(x, weight, bias, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", STEP)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+def test_products_agree_with_float32(rows: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    x, weight, bias = made(rows, inner, outer, dtype)
+    for extra in (bias, None):
+        wanted = x.float() @ weight.float().T + (0 if extra is None else extra.float())
+        assert (product(x, weight, extra).float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES[:8])
+def test_a_row_has_the_same_bits_whatever_the_others_of_its_bucket(inner: int, outer: int) -> None:
+    x, weight, _ = made(64, inner, outer, torch.bfloat16)
+    for few, many in ((2, 16), (17, 32), (33, 64)):
+        assert torch.equal(product(x[:few], weight, None), product(x[:many], weight, None)[:few])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_chain_in_a_graph_gives_the_bits_of_calls_one_by_one(rows: int) -> None:
+    """Kernels that start early must neither read too early nor overwrite what is still read: many products on the same few buffers, some of them split."""
+    width, layers = 2048, 24
+    weights = [torch.randn(width, width, device=DEVICE).bfloat16() * 0.05 for _ in range(layers)]
+    scale, first = torch.ones(width, device=DEVICE).bfloat16(), torch.randn(rows, width, device=DEVICE).bfloat16()
+    residual, normed, mixed = (torch.empty_like(first) for _ in range(3))
+
+    def chain(between: object) -> None:
+        torch.mul(first, 1, out=residual)
+        norms.rms_norm(residual, scale, 1e-5, normed)
+        for weight in weights:
+            for call in (lambda w=weight: linear16.linear(normed, w, None, mixed), lambda: norms.add_rms_norm(mixed, residual, scale, 1e-5, normed)):
+                call()
+                if between is not None:
+                    torch.cuda.synchronize()
+
+    chain("wait")
+    wanted = normed.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(None)
+    for _ in range(20):
+        normed.fill_(float("nan"))
+        mixed.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(normed, wanted)
