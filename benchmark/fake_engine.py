@@ -152,7 +152,7 @@ class _Child:
             running.count += 1
             last = running.count >= running.request.sampling.max_new_tokens
             if running.count > 1 and not last:
-                outputs.add_token(request_id, index, token, running.count)
+                outputs.add_token(request_id, index, token)
                 continue
             outputs.others.append(
                 EngineOutput(

@@ -70,14 +70,13 @@ class AsyncSink:
         self._outputs.append(output)
         self._wake()
 
-    def put_token(self, request_id: int, index: int, token: int, count: int) -> None:
-        """Add the `count`th token of an answer, of which there is nothing else to tell."""
+    def put_token(self, request_id: int, index: int, token: int) -> None:
+        """Add one more token of an answer, of which there is nothing else to tell."""
         last = self._open
         if last is not None and last.index == index:
             last.token_ids.append(token)
-            last.num_generated = count
             return
-        self._open = EngineOutput(request_id=request_id, index=index, token_ids=[token], num_generated=count)
+        self._open = EngineOutput(request_id=request_id, index=index, token_ids=[token])
         self._outputs.append(self._open)
         self._wake()
 
@@ -124,7 +123,7 @@ def _by_reader(outputs: StepOutputs, sinks: Sinks) -> dict[ThreadSink | asyncio.
     for reader, output in zip(whole, outputs.others, strict=True):
         if reader is not None:
             parts[reader].others.append(output)
-    for reader, *row in zip(readers, outputs.request_ids, outputs.indices, outputs.token_ids, outputs.num_generated, strict=True):
+    for reader, *row in zip(readers, outputs.request_ids, outputs.indices, outputs.token_ids, strict=True):
         if reader is not None:
             parts[reader].add_token(*row)
     return parts
@@ -135,9 +134,9 @@ def _spread(outputs: StepOutputs, sinks: Sinks) -> None:
     for output in outputs.others:
         if (entry := sinks.get(output.request_id)) is not None and isinstance(entry[0], AsyncSink):
             entry[0].put(output)
-    for request_id, index, token, count in zip(outputs.request_ids, outputs.indices, outputs.token_ids, outputs.num_generated, strict=True):
+    for request_id, index, token in zip(outputs.request_ids, outputs.indices, outputs.token_ids, strict=True):
         if (entry := sinks.get(request_id)) is not None and isinstance(entry[0], AsyncSink):
-            entry[0].put_token(request_id, index, token, count)
+            entry[0].put_token(request_id, index, token)
 
 
 def gathered(steps: Iterable[StepOutputs]) -> list[EngineOutput]:
@@ -148,11 +147,10 @@ def gathered(steps: Iterable[StepOutputs]) -> list[EngineOutput]:
         for output in step.others:
             growing.pop((output.request_id, output.index), None)
             found.append(output)
-        for request_id, index, token, count in zip(step.request_ids, step.indices, step.token_ids, step.num_generated, strict=True):
+        for request_id, index, token in zip(step.request_ids, step.indices, step.token_ids, strict=True):
             last = growing.get((request_id, index))
             if last is None:
-                growing[request_id, index] = last = EngineOutput(request_id=request_id, index=index, num_generated=count)
+                growing[request_id, index] = last = EngineOutput(request_id=request_id, index=index)
                 found.append(last)
             last.token_ids.append(token)
-            last.num_generated = count
     return found

@@ -107,30 +107,28 @@ class EngineOutput(msgspec.Struct, kw_only=True):
 class StepOutputs(msgspec.Struct, array_like=True):
     """What one step brought. Nearly all answers get one more token and nothing else: these are columns; `others` are told whole.
 
-    An answer is in it once at most, but for outputs of its end. Reading it as a sequence of `EngineOutput`s makes those of the columns, without
-    what stays the same after the first token (`num_prompt`, `num_cached`).
+    An answer is in it once at most, but for outputs of its end. Reading it as a sequence of `EngineOutput`s makes those of the columns, without the
+    counts that every answer's first and last outputs have.
     """
 
     request_ids: list[int] = []
     indices: list[int] = []
     token_ids: list[int] = []
-    num_generated: list[int] = []
     others: list[EngineOutput] = []
 
-    def add_token(self, request_id: int, index: int, token: int, count: int) -> None:
-        """The `count`th token of an answer."""
+    def add_token(self, request_id: int, index: int, token: int) -> None:
+        """One more token of an answer."""
         self.request_ids.append(request_id)
         self.indices.append(index)
         self.token_ids.append(token)
-        self.num_generated.append(count)
 
     def __len__(self) -> int:
         return len(self.token_ids) + len(self.others)
 
     def __iter__(self) -> Iterator[EngineOutput]:
         yield from self.others
-        for request_id, index, token, count in zip(self.request_ids, self.indices, self.token_ids, self.num_generated, strict=True):
-            yield EngineOutput(request_id=request_id, index=index, token_ids=[token], num_generated=count)
+        for request_id, index, token in zip(self.request_ids, self.indices, self.token_ids, strict=True):
+            yield EngineOutput(request_id=request_id, index=index, token_ids=[token])
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):

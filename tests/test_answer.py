@@ -206,7 +206,7 @@ def summed_up(increments: list[Response]) -> tuple[object, ...]:
 )
 def test_tokens_that_came_together_say_what_they_say_one_by_one(text: str, words: list[str], least: int, include: bool, sizes: list[int]) -> None:
     single = outputs(text)
-    steps = [StepOutputs([1], [0], one.token_ids, [one.num_generated]) for one in single[:-1]]
+    steps = [StepOutputs([1], [0], one.token_ids) for one in single[:-1]]
     together: list[EngineOutput] = []
     while steps:
         size = sizes.pop() if sizes else 2

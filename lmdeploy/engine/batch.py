@@ -124,8 +124,10 @@ class BatchBuilder:
 
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
-        order = np.argsort(items.counts > 1, kind="stable")
-        items = items.take(order)
+        order = np.arange(len(items))
+        if (longer := items.counts > 1).any():
+            order = np.argsort(longer, kind="stable")
+            items = items.take(order)
         slots, starts, counts, sampled = items.slots, items.starts, items.counts, items.sample.astype(np.int64)
         query_start = np.zeros(len(items) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])

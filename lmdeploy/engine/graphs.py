@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -72,8 +73,8 @@ class Shape:
 
 def lay_out(layout: StepLayout, shape: Shape, filler: int, out: Ints) -> None:
     """Write a step as `shape.lengths` says: sequences with one token, what fills them up, prompts, what fills these up. Nothing is left as it was in `out`."""
-    lengths = shape.lengths()
-    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = np.split(out, np.cumsum(lengths[:-1]))
+    bounds = [0, *accumulate(shape.lengths())]
+    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = (out[a:b] for a, b in pairwise(bounds))
     decodes, gap = layout.num_decode, shape.decodes - layout.num_decode
     for part, values, empty in (
         (positions, layout.positions, 0),

@@ -96,7 +96,7 @@ class GuidedSlots:
         mask.filling = self._pool.submit(self._fill, mask)
         return mask
 
-    def follow(self, mask: StepMask, tokens: Callable[[], list[int]]) -> Future[list[bool]]:
+    def follow(self, mask: StepMask, tokens: Callable[[], Ints]) -> Future[list[bool]]:
         """Take in the tokens that `tokens` waits for, one for each sampled row (-1: none); True where the answer of a guided row is complete and ends now."""
         return self._pool.submit(self._advance, mask, tokens)
 
@@ -124,15 +124,11 @@ class GuidedSlots:
         np.bitwise_or.at(bits, (place[allowed], word[allowed]), flag[allowed])
         mask.only_stops[list(mask.errors)] = False
 
-    def _advance(self, mask: StepMask, tokens: Callable[[], list[int]]) -> list[bool]:
+    def _advance(self, mask: StepMask, tokens: Callable[[], Ints]) -> list[bool]:
         """Thread: see `follow`."""
-        chosen = tokens()
+        chosen = tokens()[mask.rows].tolist()
         complete: list[bool] = mask.only_stops.tolist()
-        todo = [
-            (place, token)
-            for place, token in enumerate(chosen[row] for row in mask.rows.tolist())
-            if token >= 0 and not complete[place] and token not in mask.stops[place]
-        ]
+        todo = [(place, token) for place, token in enumerate(chosen) if token >= 0 and not complete[place] and token not in mask.stops[place]]
         for place, token in todo:  # some microseconds each: waking other threads costs more
             matcher = mask.matchers[place]
             complete[place] = matcher.consume_token(token) and matcher.is_stopped()

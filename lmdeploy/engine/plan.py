@@ -152,10 +152,8 @@ class Rows:
         """Rows of these."""
         return Rows(self.result, self.places[rows])
 
-    def note_tokens(self, tokens: Sequence[int], error: str) -> None:
+    def note_tokens(self, tokens: Ints, error: str) -> None:
         """The token of each row; `error` is that of a row with -1."""
         self.result.tokens[self.places] = tokens
-        if min(tokens, default=0) < 0:
-            for row, token in enumerate(tokens):
-                if token < 0:
-                    self[row].error = error
+        for row in np.flatnonzero(tokens < 0).tolist():
+            self[row].error = error

@@ -50,20 +50,19 @@ class Arrivals:
         self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
         self._next = 0
 
-    def begin(self, tokens: Tensor, places: slice | Ints) -> Callable[[], list[int]]:
+    def begin(self, tokens: Tensor, places: slice | Ints) -> Callable[[], Ints]:
         """Start to copy int64 [B]; the returned function waits and gives those at `places`."""
         if not self._cuda:
-            return lambda: tokens.numpy()[places].tolist()
+            return lambda: tokens.numpy()[places]
         buffer = self._buffers[self._next][: tokens.shape[0]]
         self._next = (self._next + 1) % STAGES
         buffer.copy_(tokens, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
 
-        def wait() -> list[int]:
+        def wait() -> Ints:
             arrived.synchronize()
-            numbers: list[int] = buffer.numpy()[places].tolist()
-            return numbers
+            return buffer.numpy()[places]
 
         return wait
 

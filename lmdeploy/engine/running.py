@@ -24,6 +24,7 @@ class Running:
         self._block_size = block_size
         self._sequences: list[Sequence] = []
         self._holders: dict[int, Sequence] = {}  # by slot
+        self._tokens: dict[int, list[int]] = {}  # by slot, `token_ids` of its holder
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._epochs = np.zeros(num_slots, dtype=np.int64)
         self._table = np.zeros((num_slots, INDEX + 1), dtype=np.int64)  # by slot; see `Sequence`
@@ -52,14 +53,14 @@ class Running:
         """Give a sequence a slot."""
         slot = self._free_slots.pop()
         seq.take_slot(slot, self._table[slot])
-        self._holders[slot] = seq
+        self._holders[slot], self._tokens[slot] = seq, seq.token_ids
         insort(self._sequences, seq, key=_arrival)
         self._order = None
 
     def leave(self, seq: Sequence) -> None:
         """Take back a slot; nothing of the sequence is computed any more."""
         self._sequences.remove(seq)
-        del self._holders[seq.slot]
+        del self._holders[seq.slot], self._tokens[seq.slot]
         self._free_slots.append(seq.slot)
         self._epochs[seq.slot] += 1
         seq.leave_slot()
@@ -103,24 +104,24 @@ class Running:
 
     # ------------------------------------------------------------------ what it brought
 
-    def take_tokens(self, items: Items, result: StepResult, valid: NDArray[np.bool_]) -> tuple[StepOutputs, Ints]:
-        """Add the tokens of the rows that brought nothing else; the other valid rows are left to be looked at."""
+    def take_tokens(self, items: Items, result: StepResult, valid: NDArray[np.bool_]) -> tuple[StepOutputs, list[Sequence], Ints]:
+        """Add the tokens of the rows that brought nothing else; whose of these have filled a block, and the other valid rows, which are to be looked at."""
         plain = self._only_tokens(items, result) & valid
-        rows = np.flatnonzero(plain)
-        slots, tokens, table = items.slots[rows], result.tokens[rows].tolist(), self._table
-        table[slots, DONE] = items.starts[rows] + 1
+        slots, done, tokens = items.slots[plain], items.starts[plain] + 1, result.tokens[plain].tolist()
+        table = self._table
+        table[slots, DONE] = done
         table[slots, PENDING] -= 1
         table[slots, KNOWN] += 1
         for slot, token in zip(slots.tolist(), tokens, strict=True):
-            self._holders[slot].token_ids.append(token)
-        told = table[slots]
-        outputs = StepOutputs(told[:, REQUEST].tolist(), told[:, INDEX].tolist(), tokens, (told[:, KNOWN] - told[:, PROMPT]).tolist())
-        return outputs, np.flatnonzero(valid & ~plain)
+            self._tokens[slot].append(token)
+        outputs = StepOutputs(table[slots, REQUEST].tolist(), table[slots, INDEX].tolist(), tokens)
+        full = [self._holders[slot] for slot in slots[done % self._block_size == 0].tolist()]
+        return outputs, full, np.flatnonzero(valid & ~plain)
 
     def _only_tokens(self, items: Items, result: StepResult) -> NDArray[np.bool_]:
-        """Rows with the next token of an answer: not its first or last one, no full block, no error, nothing that was asked for beside tokens."""
+        """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens."""
         table, ends = self._table[items.slots], items.starts + 1
-        plain: NDArray[np.bool_] = (items.counts == 1) & (result.tokens >= 0) & (ends % self._block_size != 0)
+        plain: NDArray[np.bool_] = (items.counts == 1) & (result.tokens >= 0)
         plain &= (ends > table[:, PROMPT]) & (ends + 1 < table[:, LIMIT])
         self._standing()
         if not self._stop_ids.isdisjoint(result.tokens.tolist()):

@@ -289,8 +289,11 @@ class Scheduler:
         self.counts.steps += 1
         items = plan.items
         valid = self._running.epochs(items) == flight.epochs  # others have ended or were pre-empted since
-        outputs, rows = self._running.take_tokens(items, result, valid)
+        outputs, full, rows = self._running.take_tokens(items, result, valid)
         self.counts.generated_tokens += len(outputs)
+        if self.cache is not None:
+            for seq in full:
+                self._publish(seq, self.cache)
         for row in rows.tolist():
             output = self._take_result(self._running.at(items.slots.item(row)), items[row], result.tokens.item(row), result.more.get(row, NOTHING_MORE))
             if output is not None:

@@ -96,7 +96,7 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert torch.isfinite(logits[1]).all()
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
     a, seven = (min(by_bytes(tokenizer, lambda b, t=t: b == t, size)) for t in (b"a", b"7"))
-    assert slots.follow(mask, lambda: [a, 0, seven]).result() == [True, False]
+    assert slots.follow(mask, lambda: np.array([a, 0, seven])).result() == [True, False]
     mask = slots.start(np.array([3, 2, 0]))
     assert mask is not None
     forbid(logits.zero_(), mask.join())

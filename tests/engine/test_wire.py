@@ -55,7 +55,7 @@ def test_what_the_parent_sends_arrives_unchanged(message: wire.ToChild, pair: tu
     [
         wire.Ready(INFO),
         wire.Failed("ConfigError", "no"),
-        wire.Outputs(StepOutputs([3], [1], [5], [2], [OUTPUT, OUTPUT])),
+        wire.Outputs(StepOutputs([3], [1], [5], [OUTPUT, OUTPUT])),
         wire.Stats(4, EngineStats(running=2)),
     ],
     ids=repr,
