@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from lmdeploy.checkpoint.files import Layout, TensorFile, find_layout
+from lmdeploy.checkpoint.staging import Staging
 from lmdeploy.errors import CheckpointError
 
 #: Buffers that some exporters save and every model recomputes.
@@ -71,6 +72,7 @@ class FolderSource:
         self._left: dict[TensorFile, set[str]] = {f: set() for f in layout.file_of.values()}
         for name, file in layout.file_of.items():
             self._left[file].add(name)
+        self._staging = Staging(CHUNK_BYTES)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -130,6 +132,7 @@ class FolderSource:
 
     def close(self) -> None:
         """Unmap all files; a later take maps them again."""
+        self._staging.close()
         for file in self._left:
             file.close()
 
@@ -171,7 +174,7 @@ class FolderSource:
         step = max(1, CHUNK_BYTES * rows // max(1, view.nbytes))
         for start in range(0, rows, step):
             if view.dim():
-                out[start : start + step].copy_(view[start : start + step])
+                self._staging.copy(out[start : start + step], view[start : start + step])
             else:
                 out.copy_(view)
             file.drop_pages(name)
