@@ -102,7 +102,7 @@ def llguidance_on(tokenizer: Tokenizer) -> Library:
 
     def compile_schema(schema: Any) -> Callable[[], Matcher]:
         grammar = Grammar("json_schema", json.dumps(schema))
-        first = compiler._compile(grammar)  # not the kept one
+        first = compiler._compile(grammar).matchers[0]  # not the kept one
 
         def make() -> Matcher:
             matcher = first.deep_copy()

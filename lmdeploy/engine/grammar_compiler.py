@@ -14,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ STEP_SECONDS = 0.1
 #: string with a maxLength only the tokens of the longer parts are looked at one by one: with a part of up to 4 characters beside the library's own (10, 30)
 #: such a mask takes 0.5 ms instead of 4 to 7 (vocabulary of 92,544)
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in (4, 10, 30)), r'[^"\\\x00-\x1F\x7F]+']
+
+#: matchers of a grammar that share a lexer, lexers that it has at most, and what compiling it may take for another one
+USERS_TOGETHER, MOST_LEXERS, CHEAP_SECONDS = 16, 4, 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    matchers: list[Any]  # at the start of the grammar, each with a lexer of its own
+    seconds: float  # of processor time for one
 
 
 class GrammarCompiler:
@@ -92,21 +102,30 @@ class GrammarCompiler:
                 self._kept.popitem(last=False)
         return future
 
-    def matcher(self, grammar: Grammar) -> Any:
-        """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
-        return self.prepare(grammar).result().deep_copy()
+    def matcher(self, grammar: Grammar, users: int = 0) -> Any:
+        """A new `LLMatcher` at the start of the grammar, at once when it is compiled; `users`: how many work with it now. Raises RequestError(code='invalid_grammar').
+
+        Copies of a matcher share what their lexer has found out, and its lock, so that two threads are no faster than one. Every USERS_TOGETHER-th user
+        therefore begins a lexer of its own, if that is cheap.
+        """
+        compiled: _Compiled = self.prepare(grammar).result()
+        wanted = min(users // USERS_TOGETHER, MOST_LEXERS - 1)
+        while len(compiled.matchers) <= wanted and compiled.seconds < CHEAP_SECONDS:
+            compiled.matchers.append(self._compile(grammar).matchers[0])
+        return compiled.matchers[min(wanted, len(compiled.matchers) - 1)].deep_copy()
 
     def close(self) -> None:
         """End the thread."""
         self._pool.close()
 
-    def _compile(self, grammar: Grammar) -> Any:
+    def _compile(self, grammar: Grammar) -> _Compiled:
+        start = time.thread_time()
         matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # copies start with what the first mask has found out
         if matcher.is_error():
             raise invalid(reason_of(matcher.get_error()))
-        return matcher
+        return _Compiled([matcher], time.thread_time() - start)
 
 
 class _Splitter:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lmdeploy.engine.batch import BatchBuilder, Places, StepLayout
 from lmdeploy.engine.model import Model
+from lmdeploy.engine.sampler import Sampler
 from lmdeploy.log import get_logger
 
 logger = get_logger(__name__)
@@ -104,7 +105,8 @@ def in_shape(layout: StepLayout, shape: Shape) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What a step brought, until the next one: of each sequence of its shape the logits [B, V] as the head gave them, and a token int64 [B], -1 where none can be chosen."""
+    """What a step brought, until the next one: of each sequence of its shape the logits [B, V] as the head gave them, and the token int64 [B] that
+    `Sampler.choose` chose for want of edits and masks."""
 
     logits: Tensor
     tokens: Tensor
@@ -114,8 +116,8 @@ class Ran:
 class StepGraphs:
     """The steps of one rank. The builder's tables have one slot more than can be used: the last one belongs to what fills up."""
 
-    def __init__(self, model: Model, builder: BatchBuilder, most_rows: int, dtype: torch.dtype) -> None:
-        self._model, self._builder = model, builder
+    def __init__(self, model: Model, builder: BatchBuilder, sampler: Sampler, most_rows: int, dtype: torch.dtype) -> None:
+        self._model, self._builder, self._sampler = model, builder, sampler
         self._tables = tables = builder.tables
         self._sizes = row_buckets(most_rows)
         self._beside = sorted({min(size, most_rows) for size in (*DECODES_BESIDE, most_rows)})
@@ -131,12 +133,13 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, layout: StepLayout) -> Ran | None:
-        """Compute a step of which only sampled rows are wanted; the likeliest token of each is in the token table afterwards. None: no graph has room for it."""
+        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards. None: no graph has room for it."""
         shape = self._shape(layout)
         if shape is None:
             return None
         graph, tokens = self._captured(shape)
         self._send(layout, shape)
+        self._sampler.table.refresh()
         graph.replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
         return Ran(self._logits[: shape.sequences], tokens, slice(0, layout.num_decode) if every else in_shape(layout, shape))
@@ -193,13 +196,12 @@ class StepGraphs:
 
     def _step(self, shape: Shape) -> Tensor:
         """The whole step, from the device's own tables."""
-        tables = self._tables
         parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
         slots, places = parts[6:]
         query_lens = [1] * shape.decodes + [shape.tokens] * (shape.sequences - shape.decodes)  # bounds, as are the numbers of keys
         inputs = self._builder.on_device(Places(*parts[:6]), query_lens, [shape.context] * shape.sequences, shape.decodes)
         logits = self._logits[: shape.sequences]
         self._model.raw_logits(self._model.forward(inputs), logits)
-        best, tokens = logits.max(dim=-1)
-        tables.tokens.view(-1).index_copy_(0, slots * tables.width + places, tokens.int())
-        return torch.where(best.isfinite(), tokens, -1)
+        tokens = torch.empty(shape.sequences, dtype=torch.int64, device=logits.device)
+        self._sampler.choose(logits, slots, places, tokens)
+        return tokens

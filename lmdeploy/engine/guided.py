@@ -8,6 +8,7 @@ takes a slot again (after a pre-emption, or when its step is repeated alone) rep
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.grammar_compiler import GrammarCompiler, reason_of
+from lmdeploy.engine.grammar_compiler import MOST_LEXERS, GrammarCompiler, reason_of
+from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 
 Tensor = torch.Tensor
@@ -54,10 +56,12 @@ class GuidedSlots:
     def __init__(self, compiler: GrammarCompiler, num_slots: int, device: torch.device) -> None:
         self._compiler, self._num_slots, self._device = compiler, num_slots, device
         self._matchers: list[Any] = [None] * num_slots
+        self._grammars: list[Grammar | None] = [None] * num_slots
+        self._users: Counter[Grammar] = Counter()  # slots
         self._stops: list[Ints] = [np.zeros(0, dtype=np.int64)] * num_slots
         self._guided = np.zeros(num_slots, dtype=bool)
         self._masks: Tensor | None = None  # made with the first grammar
-        self._executor = llguidance.LLExecutor()
+        self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
 
     def set(self, slot: int, params: SamplingParams, generated: list[int]) -> None:
@@ -65,18 +69,24 @@ class GuidedSlots:
         self.release(slot)
         if params.grammar is None:
             return
-        matcher = self._compiler.matcher(params.grammar)
+        matcher = self._compiler.matcher(params.grammar, self._users[params.grammar])
         if generated and not matcher.consume_tokens(generated):
             raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
         stops = [t for t in params.stop_token_ids if t < self._compiler.vocab_size]
         self._stops[slot] = np.array(sorted({*stops, self._compiler.eos_token_id}), dtype=np.int64)
-        self._matchers[slot] = matcher
+        self._matchers[slot], self._grammars[slot] = matcher, params.grammar
+        self._users[params.grammar] += 1
         self._guided[slot] = True
 
     def release(self, slot: int) -> None:
         """Forget the matcher of a slot, if there is one."""
         if self._guided[slot]:
-            self._matchers[slot] = None
+            grammar = self._grammars[slot]
+            assert grammar is not None
+            self._users[grammar] -= 1
+            if not self._users[grammar]:
+                del self._users[grammar]
+            self._matchers[slot] = self._grammars[slot] = None
             self._guided[slot] = False
 
     def start(self, slots: Ints) -> StepMask | None:

@@ -256,20 +256,17 @@ class ModelRunner:
         return self.model.forward(inputs)
 
     def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: Rows, mask: StepMask | None) -> Finish | None:
-        """What a graph brought; its tokens hold where all rows are simply greedy."""
-        table = self.sampling
-        if mask is None and table.greedy[slots].all() and not table.edited[slots].any() and (table.logprobs[slots] < 0).all():
+        """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
+        if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
             return self._fetch(ran.tokens, results, ran.places)
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
-        return self._sample(logits.float(), slots, lengths, results, mask)
+        return self._sample(logits, slots, lengths, results, mask)
 
     def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: StepMask | None) -> Finish | None:
-        """Choose the next token of rows of logits [S, V], which are overwritten."""
+        """Choose the next token of rows of logits [S, V], which may be overwritten."""
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
-        raw = torch.log_softmax(logits[upload(wanted, self.device)], dim=-1) if wanted.size else None
+        raw = torch.log_softmax(logits[upload(wanted, self.device)].float(), dim=-1) if wanted.size else None
         tokens = self.sampler.sample(logits, slots, lengths, mask)
-        places = upload(slots * self.tables.width + lengths, self.device)
-        self.tables.tokens.view(-1).index_copy_(0, places, tokens.clamp_min(0).int())
         finish = self._fetch(tokens, results, slice(None), mask)
         if raw is None:
             return finish
@@ -332,7 +329,7 @@ class ModelRunner:
         return prompt_logprobs(self.model.logits, rows, targets, count, self.chunk)
 
     def _make_graphs(self) -> StepGraphs:
-        return StepGraphs(self.model, self.batches, self.max_batch_size, self.dtype)
+        return StepGraphs(self.model, self.batches, self.sampler, self.max_batch_size, self.dtype)
 
     def _graph_bytes(self) -> int:
         """What graphs take beside the cache: the memory of the largest one, which all share, and room for what each needs of the driver's."""

@@ -151,7 +151,7 @@ class Sampler:
             self.scratch.take(name, max_rows, self.table.vocab_size)
 
     def sample(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None = None) -> Tensor:
-        """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed).
+        """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed). It, or 0, is also written to the token table at [slot, length].
 
         logits [S, V] are overwritten where they are float32; `lengths` counts the known tokens of each row, so the draw's number is lengths - prompt_len.
         `mask`: what the grammars of guided rows allow, joined.
@@ -175,7 +175,9 @@ class Sampler:
             counters = (lengths[rows] - table.prompt_len[slots[rows]]).astype(np.uint64)
             numbers = uniforms(table.seeds[slots[rows]], counters)
             self._draw(logits, rows, slots[rows], numbers, tokens)
-        return torch.where(best.isfinite(), tokens, -1)
+        tokens = torch.where(best.isfinite(), tokens, -1)
+        self.tokens.view(-1).index_copy_(0, self._tensor(slots * self.tokens.shape[1] + lengths), tokens.clamp_min(0).int())
+        return tokens
 
     # -- the kernel --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.grammar_compiler import MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots, forbid
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
@@ -105,6 +105,24 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == stops
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size) | stops
     assert slots.start(np.array([1, 2])) is None
+    slots.close()
+
+
+def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, tokenizer = compiler
+    digits = Grammar("regex", "[0-9]{1,30}")
+    slots = GuidedSlots(grammars, 5 * USERS_TOGETHER, torch.device("cpu"))
+    for slot in range(5 * USERS_TOGETHER):
+        slots.set(slot, SamplingParams(max_new_tokens=9, grammar=digits), [])
+        assert len(grammars.prepare(digits).result().matchers) == min(slot // USERS_TOGETHER + 1, MOST_LEXERS)
+    mask = slots.start(np.arange(5 * USERS_TOGETHER))
+    assert mask is not None
+    words = mask.join().words
+    assert (words == words[0]).all()  # whichever lexer
+    for slot in range(5 * USERS_TOGETHER):
+        slots.release(slot)
+    slots.set(0, SamplingParams(max_new_tokens=9, grammar=digits), [])
+    assert len(grammars.prepare(digits).result().matchers) == MOST_LEXERS
     slots.close()
 
 
