@@ -45,6 +45,10 @@ class DenseWeight:
         """out [T, N] = x [T, K] @ weight.T + bias."""
         kernels.linear(x, self.weight, self.bias, out)
 
+    def gated(self, x: torch.Tensor, both: torch.Tensor, out: torch.Tensor, kernels: Kernels) -> None:
+        """out [T, N / 2] = silu(first half) * second half of the product; `both` [T, N] is room for it."""
+        kernels.linear_silu(x, self.weight, self.bias, both, out)
+
     def memory(self) -> Iterator[torch.Tensor]:
         """Weight and bias."""
         yield self.weight

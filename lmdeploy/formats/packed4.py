@@ -51,6 +51,11 @@ class Packed4:
         x = x if self.order is None else x.index_select(1, self.order)
         kernels.linear_w4(x, self.qweight, self.scales, self.zeros, self.bias, out)
 
+    def gated(self, x: Tensor, both: Tensor, out: Tensor, kernels: Kernels) -> None:
+        """out [T, N / 2] = silu(first half) * second half of the product; `both` [T, N] is room for it."""
+        self.matmul(x, both, kernels)
+        kernels.silu_mul(both, out)
+
     def memory(self) -> Iterator[Tensor]:
         """Every tensor that is kept."""
         yield from (t for t in (self.qweight, self.scales, self.zeros, self.bias, self.order) if t is not None)

@@ -55,6 +55,11 @@ class Packed8:
         product = kernels.linear_w8a8 if self.quantise_inputs else kernels.linear_w8
         product(x, self.qweight, self.scales, self.bias, out)
 
+    def gated(self, x: Tensor, both: Tensor, out: Tensor, kernels: Kernels) -> None:
+        """out [T, N / 2] = silu(first half) * second half of the product; `both` [T, N] is room for it."""
+        self.matmul(x, both, kernels)
+        kernels.silu_mul(both, out)
+
     def memory(self) -> Iterator[Tensor]:
         """Every tensor that is kept."""
         yield from (t for t in (self.qweight, self.scales, self.bias) if t is not None)

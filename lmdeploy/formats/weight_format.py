@@ -61,6 +61,10 @@ class WeightFormat(Protocol):
         """out [T, N] = x [T, K] @ W.T + bias."""
         ...
 
+    def gated(self, x: torch.Tensor, both: torch.Tensor, out: torch.Tensor, kernels: Kernels) -> None:
+        """out [T, N / 2] = silu(first half) * second half of the product; `both` [T, N] is room for it."""
+        ...
+
     def memory(self) -> Iterator[torch.Tensor]:
         """Every tensor that is kept."""
         ...

@@ -24,6 +24,9 @@ class Kernels:
 
     #: (x [T, K], weight [N, K], bias [N] | None, out [T, N]): out = x @ weight.T + bias. Rows of `x` may be strided.
     linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+    #: (x [T, K], weight [2F, K] = [gate | up], bias [2F] | None, both [T, 2F], out [T, F]): out = silu(gate) * up of the product; `both` is room for it,
+    #: whose content is undefined afterwards.
+    linear_silu: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
     #: (x [T, K], qweight uint8 [N, K/2], scales float16 [N, K/g], zeros uint8 [N, K/g], bias [N] | None, out [T, N]): out = x @ W.T + bias of a 4-bit
     #: weight W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]; scales and zeros may both be float32 too. Byte j of a row holds q[n, 2j] in its
     #: low half and q[n, 2j + 1] in its high half; g = K // scales.shape[1] is even and divides K. Rows of `x` may be strided.

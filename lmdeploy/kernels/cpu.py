@@ -20,7 +20,7 @@ import torch
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
-from lmdeploy.kernels.reference import REFERENCE, LinearW4, LinearW8, dequantising, dequantising_w8
+from lmdeploy.kernels.reference import REFERENCE, LinearW4, LinearW8, dequantising, dequantising_w8, gated
 from lmdeploy.kv_layer import KVLayer, Width
 from lmdeploy.log import get_logger
 
@@ -312,6 +312,7 @@ def native_kernels(build: NativeBuild, threads: int | None = None) -> Kernels:
     linear, silu_mul = _linear(library, workers, amx), _silu_mul(library, workers)
     return Kernels(
         linear=linear,
+        linear_silu=gated(linear, silu_mul),
         linear_w4=_linear_w4(library, workers, dequantising(linear)),
         linear_w8=_linear_w8(library, workers, dequantising_w8(linear)),
         linear_w8a8=_linear_w8a8(library, workers),

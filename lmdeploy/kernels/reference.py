@@ -25,6 +25,7 @@ GATHER_LIMIT = 1 << 24
 DEQUANTISE_LIMIT = 1 << 22
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+LinearSilu = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
 LinearW4 = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 LinearW8 = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 
@@ -277,6 +278,16 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     out.copy_(F.silu(gate.float()).mul_(up))
 
 
+def gated(product: Linear, silu: Callable[[Tensor, Tensor], None]) -> LinearSilu:
+    """`linear_silu` of the two operators that it is made of."""
+
+    def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, out: Tensor) -> None:
+        product(x, weight, bias, both)
+        silu(both, out)
+
+    return linear_silu
+
+
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, out: Tensor) -> None:
     """out = sum over the chosen experts of weight * down(silu_mul(gate_up(x))): a loop over the experts that have tokens.
 
@@ -294,7 +305,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert
 
 
 _OPERATORS = {
-    "linear": linear, "linear_w4": linear_w4, "linear_w8": linear_w8, "linear_w8a8": linear_w8a8, "rms_norm": rms_norm, "add_rms_norm": add_rms_norm,
-    "head_norm": head_norm, "rope_write_kv": rope_write_kv, "attention": attention, "silu_mul": silu_mul, "experts": experts,
+    "linear": linear, "linear_silu": gated(linear, silu_mul), "linear_w4": linear_w4, "linear_w8": linear_w8, "linear_w8a8": linear_w8a8,
+    "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "head_norm": head_norm, "rope_write_kv": rope_write_kv, "attention": attention,
+    "silu_mul": silu_mul, "experts": experts,
 }  # fmt: skip
 REFERENCE = Kernels(**_OPERATORS, names=dict.fromkeys(_OPERATORS, "torch"))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
-from lmdeploy.kernels.reference import REFERENCE, dequantising, dequantising_w8
+from lmdeploy.kernels.reference import REFERENCE, dequantising, dequantising_w8, gated
 from lmdeploy.kernels.row_buckets import Linear, padded
 from lmdeploy.log import get_logger
 from lmdeploy.spec import ModelSpec
@@ -55,7 +55,7 @@ def _against_native(operator: str, need: Need, build: NativeBuild | None) -> lis
         return [*reasons, build.reason]
     if need.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"no {str(need.dtype).removeprefix('torch.')} kernel; use bfloat16 or float32 on CPU")
-    if operator in ("linear", "experts") and need.dtype is torch.bfloat16 and build.variant != "amx":
+    if operator in ("linear", "linear_silu", "experts") and need.dtype is torch.bfloat16 and build.variant != "amx":
         reasons.append(f"bfloat16 products need AMX ({'; '.join(build.notes) or build.variant}); torch is faster without")
     if operator == "attention" and need.head_dim is not None and need.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim={need.head_dim} is above {MAX_HEAD_DIM}")
@@ -163,6 +163,8 @@ def select(
     elif backend == "turbomind" and device_type == "cuda":
         functions |= {operator: triton.operators[operator] for operator, chosen in names.items() if chosen != "torch"}
         _log_fallbacks(rows, "triton")
+    if names["linear_silu"] == "torch":
+        functions["linear_silu"] = gated(functions["linear"], functions["silu_mul"])
     return Kernels(**functions, names=names)
 
 

@@ -131,6 +131,10 @@ class GateUpLinear(Linear):
         made = [Part(name, size, ctx.spec.hidden_size, [part]) for name, (size, part) in zip(names, rows, strict=True)]
         super().__init__(ctx, made, expect_bias=ctx.spec.mlp_bias)
 
+    def gated(self, x: Tensor, both: Tensor, out: Tensor) -> None:
+        """x [T, K] -> out [T, F] = silu(gate) * up; `both` [T, 2F] is room for the product."""
+        self.weight.gated(x, both, out, self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
+
 
 class RowLinear(Linear):
     """A layer cut along its inputs: each rank multiplies its columns, the results are summed; the bias is added by rank 0 alone."""

@@ -26,7 +26,6 @@ class MLP:
 
     def __init__(self, ctx: BuildContext, prefix: str, names: MLPNames) -> None:
         spec = ctx.spec
-        self.kernels = ctx.kernels
         self.gate_up = GateUpLinear(ctx, prefix, names.gate_up, spec.intermediate_size)
         self.down = RowLinear(ctx, f"{prefix}.{names.down}", spec.intermediate_size, spec.hidden_size, expect_bias=spec.mlp_bias)
 
@@ -42,6 +41,5 @@ class MLP:
 
     def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
         """step.normed [T, M] -> step.proj [T, M]."""
-        self.gate_up.forward(step.normed, step.gate_up)
-        self.kernels.silu_mul(step.gate_up, step.act)
+        self.gate_up.gated(step.normed, step.gate_up, step.act)
         self.down.forward(step.act, step.proj)

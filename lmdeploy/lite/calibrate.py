@@ -16,7 +16,7 @@ from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.formats.dense import DenseWeight
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kernels.api import Kernels
-from lmdeploy.kernels.reference import silu_mul
+from lmdeploy.kernels.reference import gated, silu_mul
 from lmdeploy.kv_layer import KVLayer
 from lmdeploy.layers.build import BuildContext, StepBuffers, StepShape
 from lmdeploy.layers.experts import Experts
@@ -95,7 +95,7 @@ class Recorder:
         self.paused = False  # True: layers run, nothing is noted (a run that is taken up again)
         self.stats: dict[str, InputStats] = {}
         self._names: dict[int, tuple[str, ...]] = {}  # address of a weight -> its modules
-        self.kernels = replace(kernels, linear=self.linear, experts=self.experts)
+        self.kernels = replace(kernels, linear=self.linear, linear_silu=gated(self.linear, kernels.silu_mul), experts=self.experts)
 
     def watch(self, prefix: str, layer: Layer) -> None:
         """Forget the last layer and note the weights of this one; names are those below `prefix`."""

@@ -45,6 +45,19 @@ def test_products_agree_with_float32(rows: int, inner: int, outer: int, dtype: t
         assert (product(x, weight, extra).float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
 
 
+@pytest.mark.parametrize("dtype", STEP)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize(("inner", "width"), [(2048, 8192), (4096, 14336), (8192, 1000), (72, 40), (172, 36)])
+def test_gated_products_agree_with_float32(rows: int, inner: int, width: int, dtype: torch.dtype) -> None:
+    x, weight, bias = made(rows, inner, 2 * width, dtype)
+    for extra in (bias, None):
+        both, out = torch.empty(rows, 2 * width, dtype=dtype, device=DEVICE), torch.full((rows, width), float("nan"), dtype=dtype, device=DEVICE)
+        linear16.linear_silu(x, weight, extra, both, out)
+        gate, up = (x.float() @ weight.float().T + (0 if extra is None else extra.float())).chunk(2, dim=1)
+        wanted = torch.nn.functional.silu(gate) * up
+        assert (out.float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
+
+
 @pytest.mark.parametrize(("inner", "outer"), SHAPES[:8])
 def test_a_row_has_the_same_bits_whatever_the_others_of_its_bucket(inner: int, outer: int) -> None:
     x, weight, _ = made(64, inner, outer, torch.bfloat16)

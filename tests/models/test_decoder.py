@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmdeploy.errors import CheckpointError
-from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.reference import REFERENCE, gated
 from lmdeploy.models.decoder import Decoder
 from tests.helpers import LLAMA_CONFIG, Harness, llama_tensors, load_model, write_folder, write_internlm2, write_llama
 
@@ -155,7 +155,7 @@ def test_layers_call_the_kernels_they_are_given(tmp_path: Path) -> None:
         calls.append((*weight.shape, x.shape[0]))
         REFERENCE.linear(x, weight, bias, out)
 
-    harness = Harness(load_model(write_llama(tmp_path), kernels=replace(REFERENCE, linear=linear)))
+    harness = Harness(load_model(write_llama(tmp_path), kernels=replace(REFERENCE, linear=linear, linear_silu=gated(linear, REFERENCE.silu_mul))))
     harness.step([(0, TOKENS)])
     layer = [(8 * 24, 64, 7), (64, 4 * 24, 7), (2 * 88, 64, 7), (64, 88, 7)]
     assert calls == layer * 2 + [(131, 64, 7)]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.triton_kernels.activation import silu_mul
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -228,3 +229,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         _launch(x, weight, bias, out, silu=False)
     else:
         REFERENCE.linear(x, weight, bias, out)
+
+
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up of x @ weight.T + bias = [gate | up]; as `linear` of the weight. `both` is room for the product where cuBLAS computes it."""
+    if x.shape[0] and _serves(x, weight, out):
+        _launch(x, weight, bias, out, silu=True)
+    else:
+        REFERENCE.linear(x, weight, bias, both)
+        silu_mul(both, out)

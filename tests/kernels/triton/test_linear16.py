@@ -11,7 +11,7 @@ linear16 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear16", reaso
 
 Tensor = torch.Tensor
 #: rows, inputs, outputs: one row, ragged edges of tiles in both directions, each bucket of rows, inputs that no tile divides, and those that cuBLAS computes
-SHAPES = [(1, 64, 40), (3, 264, 48), (16, 512, 24), (17, 136, 72), (33, 1024, 200), (64, 72, 16), (70, 64, 32), (5, 60, 12)]
+SHAPES = [(1, 64, 40), (1, 4104, 12), (3, 264, 48), (16, 512, 24), (17, 136, 72), (33, 1024, 200), (64, 72, 16), (70, 64, 32), (5, 60, 12)]
 
 
 def numbers(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -56,3 +56,15 @@ def test_float32_and_no_rows() -> None:
     linear16.linear(x, weight, None, out)
     assert torch.allclose(out, x @ weight.T, rtol=1e-5)
     linear16.linear(x[:0].half(), weight.half(), None, out[:0].half())
+
+
+@pytest.mark.parametrize(("rows", "inner", "width"), [(1, 64, 20), (1, 4104, 8), (2, 264, 72), (20, 136, 24), (64, 72, 16), (70, 64, 16), (3, 60, 12)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gated_products_agree_with_the_reference(rows: int, inner: int, width: int, with_bias: bool) -> None:
+    x, weight = numbers(rows, inner + 8, 0)[:, :inner], numbers(2 * width, inner, 1) * 0.1
+    bias = numbers(1, 2 * width, 2)[0] if with_bias else None
+    both, found = torch.empty(rows, 2 * width, dtype=torch.float16), torch.full((rows, width), float("nan"), dtype=torch.float16)
+    linear16.linear_silu(x, weight, bias, both, found)
+    wanted = torch.empty(rows, width)
+    REFERENCE.linear_silu(x.float(), weight.float(), None if bias is None else bias.float(), torch.empty(rows, 2 * width), wanted)
+    close(found, wanted)
