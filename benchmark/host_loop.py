@@ -62,6 +62,10 @@ class NoModel:
         """Token 0 is the likeliest."""
         return torch.zeros((hidden.shape[0], self.spec.vocab_size))
 
+    def raw_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """The same."""
+        out.zero_()
+
 
 class Device:
     """A device that takes `seconds` a step and works through its queue alone; counts what it waited for its host."""
@@ -107,7 +111,7 @@ class PretendedGraphs(StepGraphs):
             mock.patch("torch.zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
             mock.patch("torch.cuda.graph_pool_handle", lambda: (0, 0)),
         ):
-            super().__init__(runner.model, runner.batches, runner.max_batch_size, torch.float32)
+            super().__init__(runner.model, runner.batches, runner.sampler, runner.max_batch_size, torch.float32)
         self._drawn = torch.tensor(np.random.default_rng(0).choice(text_ids, self._logits.shape[0]))
 
     def _captured(self, shape: Shape) -> Any:

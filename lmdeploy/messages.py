@@ -196,6 +196,7 @@ class MemoryBill(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_token_16bit: int = 0  # what it would be without quantising, in a 16-bit type
     kv_policy: str = "none"  # how keys and values are stored: none, int8, k8v4, int4, fp8, "rotated" where they are
     note: str = ""  # e.g. why the pool is smaller than the ratio asked for
+    graphs: int = 0  # of what is free: what CUDA graphs will take
 
 
 class KVScore(msgspec.Struct, frozen=True, kw_only=True):

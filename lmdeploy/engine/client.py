@@ -201,6 +201,8 @@ class EngineThread:
             engine.scheduler.check_integrity()
             stats = engine.stats()
             logger.debug("idle: blocks, slots and counts are in order, %d of %d blocks in use", stats.used_blocks, stats.num_blocks)
+        while block and self._inbox.empty() and engine.prepare_ahead():
+            pass
         while True:
             self._busy = not block
             try:

@@ -120,6 +120,10 @@ class Engine:
         self._rate.add(self._last_step_time, self._scheduler.counts.generated_tokens)
         return outputs
 
+    def prepare_ahead(self) -> bool:
+        """Use a moment without work; True while there is more to get ready."""
+        return self._executor.prepare_ahead()
+
     def abort_all(self) -> None:
         """End every request."""
         for request_id in [*self._scheduler.unfinished, *self._preparing.unfinished]:

@@ -8,6 +8,7 @@ is read on the device from the slot tables: the host sends places only, and need
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -129,6 +130,7 @@ class StepGraphs:
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
+        self._ahead = iter(self._shapes())
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -148,6 +150,25 @@ class StepGraphs:
         """Capture the largest steps, whose memory all others share."""
         for shape in self._largest():
             self._captured(shape)
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Capture a shape that no step has needed yet; False when all have been, or one could not be: that is tried again only when a step needs it."""
+        shape = next((shape for shape in self._ahead if shape not in self._graphs), None)
+        if shape is None:
+            return False
+        try:
+            self._captured(shape)
+        except Exception as e:
+            logger.warning("graphs are captured when steps need them, not ahead: that of %s failed (%s: %s)", shape, type(e).__name__, str(e).splitlines()[0])
+            self._ahead = iter(())
+        return True
+
+    def _shapes(self) -> Iterator[Shape]:
+        """All of them, those of small batches first."""
+        context = self._context(SHORTEST)
+        yield from (Shape(size, 0, context) for size in self._sizes)
+        yield from (Shape(beside, tokens, context) for beside in self._beside for tokens in self._token_sizes)
 
     def _largest(self) -> list[Shape]:
         context = self._context(self._tables.width - 1)
@@ -188,7 +209,7 @@ class StepGraphs:
                 self._step(shape)  # compiles kernels and lets libraries take their buffers
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):  # other threads may use the device
                 tokens = self._step(shape)
             found = self._graphs[shape] = (graph, tokens)
             logger.debug("captured a graph of %s", shape)

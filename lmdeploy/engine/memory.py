@@ -74,8 +74,8 @@ class PoolShape:
     policy: str = "none"
 
 
-def make_bill(device: torch.device, parts: tuple[int, int, int], pool: PoolShape, session_len: int, note: str) -> MemoryBill:
-    """`parts` are the bytes of weights, KV pool and workspace."""
+def make_bill(device: torch.device, parts: tuple[int, int, int], pool: PoolShape, session_len: int, note: str, graphs: int = 0) -> MemoryBill:
+    """`parts` are the bytes of weights, KV pool and workspace; `graphs` those that CUDA graphs will take."""
     total = taken_bytes(device)
     weights, kv_pool, workspace = parts
     return MemoryBill(
@@ -93,6 +93,7 @@ def make_bill(device: torch.device, parts: tuple[int, int, int], pool: PoolShape
         bytes_per_token_16bit=pool.bytes_16bit,
         kv_policy=pool.policy,
         note=note,
+        graphs=graphs,
     )
 
 
@@ -114,7 +115,7 @@ def format_bill(bill: MemoryBill) -> str:
         ("step workspace", bill.workspace, "activations of the largest step"),
         ("other", bill.other, "interpreter, libraries, kernels" if cpu else "CUDA context, libraries, other processes"),
         ("total", bill.total, "resident memory of the process" if cpu else f"in use on {bill.device}"),
-        ("free", bill.free, "left for others"),
+        ("free", bill.free, f"left for others, but for {gib(bill.graphs)} that CUDA graphs will take" if bill.graphs else "left for others"),
     ]
     lines = [f"memory on {bill.device}", *(f"  {name:<15}{gib(size):>10}  {text}".rstrip() for name, size, text in rows)]
     return "\n".join(lines + [f"  note: {note}" for note in bill.note.splitlines()])

@@ -123,7 +123,7 @@ class ModelRunner:
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
         shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_layout.format.name)
         self.memory = make_bill(
-            device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note
+            device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note, reserved
         )
 
     def _make_tables(self, session_len: int, spare: int) -> None:
@@ -145,6 +145,10 @@ class ModelRunner:
     def renew_graphs(self) -> None:
         """Forget all captured steps: weights or cache are, or may be, elsewhere. New ones are captured when they are needed."""
         self.graphs = self._make_graphs() if self.graphed and self.batches.kv else None
+
+    def prepare_ahead(self) -> bool:
+        """Capture a graph that no step has needed yet; True while there are more."""
+        return self.graphs is not None and self.graphs.capture_next()
 
     def set_layout(self, layout: KVLayout) -> None:
         """Other key centres, in an empty pool."""

@@ -36,6 +36,10 @@ class Executor(Protocol):
         """Wait for the oldest submitted plan whose result was not fetched. Called exactly once per submitted plan."""
         ...
 
+    def prepare_ahead(self) -> bool:
+        """Called when nothing was submitted: spend a fraction of a second on something that later steps would wait for. False: there is nothing (more)."""
+        ...
+
     def obey(self, order: Order) -> None:
         """Sleep, wake, or take new weights; called when nothing was submitted. ConfigError and CheckpointError: nothing has changed."""
         ...

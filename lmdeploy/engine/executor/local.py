@@ -57,6 +57,10 @@ class LocalExecutor:
             raise EngineError(f"the device is lost: {str(done).splitlines()[0]}") from done
         raise done
 
+    def prepare_ahead(self) -> bool:
+        """Capture the next graph."""
+        return self._runner is not None and self._runner.prepare_ahead()
+
     def obey(self, order: Order) -> None:
         """See the contract."""
         if self._runner is None:
