@@ -68,6 +68,7 @@ class ForwardInputs:
     kv: list[KVLayer]  # per layer
     logit_rows: torch.Tensor  # int64 [R]
     scratch: Scratch
+    every_row: bool = False  # logit_rows are all T rows, in order
     cos: torch.Tensor | None = None  # float32 [T, R/2]: filled once by the model from its rope, shared by all layers
     sin: torch.Tensor | None = None
     q_scale: torch.Tensor | None = None  # float32 [T] logn scale of queries, or None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lmdeploy.engine.plan import Ints, Items, NewSequence
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
+from lmdeploy.kernels.select import places_kernel
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
@@ -121,6 +122,7 @@ class BatchBuilder:
 
     def __init__(self, tables: SlotTables, kv: list[KVLayer], scratch: Scratch, *, uses_rope_lengths: bool) -> None:
         self.tables, self.kv, self.scratch, self.uses_rope_lengths = tables, kv, scratch, uses_rope_lengths
+        self._find_places = places_kernel(tables.device.type) or _find_places
 
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
@@ -156,21 +158,31 @@ class BatchBuilder:
 
     def on_device(self, places: Places, query_lens: list[int], kv_lens: list[int], num_decode: int) -> ForwardInputs:
         """The step whose places are on the device; the host's lengths may be bounds of those there."""
-        tables, size = self.tables, self.tables.block_size
-        position, token_slot = places.positions, places.token_slots
-        block = tables.blocks.view(-1).index_select(0, token_slot * tables.max_blocks + position // size).long()
+        tables, size, positions = self.tables, self.tables.block_size, places.positions
+        token_ids, slot_mapping, lens, query_start, block_table = self._find_places(
+            positions, places.token_slots, places.slots, places.ends, places.query_start, tables.tokens, tables.blocks, size, -(-max(kv_lens) // size)
+        )
         meta = AttentionMeta(
-            query_start=places.query_start.int(),
-            kv_lens=places.ends.int(),
-            block_table=tables.blocks[:, : -(-max(kv_lens) // size)].index_select(0, places.slots),
-            slot_mapping=block * size + position % size,
+            query_start=query_start,
+            kv_lens=lens,
+            block_table=block_table,
+            slot_mapping=slot_mapping,
             query_lens=query_lens,
             kv_lens_host=kv_lens,
             num_decode=num_decode,
         )
-        rope = tables.rope_lengths.index_select(0, token_slot) if self.uses_rope_lengths else None
-        token_ids = tables.tokens.view(-1).index_select(0, token_slot * tables.width + position).long()
-        return ForwardInputs(token_ids, position, rope, meta, self.kv, places.rows, self.scratch)
+        rope = tables.rope_lengths.index_select(0, places.token_slots) if self.uses_rope_lengths else None
+        every_row = num_decode == len(query_lens) and len(places.rows) == len(positions)
+        return ForwardInputs(token_ids, positions, rope, meta, self.kv, places.rows, self.scratch, every_row=every_row)
+
+
+def _find_places(
+    positions: Tensor, token_slots: Tensor, slots: Tensor, ends: Tensor, query_start: Tensor, tokens: Tensor, blocks: Tensor, block_size: int, context: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the kernel of that name, in torch."""
+    block = blocks.view(-1).index_select(0, token_slots * blocks.shape[1] + positions // block_size).long()
+    token_ids = tokens.view(-1).index_select(0, token_slots * tokens.shape[1] + positions).long()
+    return token_ids, block * block_size + positions % block_size, ends.int(), query_start.int(), blocks[:, :context].index_select(0, slots)
 
 
 def _per_token(slots: Ints, starts: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:

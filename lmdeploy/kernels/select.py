@@ -186,6 +186,16 @@ def token_kernel(device_type: str) -> TokenKernel | None:
     return TokenKernel(sampling.choose_tokens, sampling.scratch_width())
 
 
+def places_kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:
+    """`triton_kernels.places.find_places`; None where torch serves. The same for every backend."""
+    triton = _triton_for(Need("turbomind", device_type, torch.float32))
+    if triton.reasons_against is None or triton.reasons_against("find_places", torch.float32, None):
+        return None
+    from lmdeploy.kernels.triton_kernels import places
+
+    return places.find_places
+
+
 def report(backend: str, device_type: str, dtype: torch.dtype, *, head_dim: int | None = None, cache_dir: Path | None = None) -> Report:
     """For each operator the chosen candidate and the reasons against the others, as `select` would decide now."""
     need = Need(backend, device_type, dtype, head_dim)

@@ -167,7 +167,8 @@ class Decoder:
             self._finish_layer(layer, after.input_norm, inputs, step)
         last = self.layers[-1]
         last.attention.forward(inputs, step)
-        step = step.select(inputs.scratch, self.shape, inputs.logit_rows)
+        if not inputs.every_row:
+            step = step.select(inputs.scratch, self.shape, inputs.logit_rows)
         if step.normed.shape[0]:
             self._finish_layer(last, self.norm, inputs, step)
         return step.normed
