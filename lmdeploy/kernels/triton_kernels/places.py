@@ -20,15 +20,14 @@ def _places_kernel(
     """The first programs take a sequence each, the others BLOCK tokens."""
     program, place = tl.program_id(0), tl.arange(0, BLOCK)
     if program < num_sequences:
-        slot = tl.load(slots_ptr + program)
+        row_ptr = blocks_ptr + tl.load(slots_ptr + program) * max_blocks
         tl.store(lens_ptr + program, tl.load(ends_ptr + program).to(tl.int32))
         tl.store(query_start_ptr + program, tl.load(starts_ptr + program).to(tl.int32))
         if program == num_sequences - 1:
             tl.store(query_start_ptr + num_sequences, tl.load(starts_ptr + num_sequences).to(tl.int32))
         for first in range(0, context, BLOCK):
-            inside = first + place < context
-            block = tl.load(blocks_ptr + slot * max_blocks + first + place, mask=inside)
-            tl.store(table_ptr + program.to(tl.int64) * context + first + place, block, mask=inside)
+            wanted = first + place < context
+            tl.store(table_ptr + program.to(tl.int64) * context + first + place, tl.load(row_ptr + first + place, mask=wanted), mask=wanted)
     else:
         token = (program - num_sequences) * BLOCK + place
         inside = token < num_tokens
