@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -275,9 +276,11 @@ def run_server(frontend: Frontend, config: ServerConfig, sock: socket.socket | N
     try:
         server = build_server(frontend, config)
         announce(server.service, url)
+        gc.freeze()  # what is loaded stays: looking through it for garbage would stop all streams for 0.2 s, now and then
         server.run(sockets=[sock])
         failure = frontend.failure
     finally:
+        gc.unfreeze()
         frontend.close()
         sock.close()
     if failure:
