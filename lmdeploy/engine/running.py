@@ -7,6 +7,7 @@ one by one only where something else happens to them. Knows no blocks but their 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,7 +30,7 @@ class Running:
         self._epochs = np.zeros(num_slots, dtype=np.int64)
         self._table = np.zeros((num_slots, INDEX + 1), dtype=np.int64)  # by slot; see `Sequence`
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
-        self._stop_ids: set[int] = set()  # tokens that end one of the sequences, as of `_order`
+        self._stops: Counter[int] = Counter()  # how many sequences a token ends
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -55,11 +56,16 @@ class Running:
         seq.take_slot(slot, self._table[slot])
         self._holders[slot], self._tokens[slot] = seq, seq.token_ids
         insort(self._sequences, seq, key=_arrival)
+        self._stops.update(seq.stop_ids)
         self._order = None
 
     def leave(self, seq: Sequence) -> None:
         """Take back a slot; nothing of the sequence is computed any more."""
         self._sequences.remove(seq)
+        for token in seq.stop_ids:
+            self._stops[token] -= 1
+            if not self._stops[token]:
+                del self._stops[token]
         del self._holders[seq.slot], self._tokens[seq.slot]
         self._free_slots.append(seq.slot)
         self._epochs[seq.slot] += 1
@@ -75,7 +81,6 @@ class Running:
     def _standing(self) -> Ints:
         if self._order is None:
             self._order = np.array([seq.slot for seq in self._sequences], dtype=np.int64)
-            self._stop_ids = set().union(*(seq.stop_ids for seq in self._sequences))
         return self._order
 
     def shares(self, budget: int) -> tuple[Items, Ints]:
@@ -123,9 +128,8 @@ class Running:
         table, ends = self._table[items.slots], items.starts + 1
         plain: NDArray[np.bool_] = (items.counts == 1) & (result.tokens >= 0)
         plain &= (ends > table[:, PROMPT]) & (ends + 1 < table[:, LIMIT])
-        self._standing()
-        if not self._stop_ids.isdisjoint(result.tokens.tolist()):
-            plain &= ~np.isin(result.tokens, list(self._stop_ids))
+        if not self._stops.keys().isdisjoint(result.tokens.tolist()):
+            plain &= ~np.isin(result.tokens, list(self._stops))
         if result.more:
             plain[list(result.more)] = False
         return plain
@@ -134,6 +138,7 @@ class Running:
         """Slots, order and counts agree with the sequences."""
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
         assert sorted([s.slot for s in self] + self._free_slots) == list(range(len(self._table))), "slots are lost or doubled"
+        assert self._stops == Counter(token for s in self for token in s.stop_ids)
         assert {s.slot: s for s in self} == self._holders and [s.slot for s in self] == self._standing().tolist()
         for seq in self:
             assert np.shares_memory(seq.counts, self._table[seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
