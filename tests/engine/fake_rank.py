@@ -153,6 +153,10 @@ class FakeRank:
             self.broken -= 1
             raise RuntimeError("broken step")
 
+    def prepare_ahead(self) -> bool:
+        """Nothing takes long."""
+        return False
+
     def close(self) -> None:
         """Note that it happened."""
         self.closed = True
