@@ -204,7 +204,7 @@ def _serves(x: Tensor, weight: Tensor, out: Tensor) -> bool:
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, silu: bool) -> None:
     (rows, inner), outer = x.shape, out.shape[1]
     pdl, some_bias = overlaps(x.device), x if bias is None else bias
-    common = {"SILU": silu, "HAS_BIAS": bias is not None, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4}
+    common = {"SILU": silu, "HAS_BIAS": bias is not None, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4, "enable_fp_fusion": True}
     if rows == 1:
         whole = inner <= WHOLE_ROWS
         depth = int(triton.next_power_of_2(inner)) if whole else 1024
