@@ -1,0 +1,62 @@
+"""Kernels compiled for Hopper and Ampere without a GPU: what the interpreter lets pass (types of branches, shared memory) fails here and not on the device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+compiler = pytest.importorskip("triton.compiler", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from lmdeploy.kernels.triton_kernels import activation, linear16, norms, places  # noqa: E402
+
+BF16, I64, I32 = "*bf16", "*i64", "*i32"
+ROW = {"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "N": "i32", "K": "i32"}
+ROWS = {**ROW, "parts": "*fp32", "arrivals": I32, "T": "i32", "x_row": "i32", "out_row": "i32"}
+NORM = {
+    "x_ptr": BF16,
+    "residual_ptr": BF16,
+    "weight_ptr": BF16,
+    "out_ptr": BF16,
+    "eps": "fp32",
+    "x_stride": "i32",
+    "residual_stride": "i32",
+    "out_stride": "i32",
+}
+SILU = {"both_ptr": BF16, "out_ptr": BF16, "both_stride": "i32", "out_stride": "i32", "width": "i32"}
+PLACES = {
+    **dict.fromkeys(("positions_ptr", "token_slots_ptr", "slots_ptr", "ends_ptr", "starts_ptr", "ids_ptr", "mapping_ptr"), I64),
+    **dict.fromkeys(("tokens_ptr", "blocks_ptr", "lens_ptr", "query_start_ptr", "table_ptr"), I32),
+    **dict.fromkeys(("num_tokens", "num_sequences", "context", "max_blocks", "width"), "i32"),
+}
+CASES = {
+    "one row": (linear16._row_kernel, ROW, {"SILU": False, "HAS_BIAS": True, "WHOLE": True, "BN": 4, "BK": 2048}, 3),
+    "one row with silu": (linear16._row_kernel, ROW, {"SILU": True, "HAS_BIAS": False, "WHOLE": True, "BN": 2, "BK": 4096}, 3),
+    "one long row": (linear16._row_kernel, ROW, {"SILU": True, "HAS_BIAS": True, "WHOLE": False, "BN": 4, "BK": 1024}, 3),
+    "16 rows in parts": (linear16._rows_kernel, ROWS, {"SILU": False, "HAS_BIAS": True, "SPLIT": 4, "BM": 16, "BN": 64, "BK": 128}, 4),
+    "64 rows with silu": (linear16._rows_kernel, ROWS, {"SILU": True, "HAS_BIAS": True, "SPLIT": 1, "BM": 64, "BN": 64, "BK": 128}, 4),
+    "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "BLOCK": 4096}, 3),
+    "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
+    "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile(case: str, capability: int) -> None:
+    kernel, types, constants, stages = CASES[case]
+    hopper = capability >= 90
+    if "PDL" in kernel.arg_names:
+        constants = {**constants, "PDL": hopper}
+    names: list[str] = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "i32")[0] == "*" or name in ("K", "x_row")}
+    source = compiler.ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True})
+    assert compiled.asm["ptx"].count("griddepcontrol.wait") == int(hopper and "PDL" in constants)
+    if hopper:
+        assert compiled.metadata.shared <= 227 << 10
