@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,6 +77,19 @@ def _read_bandwidth() -> float:
     return big.nbytes / timed(lambda: torch.mv(big, vector)) / 1e9
 
 
+#: What a folder of 4-bit weights says of them, for `--random-weights --model-format NAME` of a folder that has 16-bit ones
+FOUR_BITS: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+}
+
+
+def overrides(spec: ModelSpec, model_format: str | None, *, random_weights: bool) -> dict[str, Any] | None:
+    """`hf_overrides` of a run: a folder of a 16-bit model serves for random 4-bit weights too."""
+    invented = random_weights and not spec.quantization and model_format in FOUR_BITS
+    return {"quantization_config": FOUR_BITS[str(model_format)]} if invented else None
+
+
 def busy_cores(seconds: float = 0.5) -> float:
     """Cores that other processes keep busy right now (Linux): above 0.2 spoils a two-thread figure."""
 
@@ -117,6 +131,12 @@ def decode_floor(spec: ModelSpec, batch: int, context: int, width: int, ceilings
     kv = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context * batch
     read = (weights * width if weight_bytes is None else weight_bytes) + kv * width
     return max(read / ceilings.read_gbs / 1e9, 2 * weights * batch / ceilings.bf16_gflops / 1e9)
+
+
+def read_each_step(spec: ModelSpec, weight_bytes: int, width: int) -> int | None:
+    """What a step reads of the loaded weights: all but the embedding table, where that is not the head too. None where idle experts are not read."""
+    table = 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size * width
+    return None if spec.num_experts else weight_bytes - table
 
 
 def prefill_floor(spec: ModelSpec, tokens: int, ceilings: Ceilings) -> float:

@@ -139,7 +139,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="runs per case; the median counts (default 3)")
     parser.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="bits of the output head (default 16)")
     parser.add_argument("--quant-policy", default="0", help="KV cache: 0, 8, k8v4 or 4 (default 0)")
-    parser.add_argument("--model-format", help="weight layout, as the engine's option")
+    parser.add_argument(
+        "--model-format", help="weight layout, as the engine's option; awq and gptq with --random-weights: random 4-bit weights of groups of 128"
+    )
     parser.add_argument("--peer", choices=("transformers",), help="measure a peer in the same run (needs the test extra)")
     return parser.parse_args()
 
@@ -166,6 +168,7 @@ def main() -> None:
         head_bits=args.head_bits,
         quant_policy=args.quant_policy,
         model_format=args.model_format,
+        hf_overrides=common.overrides(spec, args.model_format, random_weights=args.random_weights),
     )
     engine = build_engine(folder, config)
     loaded = time.perf_counter() - start
@@ -177,15 +180,13 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     peer = measure_transformers(spec, getattr(torch, info.dtype), args) if args.peer else None
     width = torch.finfo(getattr(torch, info.dtype)).bits // 8
-    how = f"{info.dtype}, {args.backend}, head {args.head_bits} bit, KV {args.quant_policy}"
+    how = f"{info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit, KV {args.quant_policy}"
     print(f"\n{common.describe(spec)}; {how}; weights {info.memory.weights / 1e9:.3f} GB\n{common.machine()}")
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start"
     )
     print(f"ready in {loaded:.2f} s, peak memory {peak:.2f} GB (RSS)\n")
-    # of the loaded weights a step reads all but the embedding table, where that is not the head too, and idle experts
-    table = 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size * width
-    read = None if spec.num_experts else info.memory.weights - table
+    read = common.read_each_step(spec, info.memory.weights, width)
     floors = {f"prefill {args.prompt}": args.prompt / common.prefill_floor(spec, args.prompt, ceilings)}
     figures = {f"prefill {args.prompt}": (ours.prefill, peer and peer.prefill)}
     for batch in args.batch:

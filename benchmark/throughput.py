@@ -22,7 +22,7 @@ from lmdeploy.messages import EngineRequest, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
 
 
-def floor_seconds(spec: ModelSpec, pairs: list[tuple[int, int]], width: int, ceilings: common.Ceilings, slots: int) -> float:
+def floor_seconds(spec: ModelSpec, pairs: list[tuple[int, int]], width: int, ceilings: common.Ceilings, slots: int, weight_bytes: int | None = None) -> float:
     """All prompts at the matmul rate, plus decode steps: at each, the weights and the live sequences' keys are read once."""
     prefill = sum(common.prefill_floor(spec, i, ceilings) for i, _ in pairs)
     decode = 0.0
@@ -30,7 +30,7 @@ def floor_seconds(spec: ModelSpec, pairs: list[tuple[int, int]], width: int, cei
         live = [i + position for i, o in pairs if o > position]
         for start in range(0, len(live), slots):
             group = live[start : start + slots]
-            decode += common.decode_floor(spec, len(group), sum(group) // len(group), width, ceilings)
+            decode += common.decode_floor(spec, len(group), sum(group) // len(group), width, ceilings, weight_bytes)
     return prefill + decode
 
 
@@ -59,6 +59,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this (a quick run)")
     parser.add_argument("--seed", type=int, default=mix.SEED)
     parser.add_argument("--max-batch-size", type=int, default=32)
+    parser.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="bits of the output head (default 16)")
+    parser.add_argument(
+        "--model-format", help="weight layout, as the engine's option; awq and gptq with --random-weights: random 4-bit weights of groups of 128"
+    )
     return parser.parse_args()
 
 
@@ -78,14 +82,19 @@ def main() -> None:
         cache_max_entry_count=args.max_batch_size * (longest // 64 + 2),
         enable_prefix_caching=False,
         random_weights=args.random_weights,
+        head_bits=args.head_bits,
+        model_format=args.model_format,
+        hf_overrides=common.overrides(spec, args.model_format, random_weights=args.random_weights),
     )
     engine = build_engine(folder, config)
     run(engine, spec, pairs[:2])
     seconds = run(engine, spec, pairs, 1000)
     width = torch.finfo(getattr(torch, engine.info.dtype)).bits // 8
-    floor = floor_seconds(spec, pairs, width, ceilings, args.max_batch_size)
+    floor = floor_seconds(spec, pairs, width, ceilings, args.max_batch_size, common.read_each_step(spec, engine.info.memory.weights, width))
     inputs, outputs = sum(i for i, _ in pairs), sum(o for _, o in pairs)
-    print(f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}\n{common.machine()}")
+    print(
+        f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit\n{common.machine()}"
+    )
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start\n"
     )

@@ -18,6 +18,8 @@ BLOCK = 4_194_301
 #: Eight nibbles of 8 in an int32 word, and the standard deviation of 0..15.
 MIDDLE = -(0x77777778)
 SPREAD = 4.61
+#: Names that packed zero points end with.
+ZEROS = ("qzeros", "zero_point")
 #: Standard deviation and largest of 8-bit numbers; names that their scales end with.
 SPREAD8, LARGEST8 = 40.0, 127.0
 SCALES8 = (".scale", ".weight_scale", ".weight_scale_inv")
@@ -50,8 +52,8 @@ class RandomSource:
 
     def take(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Fill `out`; the slice only varies the numbers. Packed integers and their scales mean numbers of the usual size around zero."""
-        if not out.is_floating_point() and out.dtype.itemsize > 1:
-            self._fill_packed(f"{name}:{rows.start if rows else 0}", out)
+        if not out.is_floating_point() and out.dtype.itemsize > 1 and name.endswith(ZEROS):
+            out.fill_(MIDDLE)
             return
         offset = zlib.crc32(f"{name}:{rows.start if rows else 0}:{cols.start if cols else 0}".encode()) % BLOCK
         self._fill(out, offset)
@@ -69,14 +71,6 @@ class RandomSource:
     def finish(self, ignore: Sequence[str] = ()) -> None:
         """Nothing can be left over; the blocks are freed."""
         self._blocks.clear()
-
-    def _fill_packed(self, name: str, out: torch.Tensor) -> None:
-        """Random nibbles, or zero points of 8."""
-        if "zeros:" in name or "zero_point:" in name:
-            out.fill_(MIDDLE)
-            return
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        out.copy_(torch.randint(-(1 << 31), 1 << 31, out.shape, generator=generator, dtype=out.dtype))
 
     def _fill(self, out: torch.Tensor, offset: int) -> None:
         """Fill `out`, row by row where its rows do not follow each other in memory."""
@@ -99,9 +93,13 @@ class RandomSource:
         """The block in the type and on the device of `out`."""
         key = (out.dtype, out.device)
         if key not in self._blocks:
-            generator = torch.Generator().manual_seed(self.seed)
-            numbers = torch.randn(BLOCK, generator=generator)
-            small = out.dtype.itemsize == 1
-            numbers = numbers.mul_(SPREAD8).clamp_(-LARGEST8, LARGEST8).round_() if small else numbers.mul_(self.scale)
-            self._blocks[key] = numbers.to(out.device, out.dtype)
+            self._blocks[key] = self._draw(out.dtype).to(out.device, out.dtype)
         return self._blocks[key]
+
+    def _draw(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers of a block: words of random nibbles, 8-bit numbers or small ones."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if not dtype.is_floating_point and dtype.itemsize > 1:
+            return torch.randint(-(1 << 31), 1 << 31, (BLOCK,), generator=generator, dtype=dtype)
+        numbers = torch.randn(BLOCK, generator=generator)
+        return numbers.mul_(SPREAD8).clamp_(-LARGEST8, LARGEST8).round_() if dtype.itemsize == 1 else numbers.mul_(self.scale)
