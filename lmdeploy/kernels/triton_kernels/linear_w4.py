@@ -1,0 +1,348 @@
+"""Products with 4-bit weights in Triton.
+
+Byte j of a row holds inputs 2j and 2j + 1 in its halves. Nothing is interleaved: a tile of bytes becomes one tile of the low numbers and one of the high
+ones, and each is multiplied by the inputs that belong to it. Bytes become 16-bit floats by putting a number into the mantissa of 128 (bfloat16) or 1024
+(float16) and subtracting that and the zero point, exactly; tensor cores sum the products of a group in float32, and only that sum is multiplied by the
+group's scale. So no weight is rounded.
+
+Up to FEW_ROWS rows a call reads weights as fast as memory gives them: `_few_kernel` gives every warp groups of its own, and sums warps at the end; x is
+read as words of two inputs and parted in registers. Above, `_many_kernel` multiplies larger tiles of an x that is parted beforehand. From MOST_ROWS rows
+on, weights are written out in 16 bits, a bounded number of rows at a time, for cuBLAS.
+
+A row's bits do not depend on the rows beside it, nor on their number within one of the ranges of `_plan`; where sums are split among programs, the last one
+adds the parts in one order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lmdeploy.kernels.reference import linear as linear_dense
+from lmdeploy.kernels.triton_kernels import linear
+from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
+
+Tensor = torch.Tensor
+
+#: Inputs whose numbers are multiplied together: a group, or the part of one that is a power of two; below the smaller one the general kernel serves.
+TILE, SMALLEST_TILE = 128, 32
+#: Rows up to which memory, and up to which tensor cores fed from registers, are the fastest way.
+FEW_ROWS, MANY_ROWS = 16, 192
+#: Numbers of a weight that are written out at once: 128 MiB.
+MOST_NUMBERS = 1 << 26
+#: Programs that fill a chip.
+ENOUGH = 320
+#: Sums that a launch splits at most; inputs that a program of `_part_kernel` parts.
+MOST_SUMS, PART = 1 << 16, 512
+
+
+@triton.jit
+def _numbers_bf16(packed: tl.tensor, offset: tl.tensor) -> tl.tensor:
+    """Four bytes a turn: their low and their high numbers as 128 + q, plus the offset."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d, one;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+        mov.b32 one, 0x3F803F80;
+        fma.rn.bf16x2 $0, a, one, $5;
+        fma.rn.bf16x2 $1, b, one, $6;
+        fma.rn.bf16x2 $2, c, one, $5;
+        fma.rn.bf16x2 $3, d, one, $6;
+        }
+        """,
+        "=r,=r,=r,=r,r,r,r", [packed, offset], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _numbers_fp16(packed: tl.tensor, offset: tl.tensor) -> tl.tensor:
+    """The same as 1024 + q, plus the offset."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        lop3.b32 a, a, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 b, b, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 c, c, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 d, d, 0x000F000F, 0x64006400, 0xEA;
+        add.rn.f16x2 $0, a, $5;
+        add.rn.f16x2 $1, b, $6;
+        add.rn.f16x2 $2, c, $5;
+        add.rn.f16x2 $3, d, $6;
+        }
+        """,
+        "=r,=r,=r,=r,r,r,r", [packed, offset], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _numbers(packed: tl.tensor, zero: tl.tensor, dtype: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
+    """(low - zero, high - zero) of bytes, exactly. The offsets are -(128 + zero) and -(1024 + zero), put together from bits; without ASM, for the interpreter."""
+    if ASM:
+        if dtype == tl.bfloat16:
+            low, high = _numbers_bf16(packed, (zero.to(tl.int16) | -0x3D00).to(tl.bfloat16, bitcast=True))
+        else:
+            low, high = _numbers_fp16(packed, (zero.to(tl.int16) | -0x1C00).to(tl.float16, bitcast=True))
+    else:
+        low = ((packed & 15).to(tl.int32) - zero.to(tl.int32)).to(dtype)
+        high = ((packed >> 4).to(tl.int32) - zero.to(tl.int32)).to(dtype)
+    return low, high
+
+
+@triton.jit
+def _parted(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """(even, odd) inputs of words of two."""
+    return (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True), (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _finish(
+    total: tl.tensor, out: tl.tensor, bias: tl.tensor, parts: tl.tensor, arrived: tl.tensor, cols: tl.tensor, rows: tl.tensor, T: tl.tensor, N: tl.tensor,
+    out_row: tl.tensor, split: tl.tensor, splits: tl.tensor, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+) -> None:  # fmt: skip
+    """out[rows, cols] = total [BN, BM] + bias. With SPLIT a program has a part of the sum: the last one to arrive adds all of them, in their order."""
+    place = out + rows[None, :].to(tl.int64) * out_row + cols[:, None]
+    mask = (cols < N)[:, None] & (rows < T)[None, :]
+    more = tl.zeros_like(total)
+    if HAS_BIAS:
+        more += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
+    if SPLIT:
+        part = parts + rows[None, :] * N + cols[:, None]
+        tl.store(part + split * (T * N), total, mask=mask)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
+            tl.debug_barrier()
+            total = tl.zeros_like(total)
+            for other in range(splits):
+                total += tl.load(part + other * (T * N), mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(place, (total + more).to(out.dtype.element_ty), mask=mask)
+            tl.store(arrived, 0)
+    else:
+        tl.store(place, (total + more).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "steps", "splits"])
+def _few_kernel(
+    words: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
+    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, word_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, steps: tl.tensor, splits: tl.tensor,
+    HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """All rows and BN columns: a tile [W, BN, HALF bytes] a step, of which each warp has its own [BN, HALF]."""
+    after_previous(PDL)
+    split = tl.program_id(1)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.arange(0, BM)
+    tile = split * steps * W + tl.arange(0, W)
+    inputs = tl.arange(0, HALF)
+    dtype: tl.constexpr = out.dtype.element_ty
+    row = tl.minimum(cols, N - 1).to(tl.int64)
+    bytes_at = qweight + row[None, :, None] * pitch + tile[:, None, None] * HALF + inputs[None, None, :]
+    words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
+    live = (rows < T)[None, None, :]
+    group = row[None, :] * groups
+    at = group + (tile // PER)[:, None]
+    next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
+    acc = tl.zeros((W, BN, BM), dtype=tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        scale, zero = next_scale, next_zero
+        packed = tl.load(bytes_at + step * (W * HALF))
+        at = group + ((tile + tl.minimum(step + 1, steps - 1) * W) // PER)[:, None]
+        next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
+        even, odd = _parted(tl.load(words_at + step * (W * HALF), mask=live, other=0), dtype)
+        low, high = _numbers(packed, zero[:, :, None], dtype, ASM)
+        part = tl.dot(high, odd, tl.dot(low, even))
+        acc += part * scale.to(tl.float32)[:, :, None]
+    _finish(tl.sum(acc, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+
+
+@triton.jit(do_not_specialize=["T", "steps", "splits"])
+def _many_kernel(
+    x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
+    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, steps: tl.tensor, splits: tl.tensor,
+    HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """BM rows and BN columns, a tile [BN, HALF bytes] a step. x: the even inputs of each tile, then its odd ones."""
+    after_previous(PDL)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    down = tl.cdiv(T, BM)
+    first = (pid // (BAND * down)) * BAND  # programs that run together share columns and rows in the L2 cache
+    band = tl.minimum(BAND, tl.cdiv(N, BN) - first)
+    local = pid % (BAND * down)
+    cols = (first + local % band) * BN + tl.arange(0, BN)
+    rows = (local // band) * BM + tl.arange(0, BM)
+    inputs = tl.arange(0, HALF)
+    dtype: tl.constexpr = out.dtype.element_ty
+    row = tl.minimum(cols, N - 1).to(tl.int64)
+    tile = split * steps
+    bytes_at = qweight + row[:, None] * pitch + tile * HALF + inputs[None, :]
+    x_at = x + tl.minimum(rows, T - 1).to(tl.int64)[:, None] * x_row + tile * (2 * HALF) + inputs[None, :]
+    at = row * groups + tile // PER
+    next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        scale, zero = next_scale, next_zero
+        packed = tl.load(bytes_at + step * HALF)
+        at = row * groups + (tile + tl.minimum(step + 1, steps - 1)) // PER
+        next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
+        even, odd = tl.load(x_at + step * (2 * HALF)), tl.load(x_at + step * (2 * HALF) + HALF)
+        low, high = _numbers(packed, zero[:, None], dtype, ASM)
+        part = tl.dot(high, tl.trans(odd), tl.dot(low, tl.trans(even)))
+        acc += part * scale.to(tl.float32)[:, None]
+    _finish(acc, out, bias, parts, arrived + pid, cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+
+
+@triton.jit
+def _part_kernel(words: tl.tensor, out: tl.tensor, count: tl.tensor, word_row: tl.tensor, HALF: tl.constexpr, PDL: tl.constexpr, BT: tl.constexpr) -> None:
+    """Rows of words of two inputs: the even inputs of each tile, then its odd ones."""
+    after_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BT + tl.arange(0, BT)
+    even, odd = _parted(tl.load(words + row * word_row + word, mask=word < count, other=0), out.dtype.element_ty)
+    place = out + row * (2 * count) + (word // HALF) * (2 * HALF) + word % HALF
+    tl.store(place, even, mask=word < count)
+    tl.store(place + HALF, odd, mask=word < count)
+
+
+@triton.jit
+def _write_out_kernel(
+    qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, words: tl.tensor, tiles: tl.tensor, groups: tl.tensor,
+    HALF: tl.constexpr, PER: tl.constexpr, FP16: tl.constexpr, BT: tl.constexpr,
+) -> None:  # fmt: skip
+    """A row of a weight in 16 bits, as words of two: (q - zero) * scale, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) * BT + tl.arange(0, BT)
+    inside = tile < tiles
+    place = row * tiles * HALF + tile[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    packed = tl.load(qweight + place, mask=inside[:, None], other=0)
+    at = row * groups + tile // PER
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    zero = tl.load(zeros + at, mask=inside, other=0).to(tl.float32)[:, None]
+    dtype: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
+    low = (((packed & 15).to(tl.float32) - zero) * scale).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    high = (((packed >> 4).to(tl.float32) - zero) * scale).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    tl.store(words + place, (low & 0xFFFF) | (high << 16), mask=inside[:, None])
+
+
+class _Few(NamedTuple):
+    """A launch of `_few_kernel`."""
+
+    warps: int
+    columns: int
+    stages: int
+    splits: int
+
+
+class _Many(NamedTuple):
+    """A launch of `_many_kernel`."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def _splits(wanted: int, tiles: int) -> int:
+    """At most `wanted`, so that the tiles of a row are shared out evenly."""
+    while tiles % wanted:
+        wanted //= 2
+    return wanted
+
+
+def _few(outer: int, tiles: int) -> _Few:
+    """What was fastest on an H200 for the weights of a 1.8B and a 7B model: wide tiles where there are many, split sums where there are few."""
+    wide = outer >= 16384
+    warps = _splits(2 if wide else 4, tiles)
+    return _Few(warps, 64 if wide else 32, 3, _splits(4 if tiles >= 64 else 1, tiles // warps))
+
+
+def _many(rows: int, outer: int, tiles: int) -> _Many:
+    """The same, by three heights: about two programs a multiprocessor."""
+    height = 32 if rows <= 32 else 64 if rows <= 64 else 128
+    wide = outer >= 24576 and height == 64
+    columns = 128 if wide else 64
+    programs = triton.cdiv(outer, columns) * triton.cdiv(rows, height)
+    splits = _splits(max(1, min(8, triton.next_power_of_2(ENOUGH // programs))), tiles)
+    return _Many(height, columns, 8 if wide else 4, 3, splits)
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> Tensor:
+    """How many programs of each sum that is split have done their part. Zero between launches, which therefore must follow each other on one stream."""
+    return torch.zeros(MOST_SUMS, dtype=torch.int32, device=device)
+
+
+def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x @ W.T + bias of a 4-bit weight; see `api.Kernels`."""
+    rows, group = x.shape[0], x.shape[1] // scales.shape[1]
+    tile = min(group & -group, TILE)
+    if x.dtype is torch.float32 or zeros.dtype is not torch.uint8 or tile < SMALLEST_TILE:
+        linear.linear_w4(x, qweight, scales, zeros, bias, out)
+    elif rows > MANY_ROWS:
+        _written_out(x, (qweight, scales, zeros), tile, bias, out)
+    elif rows:
+        _in_registers(x, (qweight, scales, zeros), tile, bias, out)
+
+
+def _words(x: Tensor) -> Tensor:
+    """Rows of words of two inputs each."""
+    return (x if x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0 and x.stride(1) == 1 else x.contiguous()).view(torch.int32)
+
+
+def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:
+    """Weights become 16-bit floats in the programs that multiply them."""
+    (rows, inner), outer, groups = x.shape, *weight[1].shape
+    tiles, words = inner // tile, _words(x)
+    few = rows <= FEW_ROWS
+    launch: _Few | _Many = _few(outer, tiles) if few else _many(rows, outer, tiles)
+    parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
+    arguments = (*weight, out if bias is None else bias, out, parts, _arrivals(x.device), rows, outer, inner // 2)
+    pdl = overlaps(x.device)
+    constants = {
+        "HALF": tile // 2, "PER": inner // groups // tile, "HAS_BIAS": bias is not None, "SPLIT": launch.splits > 1, "ASM": x.is_cuda, "PDL": pdl, "launch_pdl": pdl,
+        "BN": launch.columns, "STAGES": launch.stages, "num_warps": launch.warps,
+    }  # fmt: skip
+    across = triton.cdiv(outer, launch.columns)
+    if isinstance(launch, _Few):
+        steps = tiles // (launch.warps * launch.splits)
+        _few_kernel[(across, launch.splits)](
+            words, *arguments, words.stride(0), out.stride(0), groups, steps, launch.splits, W=launch.warps, BM=8 if rows <= 8 else 16, **constants
+        )
+        return
+    parted = torch.empty(rows, inner, dtype=x.dtype, device=x.device)
+    _part_kernel[(rows, triton.cdiv(inner // 2, PART))](words, parted, inner // 2, words.stride(0), HALF=tile // 2, BT=PART, PDL=pdl, launch_pdl=pdl)
+    grid = (across * triton.cdiv(rows, launch.rows), launch.splits)
+    _many_kernel[grid](parted, *arguments, inner, out.stride(0), groups, tiles // launch.splits, launch.splits, BM=launch.rows, BAND=8, **constants)
+
+
+def _written_out(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:
+    """A dense product with rows of the weight that are written out, MOST_NUMBERS at a time."""
+    (inner, (outer, groups)), tiles = (x.shape[1], weight[1].shape), x.shape[1] // tile
+    step = min(outer, max(1, MOST_NUMBERS // inner))
+    dense = torch.empty(step, inner, dtype=x.dtype, device=x.device)
+    for start in range(0, outer, step):
+        rows = slice(start, min(start + step, outer))
+        count = rows.stop - start
+        _write_out_kernel[(count, triton.cdiv(tiles, 16))](
+            *(part[rows] for part in weight), dense.view(torch.int32), tiles, groups,
+            HALF=tile // 2, PER=inner // groups // tile, FP16=x.dtype is torch.float16, BT=16,
+        )  # fmt: skip
+        linear_dense(x, dense[:count], None if bias is None else bias[rows], out[:, rows])

@@ -1,0 +1,100 @@
+"""Triton's 4-bit products in its interpreter, against the reference. (bfloat16, and the bits that are turned into floats, are met on the GPU.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmdeploy.kernels.reference import REFERENCE
+
+w4 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4", reason="triton is not installed")
+
+Tensor = torch.Tensor
+#: inputs, outputs, group: several warps and steps, split sums, groups below and above a tile, groups that are no power of two, one tile
+SHAPES = [(1024, 40, 128), (512, 24, 64), (256, 72, 32), (768, 48, 256), (384, 33, 96), (128, 16, 128), (896, 136, 128), (172, 30, 86)]
+
+
+def weight(inner: int, outer: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    scales = (torch.rand(outer, inner // group, generator=generator) * 0.1 + 0.01).half()
+    return (
+        torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, generator=generator),
+        scales,
+        torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=generator),
+    )
+
+
+def activations(rows: int, inner: int, extra: int = 8) -> Tensor:
+    """Rows that are parts of wider ones."""
+    return torch.randn(rows, inner + extra, generator=torch.Generator().manual_seed(rows)).half()[:, :inner]
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert (found.float() - wanted.float()).abs().max() <= 2e-3 * wanted.float().abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 17, 70])
+@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
+def test_it_agrees_with_the_reference(rows: int, inner: int, outer: int, group: int) -> None:
+    x, parts, bias = activations(rows, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
+    for extra in (bias, None):
+        found, wanted = (torch.full((rows, outer), float("nan"), dtype=x.dtype) for _ in range(2))
+        w4.linear_w4(x, *parts, extra, found)
+        REFERENCE.linear_w4(x, *parts, extra, wanted)
+        close(found, wanted)
+
+
+@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES[:5])
+def test_many_rows_are_multiplied_by_weights_that_are_written_out(inner: int, outer: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4, "MANY_ROWS", 2)
+    monkeypatch.setattr(w4, "MOST_NUMBERS", 10 * inner)
+    x, parts, bias = activations(3, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
+    for extra in (bias, None):
+        found, wanted = (torch.full((3, outer), float("nan"), dtype=x.dtype) for _ in range(2))
+        w4.linear_w4(x, *parts, extra, found)
+        REFERENCE.linear_w4(x, *parts, extra, wanted)
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("extra", [8, 7])
+def test_rows_may_lie_anywhere(extra: int) -> None:
+    x, parts = activations(3, 256, extra)[1:], weight(256, 40, 128)
+    found, wanted = torch.empty(2, 40, dtype=x.dtype), torch.empty(2, 40, dtype=x.dtype)
+    w4.linear_w4(x, *parts, None, found)
+    REFERENCE.linear_w4(x, *parts, None, wanted)
+    close(found, wanted)
+
+
+def test_weights_are_not_rounded() -> None:
+    """One input at a time: (q - zero) * scale is rounded to the result's type, and never before."""
+    parts = weight(128, 40, 128)
+    x, found = torch.eye(128)[:16].half(), torch.empty(16, 40, dtype=torch.float16)
+    w4.linear_w4(x, *parts, None, found)
+    q = torch.stack((parts[0] & 15, parts[0] >> 4), dim=-1).flatten(1).float()
+    assert torch.equal(found, ((q - parts[2].float()) * parts[1].float()).half().t()[:16])
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_a_row_has_the_same_bits_alone_and_among_others(rows: int) -> None:
+    x, parts = activations(rows, 1024), weight(1024, 40, 128)
+    together, alone = torch.empty(rows, 40, dtype=x.dtype), torch.empty(1, 40, dtype=x.dtype)
+    w4.linear_w4(x, *parts, None, together)
+    w4.linear_w4(x[5:6], *parts, None, alone)
+    assert torch.equal(alone[0], together[5])
+
+
+def test_split_sums_leave_their_counters_at_zero() -> None:
+    w4.linear_w4(activations(1, 1024), *weight(1024, 40, 128), None, torch.empty(1, 40, dtype=torch.float16))
+    assert not w4._arrivals(torch.device("cpu")).any()
+
+
+def test_other_types_take_the_general_kernel() -> None:
+    qweight, scales, zeros = weight(256, 40, 128)
+    x, found, wanted = activations(2, 256).float(), torch.empty(2, 40), torch.empty(2, 40)
+    w4.linear_w4(x, qweight, scales.float(), zeros.float(), None, found)
+    REFERENCE.linear_w4(x, qweight, scales.float(), zeros.float(), None, wanted)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_no_rows_are_no_work() -> None:
+    w4.linear_w4(activations(0, 256), *weight(256, 40, 128), None, torch.empty(0, 40, dtype=torch.float16))
