@@ -10,6 +10,7 @@ from lmdeploy.kernels.reference import REFERENCE
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 linear = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear")
+linear_w4 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4")
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda")
@@ -34,19 +35,41 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert (found.float() - wanted.float()).abs().max() <= STEP[wanted.dtype] * wanted.float().abs().max()
 
 
+def packed(inner: int, outer: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    scales = (torch.rand(outer, inner // group, device=DEVICE) * 0.1 + 0.01).half()
+    return (
+        torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, device=DEVICE),
+        scales,
+        torch.randint(0, 16, scales.shape, dtype=torch.uint8, device=DEVICE),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 8, 33, 300])
-@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
-def test_w4_agrees_with_the_reference(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, 33, 65, 192, 300])
+@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES + [(14336, 4096, 128), (768, 1000, 32), (1152, 96, 96), (512, 64, 256)])
+def test_w4_agrees_with_float32(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, inner + 8, device=DEVICE).to(dtype)[:, :inner]
-    bias = torch.randn(outer, device=DEVICE).to(dtype)
-    qweight = torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, device=DEVICE)
-    scales = torch.rand(outer, inner // group, device=DEVICE) * 0.1
-    zeros = torch.randint(0, 16, scales.shape, device=DEVICE).float()
-    found, wanted = (torch.full((rows, outer), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
-    linear.linear_w4(x, qweight, scales, zeros, bias, found)
-    REFERENCE.linear_w4(x, qweight, scales, zeros, bias, wanted)
-    close(found, wanted)
+    bias, weight = torch.randn(outer, device=DEVICE).to(dtype), packed(inner, outer, group)
+    for extra in (bias, None):
+        found, wanted = torch.full((rows, outer), float("nan"), dtype=dtype, device=DEVICE), torch.empty(rows, outer, device=DEVICE)
+        linear_w4.linear_w4(x, *weight, extra, found)
+        REFERENCE.linear_w4(x.float(), weight[0], weight[1].float(), weight[2].float(), None if extra is None else extra.float(), wanted)
+        assert (found.float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
+        assert (found.float() - wanted).norm() <= STEP[dtype] / 4 * wanted.norm()
+
+
+def test_split_sums_of_w4_are_the_same_again_and_leave_counters_at_zero() -> None:
+    x, weight = torch.randn(3, 8192, device=DEVICE).bfloat16(), packed(8192, 2048, 128)
+    first, again = torch.empty(3, 2048, dtype=x.dtype, device=DEVICE), torch.empty(3, 2048, dtype=x.dtype, device=DEVICE)
+    linear_w4.linear_w4(x, *weight, None, first)
+    for _ in range(50):
+        linear_w4.linear_w4(x, *weight, None, again)
+        assert torch.equal(first, again)
+    alone = torch.empty(1, 2048, dtype=x.dtype, device=DEVICE)
+    linear_w4.linear_w4(x[2:], *weight, None, alone)
+    linear_w4.linear_w4(torch.cat([x] * 2), *weight, None, again := torch.empty(6, 2048, dtype=x.dtype, device=DEVICE))
+    assert torch.equal(again[:3], again[3:]) and torch.equal(again[2], first[2])
+    assert not linear_w4._arrivals(x.device).any()
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
@@ -70,14 +93,13 @@ def test_quantised_products_beside_dense_ones(capsys: pytest.CaptureFixture[str]
     """No bar here, tuning is another matter: a line each for the reader."""
     inner, outer = 4096, 28672
     dense = torch.randn(outer, inner, device=DEVICE).bfloat16()
-    qweight = torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, device=DEVICE)
-    scales, row = torch.rand(outer, inner // 128, device=DEVICE), torch.rand(outer, 1, device=DEVICE)
+    four, row = packed(inner, outer, 128), torch.rand(outer, 1, device=DEVICE)
     eight = numbers(outer, inner, torch.int8)
     for rows in (1, 16, 1024):
         x, out = torch.randn(rows, inner, device=DEVICE).bfloat16(), torch.empty(rows, outer, device=DEVICE, dtype=torch.bfloat16)
         times = {
             "dense": milliseconds(lambda x=x, out=out: REFERENCE.linear(x, dense, None, out)),
-            "w4": milliseconds(lambda x=x, out=out: linear.linear_w4(x, qweight, scales, scales, None, out)),
+            "w4": milliseconds(lambda x=x, out=out: linear_w4.linear_w4(x, *four, None, out)),
             "w8": milliseconds(lambda x=x, out=out: linear.linear_w8(x, eight, row, None, out)),
             "w8a8": milliseconds(lambda x=x, out=out: linear.linear_w8a8(x, eight, row, None, out)),
         }
