@@ -45,7 +45,7 @@ def agree(rows: Rows) -> int:
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
-@pytest.mark.parametrize(("vocab", "rows"), [(92544, 16), (5120, 16), (257, 96), (100, 96), (32, 48), (3, 48)])
+@pytest.mark.parametrize(("vocab", "rows"), [(92544, 16), (5120, 16), (257, 48), (100, 48), (32, 16), (3, 16)])
 def test_tokens_are_the_samplers(vocab: int, rows: int, scale: float) -> None:
     params = [MIXTURE[i % len(MIXTURE)] for i in range(rows)]
     differing = agree(rows_of(params, normal(rows, vocab, scale, vocab)))
@@ -53,9 +53,8 @@ def test_tokens_are_the_samplers(vocab: int, rows: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("step", [0.25, 1.0, 4.0])
-@pytest.mark.parametrize("vocab", [3000, 1000])
-def test_ties_go_by_the_smaller_id(vocab: int, step: float) -> None:
-    logits = (normal(16, vocab, 2.0) / step).round() * step
+def test_ties_go_by_the_smaller_id(step: float) -> None:
+    logits = (normal(16, 2500, 2.0) / step).round() * step
     assert (logits == 0).any()
     logits[::2] *= torch.where(logits[::2] == 0, -1.0, 1.0)  # -0 is 0
     assert agree(rows_of(MIXTURE, logits)) == 0
@@ -120,7 +119,7 @@ def test_masks_forbid_what_minus_infinity_forbids(vocab: int) -> None:
     assert found[places.tolist().index(0)] == -1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 2**63 - 1), kind=st.sampled_from(MIXTURE), mates=st.lists(st.sampled_from(MIXTURE), max_size=3), coarse=st.booleans())
 def test_a_row_gives_the_same_token_alone_and_in_any_batch(seed: int, kind: dict[str, Any], mates: list[dict[str, Any]], coarse: bool) -> None:
     logits = normal(1 + len(mates), 700, 2.0, seed % 1000)
@@ -135,8 +134,8 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch(seed: int, kind: dict
 
 @pytest.mark.parametrize("params", [{"top_k": 12, "min_p": 0.02}, {"top_p": 0.9}, {}], ids=str)
 def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
-    logits = normal(1, 20, 1.0, 3)
-    rows = rows_of([{"temperature": 1.0, **params}] * 400, logits.expand(400, -1).contiguous())
+    logits = normal(1, 16, 1.0, 3)
+    rows = rows_of([{"temperature": 1.0, **params}] * 240, logits.expand(240, -1).contiguous())
     assert_follow(chosen(rows), *distribution(logits[0], rows.params[0]))
 
 
