@@ -7,7 +7,7 @@ treat the leading `num_decode` rows as decode and the rest as (chunked) prefill.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -45,7 +45,9 @@ class Scratch:
 class AttentionMeta:
     """Where the keys and values of each sequence are. B sequences, T new tokens, S tokens a block.
 
-    `query_lens` and `kv_lens_host` are the host's copies, for kernels that loop on the host (CPU); device kernels use the tensors.
+    `query_lens` and `kv_lens_host` are the host's copies, for kernels that loop on the host (CPU); device kernels use the tensors. Both lists are empty
+    where the host does not know, as in a captured step: then T, B and `num_decode` are upper bounds, sequences after the first `num_decode` may have
+    any number of tokens, none included, and rows of the step from query_start[B] on belong to no sequence: their attention is not written.
     """
 
     query_start: torch.Tensor  # int32 [B + 1]; rows query_start[b]..query_start[b + 1] of the step belong to sequence b
@@ -55,6 +57,7 @@ class AttentionMeta:
     query_lens: list[int]
     kv_lens_host: list[int]
     num_decode: int  # leading sequences with one new token
+    workspace: dict[object, object] = field(default_factory=dict)  # what the kernels of the step's layers share, by their own names
 
 
 @dataclass(slots=True)

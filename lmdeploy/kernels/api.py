@@ -58,3 +58,6 @@ class Kernels:
     #: (x [T, M], gate_up [E, 2F, M], down [E, M, F], expert_ids int64 [T, k], expert_weights float32 [T, k], out [T, M]): sum over the k chosen experts
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     names: dict[str, str]
+    #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
+    #: and v are undefined afterwards. None: call one after the other.
+    rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], None] | None = None

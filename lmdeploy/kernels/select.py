@@ -68,6 +68,7 @@ class TritonSet:
 
     name: str = "triton"
     operators: dict[str, Callable[..., None]] = field(default_factory=dict)
+    rope_attention: Callable[..., None] | None = None
     reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
     missing: str = ""
 
@@ -101,7 +102,7 @@ def _triton_for(need: Need) -> TritonSet:
         from lmdeploy.kernels.triton_kernels import triton_set
     except ImportError as error:
         return TritonSet(missing=f"Triton cannot be imported ({error})")
-    return TritonSet(triton_set.NAME, triton_set.OPERATORS, triton_set.reasons_against)
+    return TritonSet(triton_set.NAME, triton_set.OPERATORS, triton_set.ROPE_ATTENTION, triton_set.reasons_against)
 
 
 def _report(need: Need, build: NativeBuild | None, triton: TritonSet) -> Report:
@@ -165,7 +166,8 @@ def select(
         _log_fallbacks(rows, "triton")
     if names["linear_silu"] == "torch":
         functions["linear_silu"] = gated(functions["linear"], functions["silu_mul"])
-    return Kernels(**functions, names=names)
+    together = triton.rope_attention if names["attention"] == names["rope_write_kv"] == triton.name else None
+    return Kernels(**functions, names=names, rope_attention=together)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,10 @@ class Attention:
             self.norms[0].heads(step.q)
             self.norms[1].heads(step.k)
         kv, meta = inputs.kv[self.index], inputs.attention
+        if self.kernels.rope_attention is not None:
+            rotary = (inputs.cos, inputs.sin, inputs.q_scale)
+            self.kernels.rope_attention(step.q, step.k, step.v, *rotary, kv, meta, self.scale, self.window, step.attn)
+            return
         self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, kv, meta.slot_mapping)
         self.kernels.attention(step.q, step.k, step.v, kv, meta, self.scale, self.window, step.attn)
 

@@ -32,9 +32,9 @@ def ceil_bf16(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def exact_bf16(x: tl.tensor) -> tl.tensor:
-    """float32 numbers that bfloat16 holds exactly, as bfloat16."""
-    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+def as_word(scale: tl.tensor, offset: tl.tensor) -> tl.tensor:
+    """float32 numbers that bfloat16 holds exactly, as two bfloat16 in one int32, the scale first in memory."""
+    return ((scale.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (offset.to(tl.int32, bitcast=True) & -0x10000)
 
 
 @triton.jit
@@ -85,14 +85,36 @@ def row_scales(lo: tl.tensor, hi: tl.tensor, inside: tl.tensor, WIDTH: tl.conste
 
 
 @triton.jit
-def turned(lo: tl.tensor, hi: tl.tensor, rotation_ptr: tl.tensor, HALF: tl.constexpr, PADDED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Rows [n, D] times the rotation [D, D], float32 of three TF32 products each: float32's accuracy on tensor cores."""
+def signs(SIZE: tl.constexpr, TYPE: tl.constexpr) -> tl.tensor:
+    """Sylvester's Hadamard matrix [SIZE, SIZE] of 1 and -1, without a load: the parity of the bits that row and column share. SIZE is at most 256."""
+    shared = tl.arange(0, SIZE)[:, None] & tl.arange(0, SIZE)[None, :]
+    shared = shared ^ (shared >> 4)
+    shared = shared ^ (shared >> 2)
+    shared = shared ^ (shared >> 1)
+    return (1 - 2 * (shared & 1)).to(TYPE)
+
+
+@triton.jit
+def turned(
+    lo: tl.tensor, hi: tl.tensor, rotation_ptr: tl.tensor, TYPE: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Rows [n, D] times the rotation [D, D], float32. Rows of a 16-bit TYPE hold numbers of it.
+
+    Where D is a power of two the rotation is a Hadamard matrix: two products with signs, which are exact in 16 bit, give what a float32 product gives.
+    Elsewhere they are float32 of three TF32 products each.
+    """
+    if HALF == PADDED:
+        matrix = signs(HALF, TYPE)
+        below = tl.dot(lo.to(TYPE), matrix, input_precision="tf32x3")
+        above = tl.dot(hi.to(TYPE), matrix, input_precision="tf32x3")
+        return (below + above) * ((2 * HALF) ** -0.5), (below - above) * ((2 * HALF) ** -0.5)
+    lo, hi = lo.to(tl.float32), hi.to(tl.float32)
     dim = tl.arange(0, PADDED)
     inside = (dim < HALF)[:, None] & (dim < HALF)[None, :]
     corner = rotation_ptr + dim[:, None] * (2 * HALF) + dim[None, :]
-    below = corner + HALF * (2 * HALF)
+    below_ptr = corner + HALF * (2 * HALF)
     new_lo = tl.dot(lo, tl.load(corner, mask=inside, other=0.0), input_precision="tf32x3")
-    new_lo = tl.dot(hi, tl.load(below, mask=inside, other=0.0), new_lo, input_precision="tf32x3")
+    new_lo = tl.dot(hi, tl.load(below_ptr, mask=inside, other=0.0), new_lo, input_precision="tf32x3")
     new_hi = tl.dot(lo, tl.load(corner + HALF, mask=inside, other=0.0), input_precision="tf32x3")
-    new_hi = tl.dot(hi, tl.load(below + HALF, mask=inside, other=0.0), new_hi, input_precision="tf32x3")
+    new_hi = tl.dot(hi, tl.load(below_ptr + HALF, mask=inside, other=0.0), new_hi, input_precision="tf32x3")
     return new_lo, new_hi

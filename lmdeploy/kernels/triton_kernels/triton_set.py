@@ -14,7 +14,7 @@ import torch
 import triton
 
 from lmdeploy.kernels.triton_kernels.activation import silu_mul
-from lmdeploy.kernels.triton_kernels.attention import attention
+from lmdeploy.kernels.triton_kernels.attention import attention, rope_attention
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
 from lmdeploy.kernels.triton_kernels.linear import linear_w8, linear_w8a8
 from lmdeploy.kernels.triton_kernels.linear16 import linear, linear_silu
@@ -25,6 +25,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "linear": linear, "linear_silu": linear_silu, "linear_w4": linear_w4, "linear_w8": linear_w8, "linear_w8a8": linear_w8a8, "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm, "head_norm": head_norm, "rope_write_kv": rope_write_kv, "attention": attention, "silu_mul": silu_mul,
 }  # fmt: skip
+ROPE_ATTENTION = rope_attention  # where both of its operators are chosen
 NAME = f"triton {triton.__version__}"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,8 +1,9 @@
-"""Triton's paged attention, in its interpreter, against the reference; the GPU's own run is tests/gpu/test_triton.py. Splits are short here, so that
+"""Triton's paged attention, in its interpreter, against the reference; the GPU's own run is tests/gpu/test_triton.py. Pieces are short here, so that
 few keys have several; all memory that no sequence wrote is NaN."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,23 +11,24 @@ import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.kv_layer import KVFormat
-from tests.kernels.paged import FORMATS, NOWHERE, Case, Sequence, Shape, error, paged_case, sequences
+from tests.kernels.paged import FORMATS, NOWHERE, Case, Sequence, Shape, error, numbers, paged_case, sequences
 
 attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention", reason="triton is not installed")
+decode = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode", reason="triton is not installed")
 TRITON = replace(REFERENCE, attention=attention.attention)
 
 # float32: the order of sums. 16 bit: one rounding of the result; the interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-#: decode: a first token, a few keys, full splits and blocks, several chunks of splits; a fresh prompt, a chunk, a chunk of two
-FEW = sequences([(9, 1), (40, 1), (23, 5)])
-MIXED = sequences([(1, 1), (9, 1), (32, 1), (81, 1), (19, 19), (43, 5), (70, 2)])
+#: decode: a first token, a few keys, full pieces and blocks, as many pieces as there may be, longer ones; a fresh prompt, a chunk, a chunk of two
+FEW = sequences([(9, 1), (140, 1), (23, 5)])
+MIXED = sequences([(1, 1), (9, 1), (64, 1), (128, 1), (330, 1), (19, 19), (43, 5), (70, 2)])
 WIDTHS = ("16", "8", "4", "fp8")
 
 
 @pytest.fixture(autouse=True)
-def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SPLIT", 16)
-    monkeypatch.setattr(attention, "CHUNK", 2)
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PIECES", 4), ("PIECE", 64), ("CUT", 64), ("PROGRAMS", 24), ("JOINED", 64)):
+        monkeypatch.setattr(decode, name, value)
 
 
 def agree(case: Case, window: int = 0, factor: float = 1.0) -> None:
@@ -120,3 +122,63 @@ def test_huge_scores_do_not_overflow() -> None:
     case = paged_case(FORMATS["16"], Shape(2, 1, 16), MIXED)
     case.q *= 1e4
     agree(case, factor=10)
+
+
+DECODING = [s for s in MIXED if s.new == 1]
+
+
+@pytest.mark.parametrize("fmt", ["16", "8", "4", "fp8", "k8v16", "4 rotated"])
+@pytest.mark.parametrize(("head_dim", "rope"), [(16, 16), (20, 12), (80, 80), (32, 0)])
+@pytest.mark.parametrize(("centred", "scaled"), [(False, False), (True, True)])
+def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, head_dim: int, rope: int, centred: bool, scaled: bool) -> None:
+    shape, rows = Shape(4, 2, head_dim), len(DECODING)
+    case = paged_case(FORMATS[fmt], shape, DECODING)
+    qkv = numbers(shape, 3, rows, 8, head_dim)
+    angles = numbers(shape, 4, rows, rope // 2)
+    factor = numbers(shape, 5, rows).abs() if scaled else None
+    places = [int(case.meta.block_table[i, (s.length - 1) // 8]) * 8 + (s.length - 1) % 8 for i, s in enumerate(DECODING)]
+    case.meta.slot_mapping = torch.tensor(places)
+    layers, outs = [], []
+    for kernels in (attention, None):
+        layer = replace(deepcopy(case.layer), key_center=numbers(shape, 9, 2, head_dim) if centred else None)
+        q, k, v = torch.split(qkv.clone(), [4, 2, 2], 1)
+        out = torch.full((rows, 4 * head_dim), float("nan"))
+        if kernels is not None:
+            attention.rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, 0.3, 0, out)
+        else:
+            REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta.slot_mapping)
+            REFERENCE.attention(q, k, v, layer, case.meta, 0.3, 0, out)
+        layers.append(layer)
+        outs.append(out)
+    assert error(outs[0], outs[1]) <= TOLERANCE[torch.float32] * (2 if layers[0].rotation is None else 1e4)  # a rotation rounds: a number may fall otherwise
+    if layers[0].rotation is None:
+        for name in ("key", "value", "key_scales", "value_scales"):
+            found, wanted = getattr(layers[0], name), getattr(layers[1], name)
+            assert found is None or torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), name
+
+
+def test_the_bits_do_not_depend_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for programs in (1, 24, 1000):
+        monkeypatch.setattr(decode, "PROGRAMS", programs)
+        results.append(paged_case(FORMATS["8"], Shape(4, 2, 16), DECODING).attend(TRITON))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_captured_step_has_bounds_only() -> None:
+    """Lists of the host are empty; among the prompts are sequences of one token and of none, behind them rows that belong to nobody."""
+    plain = paged_case(FORMATS["8"], Shape(4, 2, 16), MIXED)
+    wanted = plain.attend(REFERENCE)
+    meta, decoding = plain.meta, 3  # two of the rows that decode come as prompts of one token
+    starts = [*meta.query_start[: decoding + 1].tolist(), 3, *meta.query_start[decoding + 1 :].tolist(), 33, 33]
+    lengths = [*meta.kv_lens[:decoding].tolist(), 0, *meta.kv_lens[decoding:].tolist(), 0, 7]
+    table = torch.full((len(lengths), meta.block_table.shape[1]), NOWHERE, dtype=torch.int32)
+    table[:decoding], table[decoding + 1 : -2] = meta.block_table[:decoding], meta.block_table[decoding:]
+    starts[-2:] = [starts[-3]] * 2
+    captured = replace(
+        meta, query_start=torch.tensor(starts, dtype=torch.int32), kv_lens=torch.tensor(lengths, dtype=torch.int32), block_table=table,
+        query_lens=[], kv_lens_host=[], num_decode=decoding, workspace={},
+    )  # fmt: skip
+    q = torch.cat([plain.q, torch.full((5, 4, 16), float("nan"))])
+    found = Case(q, plain.layer, captured, q, q).attend(TRITON)
+    assert error(found[:-5], wanted) <= TOLERANCE[torch.float32] and found[-5:].isnan().all()
