@@ -94,10 +94,12 @@ def cache_rows(
 ) -> tl.tensor:
     """int64 [N]: numbers of the cache rows of keys `first` .. `first` + N - 1, a multiple of N that is in `block`, of a sequence."""
     if SLOTS % N == 0:  # one block holds them all
-        return (block.to(tl.int64) * HEADS + head) * SLOTS + first % SLOTS + tl.arange(0, N)
-    place = first + tl.arange(0, N)
-    blocks = tl.load(table_ptr + place // SLOTS, mask=visible, other=0).to(tl.int64)
-    return (blocks * HEADS + head) * SLOTS + place % SLOTS
+        row = (block.to(tl.int64) * HEADS + head) * SLOTS + first % SLOTS + tl.arange(0, N)
+    else:
+        place = first + tl.arange(0, N)
+        blocks = tl.load(table_ptr + place // SLOTS, mask=visible, other=0).to(tl.int64)
+        row = (blocks * HEADS + head) * SLOTS + place % SLOTS
+    return row
 
 
 @triton.jit

@@ -44,10 +44,13 @@ def roped_halves(
         hi = tl.load(x_ptr + dim + HALF, mask=mask, other=0.0).to(tl.float32)
         cos = tl.load(cos_ptr + dim, mask=dim < HALF, other=1.0)
         sin = tl.load(sin_ptr + dim, mask=dim < HALF, other=0.0)
-        return lo * cos - hi * sin, hi * cos + lo * sin
-    same = tl.zeros(x_ptr.shape, tl.int32)
-    cos_row, sin_row = cos_ptr + same, sin_ptr + same
-    return _roped(x_ptr, cos_row, sin_row, dim, mask, ROPE_HALF), _roped(x_ptr, cos_row, sin_row, dim + HALF, mask, ROPE_HALF)
+        new_lo, new_hi = lo * cos - hi * sin, hi * cos + lo * sin
+    else:
+        same = tl.zeros(x_ptr.shape, tl.int32)
+        cos_row, sin_row = cos_ptr + same, sin_ptr + same
+        new_lo = _roped(x_ptr, cos_row, sin_row, dim, mask, ROPE_HALF)
+        new_hi = _roped(x_ptr, cos_row, sin_row, dim + HALF, mask, ROPE_HALF)
+    return new_lo, new_hi
 
 
 @triton.jit

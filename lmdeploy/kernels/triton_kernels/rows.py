@@ -107,14 +107,15 @@ def turned(
         matrix = signs(HALF, TYPE)
         below = tl.dot(lo.to(TYPE), matrix, input_precision="tf32x3")
         above = tl.dot(hi.to(TYPE), matrix, input_precision="tf32x3")
-        return (below + above) * ((2 * HALF) ** -0.5), (below - above) * ((2 * HALF) ** -0.5)
-    lo, hi = lo.to(tl.float32), hi.to(tl.float32)
-    dim = tl.arange(0, PADDED)
-    inside = (dim < HALF)[:, None] & (dim < HALF)[None, :]
-    corner = rotation_ptr + dim[:, None] * (2 * HALF) + dim[None, :]
-    below_ptr = corner + HALF * (2 * HALF)
-    new_lo = tl.dot(lo, tl.load(corner, mask=inside, other=0.0), input_precision="tf32x3")
-    new_lo = tl.dot(hi, tl.load(below_ptr, mask=inside, other=0.0), new_lo, input_precision="tf32x3")
-    new_hi = tl.dot(lo, tl.load(corner + HALF, mask=inside, other=0.0), input_precision="tf32x3")
-    new_hi = tl.dot(hi, tl.load(below_ptr + HALF, mask=inside, other=0.0), new_hi, input_precision="tf32x3")
+        new_lo, new_hi = (below + above) * ((2 * HALF) ** -0.5), (below - above) * ((2 * HALF) ** -0.5)
+    else:
+        lo, hi = lo.to(tl.float32), hi.to(tl.float32)
+        dim = tl.arange(0, PADDED)
+        inside = (dim < HALF)[:, None] & (dim < HALF)[None, :]
+        corner = rotation_ptr + dim[:, None] * (2 * HALF) + dim[None, :]
+        below_ptr = corner + HALF * (2 * HALF)
+        new_lo = tl.dot(lo, tl.load(corner, mask=inside, other=0.0), input_precision="tf32x3")
+        new_lo = tl.dot(hi, tl.load(below_ptr, mask=inside, other=0.0), new_lo, input_precision="tf32x3")
+        new_hi = tl.dot(lo, tl.load(corner + HALF, mask=inside, other=0.0), input_precision="tf32x3")
+        new_hi = tl.dot(hi, tl.load(below_ptr + HALF, mask=inside, other=0.0), new_hi, input_precision="tf32x3")
     return new_lo, new_hi
