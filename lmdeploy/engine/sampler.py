@@ -143,7 +143,7 @@ class Sampler:
         self.scratch = Scratch(1, torch.float32, tokens.device)
         self.kernel = token_kernel(tokens.device.type)
         if self.kernel is not None:  # now and for all: graphs keep its address
-            self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width(table.vocab_size), torch.int64)
+            self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width, torch.int64)
 
     def reserve(self, max_rows: int) -> None:
         """Take the work buffers for batches of `max_rows` now, so that no later step does."""

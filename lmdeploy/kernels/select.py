@@ -172,10 +172,10 @@ def select(
 
 @dataclass(frozen=True, slots=True)
 class TokenKernel:
-    """The kernel that chooses tokens, and how many int64 numbers of work space it wants a slot, by size of the vocabulary; `triton_kernels/sampling.py` says what it does."""
+    """The kernel that chooses tokens, and how many int64 numbers of work space it wants for a slot; `triton_kernels/sampling.py` says what it does."""
 
     choose: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor], None]
-    scratch_width: Callable[[int], int]
+    scratch_width: int
 
 
 def token_kernel(device_type: str) -> TokenKernel | None:
@@ -185,7 +185,7 @@ def token_kernel(device_type: str) -> TokenKernel | None:
         return None
     from lmdeploy.kernels.triton_kernels import sampling
 
-    return TokenKernel(sampling.choose_tokens, sampling.scratch_width)
+    return TokenKernel(sampling.choose_tokens, sampling.scratch_width())
 
 
 def places_kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:

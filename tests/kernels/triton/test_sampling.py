@@ -13,7 +13,7 @@ from lmdeploy.kernels.select import TokenKernel
 from tests.kernels.sampled import MIXTURE, Rows, assert_follow, distribution, rows_of
 
 sampling = pytest.importorskip("lmdeploy.kernels.triton_kernels.sampling", reason="triton is not installed")
-KERNEL = TokenKernel(sampling.choose_tokens, sampling.scratch_width)
+KERNEL = TokenKernel(sampling.choose_tokens, sampling.scratch_width())
 
 
 def normal(rows: int, vocab: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
