@@ -10,6 +10,7 @@ import asyncio
 import queue
 import time
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from lmdeploy.messages import EngineOutput, StepOutputs
 
@@ -51,18 +52,13 @@ class ThreadSink:
 class AsyncSink:
     """Where the outputs of one async request wait for their reader, who is woken once, however many have come."""
 
-    __slots__ = ("loop", "_outputs", "_waiter", "_open")
+    __slots__ = ("reader", "_outputs", "_waiter", "_open")
 
     def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.reader = asyncio.get_running_loop()  # takes a step apart
         self._outputs: list[EngineOutput] = []
         self._open: EngineOutput | None = None  # the last one, when a token may be added to it
         self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def reader(self) -> asyncio.AbstractEventLoop:
-        """Who takes a step apart."""
-        return self.loop
 
     def put(self, output: EngineOutput) -> None:
         """Add one output; on the sink's event loop only."""
@@ -88,7 +84,7 @@ class AsyncSink:
     async def take(self) -> list[EngineOutput]:
         """All outputs since the last call, at least one."""
         while not self._outputs:
-            self._waiter = self.loop.create_future()
+            self._waiter = self.reader.create_future()
             await self._waiter
         outputs, self._outputs, self._open = self._outputs, [], None
         return outputs
@@ -107,7 +103,7 @@ def deliver(outputs: StepOutputs, sinks: Sinks) -> set[int]:
             reader.put(part)
             continue
         try:
-            reader.call_soon_threadsafe(_spread, part, sinks)
+            reader.call_soon_threadsafe(_spread, part, cast("Mapping[int, tuple[AsyncSink, int]]", sinks))
         except RuntimeError:
             lost.update(output.request_id for output in part)
     return lost
@@ -129,13 +125,13 @@ def _by_reader(outputs: StepOutputs, sinks: Sinks) -> dict[ThreadSink | asyncio.
     return parts
 
 
-def _spread(outputs: StepOutputs, sinks: Sinks) -> None:
+def _spread(outputs: StepOutputs, sinks: Mapping[int, tuple[AsyncSink, int]]) -> None:
     """On the event loop: to the sinks of its requests."""
     for output in outputs.others:
-        if (entry := sinks.get(output.request_id)) is not None and isinstance(entry[0], AsyncSink):
+        if (entry := sinks.get(output.request_id)) is not None:
             entry[0].put(output)
     for request_id, index, token in zip(outputs.request_ids, outputs.indices, outputs.token_ids, strict=True):
-        if (entry := sinks.get(request_id)) is not None and isinstance(entry[0], AsyncSink):
+        if (entry := sinks.get(request_id)) is not None:
             entry[0].put_token(request_id, index, token)
 
 

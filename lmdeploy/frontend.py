@@ -365,7 +365,7 @@ class Frontend:
         request_id = self._submit(prepared, sink)
         if began is not None:
             began(request_id)
-        timer = None if deadline is None else sink.loop.call_later(deadline - time.monotonic(), self._expire, request_id, prepared.n, sink)
+        timer = None if deadline is None else sink.reader.call_later(deadline - time.monotonic(), self._expire, request_id, prepared.n, sink)
         finished = False
         try:
             while answers:

@@ -6,8 +6,8 @@ some tokenizers add. A token costs one table look-up; nothing is decoded twice, 
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Sequence
+from encodings import utf_8
 from typing import Protocol
 
 
@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
         self._pieces = tokenizer
         self._skip: frozenset[int] = tokenizer.special_ids - shown_special if skip_special_tokens else frozenset()
         self._tight = tokenizer.strip_first_space and not skip_special_tokens and not spaces_between_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = utf_8.IncrementalDecoder("replace")
         self._strip_space = tokenizer.strip_first_space
         self._drop_first = False
         self._resume_after(prompt_ids)
@@ -75,7 +75,8 @@ class IncrementalDetokenizer:
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        text = self._decoder.decode(data, final)
+        decoder = self._decoder
+        text = data.decode("ascii") if data.isascii() and not decoder.buffer else decoder.decode(data, final)  # the same, sooner
         if self._drop_first and text:
             self._drop_first = False
             return text[1:]
