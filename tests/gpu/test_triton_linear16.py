@@ -35,27 +35,24 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("dtype", STEP)
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 64, 65])
-@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65])
+@pytest.mark.parametrize(("inner", "outer", "dtype"), [*((*shape, torch.bfloat16) for shape in SHAPES), (2048, 4096, torch.float16)])
 def test_products_agree_with_float32(rows: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    """Odd numbers of rows with a bias: each variant is compiled, which takes most of the time."""
     x, weight, bias = made(rows, inner, outer, dtype)
-    for extra in (bias, None):
-        wanted = x.float() @ weight.float().T + (0 if extra is None else extra.float())
-        assert (product(x, weight, extra).float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
+    wanted = x.float() @ weight.float().T + (bias.float() if rows % 2 else 0)
+    assert (product(x, weight, bias if rows % 2 else None).float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
 
 
-@pytest.mark.parametrize("dtype", STEP)
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65])
 @pytest.mark.parametrize(("inner", "width"), [(2048, 8192), (4096, 14336), (8192, 1000), (72, 40), (172, 36)])
-def test_gated_products_agree_with_float32(rows: int, inner: int, width: int, dtype: torch.dtype) -> None:
-    x, weight, bias = made(rows, inner, 2 * width, dtype)
-    for extra in (bias, None):
-        both, out = torch.empty(rows, 2 * width, dtype=dtype, device=DEVICE), torch.full((rows, width), float("nan"), dtype=dtype, device=DEVICE)
-        linear16.linear_silu(x, weight, extra, both, out)
-        gate, up = (x.float() @ weight.float().T + (0 if extra is None else extra.float())).chunk(2, dim=1)
-        wanted = torch.nn.functional.silu(gate) * up
-        assert (out.float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
+def test_gated_products_agree_with_float32(rows: int, inner: int, width: int) -> None:
+    x, weight, bias = made(rows, inner, 2 * width, torch.bfloat16)
+    both, out = (torch.full((rows, size), float("nan"), dtype=x.dtype, device=DEVICE) for size in (2 * width, width))
+    linear16.linear_silu(x, weight, bias if rows % 2 else None, both, out)
+    gate, up = (x.float() @ weight.float().T + (bias.float() if rows % 2 else 0)).chunk(2, dim=1)
+    wanted = torch.nn.functional.silu(gate) * up
+    assert (out.float() - wanted).abs().max() <= STEP[torch.bfloat16] * wanted.abs().max()
 
 
 @pytest.mark.parametrize(("inner", "outer"), SHAPES[:8])
