@@ -22,6 +22,9 @@ from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 
+#: prompts that a CUDA graph has room for beside sequences with one token
+MOST_PROMPTS = 16
+
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     """A small array on the device, behind what was launched before and without waiting for it: pageable memory has been read when the call returns."""

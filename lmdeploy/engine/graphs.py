@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.batch import BatchBuilder, Places, StepLayout
+from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, StepLayout
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.sampler import Sampler
 from lmdeploy.log import get_logger
@@ -30,8 +30,7 @@ Ints = NDArray[np.int64]
 STAGES = 4
 #: keys in the shortest context bucket; the next ones are twice as long each
 SHORTEST = 256
-#: prompts that a graph has room for. A step with more, or with more tokens of them than the last bucket, takes longer on the device than the host needs to launch it
-MOST_PROMPTS = 16
+#: tokens of prompts that a graph has room for. A step with more, or with more than MOST_PROMPTS, takes longer on the device than the host needs to launch it
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
 DECODES_BESIDE = (0, 16, 64, 128)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.batch import BatchBuilder, SlotTables, StepBatch, upload
+from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.graphs import MOST_PROMPTS, STAGES, Ran, StepGraphs
+from lmdeploy.engine.graphs import STAGES, Ran, StepGraphs
 from lmdeploy.engine.guided import GuidedSlots, StepMask
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim

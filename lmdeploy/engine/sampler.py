@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.batch import upload
+from lmdeploy.engine.batch import MOST_PROMPTS, upload
 from lmdeploy.engine.guided import StepMask, forbid
 from lmdeploy.inputs import Scratch
 from lmdeploy.kernels.select import token_kernel
@@ -143,6 +143,8 @@ class Sampler:
         self.scratch = Scratch(1, torch.float32, tokens.device)
         self.kernel = token_kernel(tokens.device.type)
         if self.kernel is not None:  # now and for all: graphs keep its address
+            places = torch.full((table.num_slots + MOST_PROMPTS,), -1, dtype=torch.int32, device=tokens.device)
+            self._no_masks = (torch.zeros((1, -(-table.vocab_size // 32)), dtype=torch.int32, device=tokens.device), places)
             self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width, torch.int64)
 
     def reserve(self, max_rows: int) -> None:
@@ -189,7 +191,8 @@ class Sampler:
         int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. Only where there is a `kernel`.
         """
         assert self.kernel is not None
-        self.kernel.choose(logits, slots, lengths, self.table.columns, masks, self.tokens, tokens, self._candidates)
+        # one kernel, which is there from the start on, for steps with masks and without
+        self.kernel.choose(logits, slots, lengths, self.table.columns, masks or self._no_masks, self.tokens, tokens, self._candidates)
 
     def _launch(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Tensor:
         """What `sample` gives, for edited logits."""

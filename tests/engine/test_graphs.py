@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdeploy.engine.batch import BatchBuilder, Places, SlotTables
-from lmdeploy.engine.graphs import MOST_PROMPTS, Shape, in_shape, lay_out
+from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, SlotTables
+from lmdeploy.engine.graphs import Shape, in_shape, lay_out
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.inputs import Scratch
 from lmdeploy.messages import SamplingParams

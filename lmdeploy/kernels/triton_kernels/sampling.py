@@ -391,7 +391,11 @@ def _draw(
     return token
 
 
-@triton.jit
+#: where these lie depends on the step and on the number of slots; a kernel for each alignment would be compiled while requests wait
+ANYWHERE = ["slots_ptr", "lengths_ptr", "values_ptr", "seeds_ptr", "prompt_len_ptr", "words_ptr", "mask_rows_ptr", "table_ptr", "tokens_ptr"]
+
+
+@triton.jit(do_not_specialize=["words_stride", "table_stride"], do_not_specialize_on_alignment=ANYWHERE)
 def _choose_kernel(
     logits_ptr: tl.tensor, slots_ptr: tl.tensor, lengths_ptr: tl.tensor, values_ptr: tl.tensor, seeds_ptr: tl.tensor, prompt_len_ptr: tl.tensor,
     words_ptr: tl.tensor, mask_rows_ptr: tl.tensor, table_ptr: tl.tensor, tokens_ptr: tl.tensor, scratch_ptr: tl.tensor,
