@@ -41,7 +41,7 @@ class StepMask:
     filling: Future[None]
     only_stops: NDArray[np.bool_]  # [G] nothing but tokens that end the answer may come: they may, whatever min_new_tokens says
     matchers: list[Any] = field(default_factory=list)  # [G] of the sequences that had the slots when the step began
-    stops: list[Ints] = field(default_factory=list)  # [G] tokens that end each answer
+    stops: list[list[int]] = field(default_factory=list)  # [G] tokens that end each answer
     errors: dict[int, str] = field(default_factory=dict)  # place among the G -> why there is no mask
 
     def join(self) -> StepMask:
@@ -58,7 +58,7 @@ class GuidedSlots:
         self._matchers: list[Any] = [None] * num_slots
         self._grammars: list[Grammar | None] = [None] * num_slots
         self._users: Counter[Grammar] = Counter()  # slots
-        self._stops: list[Ints] = [np.zeros(0, dtype=np.int64)] * num_slots
+        self._stops: list[list[int]] = [[]] * num_slots
         self._guided = np.zeros(num_slots, dtype=bool)
         self._masks: Tensor | None = None  # made with the first grammar
         self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
@@ -73,7 +73,7 @@ class GuidedSlots:
         if generated and not matcher.consume_tokens(generated):
             raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
         stops = [t for t in params.stop_token_ids if t < self._compiler.vocab_size]
-        self._stops[slot] = np.array(sorted({*stops, self._compiler.eos_token_id}), dtype=np.int64)
+        self._stops[slot] = sorted({*stops, self._compiler.eos_token_id})
         self._matchers[slot], self._grammars[slot] = matcher, params.grammar
         self._users[params.grammar] += 1
         self._guided[slot] = True
@@ -123,15 +123,19 @@ class GuidedSlots:
 
     def _add_stops(self, mask: StepMask, bits: NDArray[np.uint32]) -> None:
         """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed. bits [G, W]."""
-        tokens = np.concatenate(mask.stops)
-        place = np.repeat(np.arange(len(mask.stops)), [len(stops) for stops in mask.stops])
-        word, flag = tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32)
+        place = np.arange(len(bits))
         end_word, end_bit = divmod(self._compiler.eos_token_id, 32)
         accepting = (bits[:, end_word] >> np.uint32(end_bit) & 1).astype(bool)
-        allowed = accepting[place] | ((bits[place, word] & flag) != 0)  # some grammars name a stop token themselves
-        np.bitwise_and.at(bits, (place, word), ~flag)
-        mask.only_stops[:] = ~bits.any(axis=1)
-        np.bitwise_or.at(bits, (place[allowed], word[allowed]), flag[allowed])
+        most = max(len(stops) for stops in mask.stops)
+        tokens = np.array([stops + stops[-1:] * (most - len(stops)) for stops in mask.stops])  # [G, most], one of them repeated
+        word, flag = tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32)
+        allowed = [accepting | ((bits[place, word[:, i]] & flag[:, i]) != 0) for i in range(most)]  # some grammars name a stop token themselves
+        for i in range(most):
+            bits[place, word[:, i]] &= ~flag[:, i]
+        ends = np.flatnonzero(np.any(allowed, axis=0))  # others have something to go on with
+        mask.only_stops[ends] = ~bits[ends].any(axis=1)
+        for i in range(most):
+            bits[place, word[:, i]] |= np.where(allowed[i], flag[:, i], np.uint32(0))
         mask.only_stops[list(mask.errors)] = False
 
     def _advance(self, mask: StepMask, tokens: Callable[[], Ints]) -> list[bool]:
