@@ -160,10 +160,11 @@ class BatchBuilder:
         return self.on_device(places, np.diff(layout.query_start).tolist(), layout.ends.tolist(), layout.num_decode)
 
     def on_device(self, places: Places, query_lens: list[int], kv_lens: list[int], num_decode: int) -> ForwardInputs:
-        """The step whose places are on the device; the host's lengths may be bounds of those there."""
+        """The step whose places are on the device; the lists are empty where the host does not know, as in a CUDA graph."""
         tables, size, positions = self.tables, self.tables.block_size, places.positions
+        most_blocks = -(-max(kv_lens) // size) if kv_lens else tables.max_blocks
         token_ids, slot_mapping, lens, query_start, block_table = self._find_places(
-            positions, places.token_slots, places.slots, places.ends, places.query_start, tables.tokens, tables.blocks, size, -(-max(kv_lens) // size)
+            positions, places.token_slots, places.slots, places.ends, places.query_start, tables.tokens, tables.blocks, size, most_blocks
         )
         meta = AttentionMeta(
             query_start=query_start,
@@ -175,7 +176,7 @@ class BatchBuilder:
             num_decode=num_decode,
         )
         rope = tables.rope_lengths.index_select(0, places.token_slots) if self.uses_rope_lengths else None
-        every_row = num_decode == len(query_lens) and len(places.rows) == len(positions)
+        every_row = num_decode == len(places.slots) and len(places.rows) == len(positions)
         return ForwardInputs(token_ids, positions, rope, meta, self.kv, places.rows, self.scratch, every_row=every_row)
 
 

@@ -1,8 +1,8 @@
 """CUDA graphs of whole steps: embedding to the chosen token is one launch, whatever the number of kernels.
 
-A graph serves a shape: so many sequences with one token, room for some prompts, a longest context, all rounded up. Graphs are captured when first needed and
-share one memory pool. What fills up a shape belongs to a slot of its own and writes to a block of its own, so it changes nothing. Everything that a step needs
-is read on the device from the slot tables: the host sends places only, and need not have seen the tokens of the step before.
+A graph serves a shape: so many sequences with one token, room for some prompts, both rounded up; contexts of any length. Graphs are captured when first needed,
+or while there is no work, and share one memory pool. What fills up a shape belongs to a slot of its own and writes to a block of its own, so it changes nothing.
+Everything that a step needs is read on the device from the slot tables: the host sends places only, and need not have seen the tokens of the step before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ Ints = NDArray[np.int64]
 
 #: steps whose inputs may be on their way to the device
 STAGES = 4
-#: keys in the shortest context bucket; the next ones are twice as long each
-SHORTEST = 256
 #: tokens of prompts that a graph has room for. A step with more, or with more than MOST_PROMPTS, takes longer on the device than the host needs to launch it
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
@@ -54,7 +52,6 @@ class Shape:
 
     decodes: int  # sequences with one token
     tokens: int  # of prompts
-    context: int
 
     @property
     def sequences(self) -> int:
@@ -165,30 +162,20 @@ class StepGraphs:
 
     def _shapes(self) -> Iterator[Shape]:
         """All of them, those of small batches first."""
-        context = self._context(SHORTEST)
-        yield from (Shape(size, 0, context) for size in self._sizes)
-        yield from (Shape(beside, tokens, context) for beside in self._beside for tokens in self._token_sizes)
+        yield from (Shape(size, 0) for size in self._sizes)
+        yield from (Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes)
 
     def _largest(self) -> list[Shape]:
-        context = self._context(self._tables.width - 1)
-        return [Shape(self._sizes[-1], 0, context), *(Shape(self._sizes[-1], size, context) for size in self._token_sizes[-1:])]
+        return [Shape(self._sizes[-1], 0), *(Shape(self._sizes[-1], size) for size in self._token_sizes[-1:])]
 
     def _shape(self, layout: StepLayout) -> Shape | None:
         decodes, tokens = layout.num_decode, len(layout.positions) - layout.num_decode
-        context = self._context(int(layout.ends.max()))
         if not tokens:
-            return Shape(self._sizes[bisect_left(self._sizes, decodes)], 0, context)
+            return Shape(self._sizes[bisect_left(self._sizes, decodes)], 0)
         place = bisect_left(self._token_sizes, tokens)
         if place == len(self._token_sizes) or len(layout.slots) - decodes > MOST_PROMPTS:
             return None
-        return Shape(self._beside[bisect_left(self._beside, decodes)], self._token_sizes[place], context)
-
-    def _context(self, longest: int) -> int:
-        """The context bucket in tokens."""
-        context = SHORTEST
-        while context < longest:
-            context *= 2
-        return min(context, self._tables.max_blocks * self._tables.block_size)
+        return Shape(self._beside[bisect_left(self._beside, decodes)], self._token_sizes[place])
 
     def _send(self, layout: StepLayout, shape: Shape) -> None:
         stage = self._stages[self._stage]
@@ -218,8 +205,7 @@ class StepGraphs:
         """The whole step, from the device's own tables."""
         parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
         slots, places = parts[6:]
-        query_lens = [1] * shape.decodes + [shape.tokens] * (shape.sequences - shape.decodes)  # bounds, as are the numbers of keys
-        inputs = self._builder.on_device(Places(*parts[:6]), query_lens, [shape.context] * shape.sequences, shape.decodes)
+        inputs = self._builder.on_device(Places(*parts[:6]), [], [], shape.decodes)
         logits = self._logits[: shape.sequences]
         self._model.raw_logits(self._model.forward(inputs), logits)
         tokens = torch.empty(shape.sequences, dtype=torch.int64, device=logits.device)

@@ -40,11 +40,11 @@ def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int,
     batch = build.build(Items.of([PlanItem(slot, start, count, [], sample) for slot, start, count, sample in raw]), None)
     layout = batch.layout
     prompt_tokens = len(layout.positions) - layout.num_decode
-    shape = Shape(layout.num_decode + more_decodes, prompt_tokens + more_tokens if prompt_tokens else 0, 40)
+    shape = Shape(layout.num_decode + more_decodes, prompt_tokens + more_tokens if prompt_tokens else 0)
     flat = np.full(sum(shape.lengths()), -7)
     lay_out(layout, shape, FILLER, flat)
     parts = torch.split(torch.from_numpy(flat), list(shape.lengths()))
-    found = build.on_device(Places(*parts[:6]), [1] * shape.sequences, [40] * shape.sequences, shape.decodes)
+    found = build.on_device(Places(*parts[:6]), [], [], shape.decodes)
     plain = build.inputs(layout)
     sequence = np.arange(len(layout.slots)) + more_decodes * (np.arange(len(layout.slots)) >= layout.num_decode)  # where each is in the shape
     token = np.arange(len(layout.positions)) + more_decodes * (np.arange(len(layout.positions)) >= layout.num_decode)
