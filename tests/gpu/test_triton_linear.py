@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 linear = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear")
 linear_w4 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4")
+linear_w8 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w8")
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda")
@@ -74,14 +75,14 @@ def test_split_sums_of_w4_are_the_same_again_and_leave_counters_at_zero() -> Non
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 33, 300])
+@pytest.mark.parametrize("rows", [1, 9, 17, 33, 300])
 @pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
 def test_8_bits_agree_with_the_reference(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype, kind: torch.dtype) -> None:
     x, weight = torch.randn(rows, inner + 8, device=DEVICE).to(dtype)[:, :inner], numbers(outer, inner, kind)
     found, wanted = (torch.full((rows, outer), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
     for groups in (inner // group, 1):
         scales = torch.rand(outer, groups, device=DEVICE) * 0.01
-        linear.linear_w8(x, weight, scales, None, found)
+        linear_w8.linear_w8(x, weight, scales, None, found)
         REFERENCE.linear_w8(x, weight, scales, None, wanted)
         close(found, wanted)
     linear.linear_w8a8(x, weight, scales, None, found)
@@ -100,7 +101,7 @@ def test_quantised_products_beside_dense_ones(capsys: pytest.CaptureFixture[str]
         times = {
             "dense": milliseconds(lambda x=x, out=out: REFERENCE.linear(x, dense, None, out)),
             "w4": milliseconds(lambda x=x, out=out: linear_w4.linear_w4(x, *four, None, out)),
-            "w8": milliseconds(lambda x=x, out=out: linear.linear_w8(x, eight, row, None, out)),
+            "w8": milliseconds(lambda x=x, out=out: linear_w8.linear_w8(x, eight, row, None, out)),
             "w8a8": milliseconds(lambda x=x, out=out: linear.linear_w8a8(x, eight, row, None, out)),
         }
         with capsys.disabled():

@@ -16,9 +16,10 @@ import triton
 from lmdeploy.kernels.triton_kernels.activation import silu_mul
 from lmdeploy.kernels.triton_kernels.attention import attention, rope_attention
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
-from lmdeploy.kernels.triton_kernels.linear import linear_w8, linear_w8a8
+from lmdeploy.kernels.triton_kernels.linear import linear_w8a8
 from lmdeploy.kernels.triton_kernels.linear16 import linear, linear_silu
 from lmdeploy.kernels.triton_kernels.linear_w4 import linear_w4
+from lmdeploy.kernels.triton_kernels.linear_w8 import linear_w8
 from lmdeploy.kernels.triton_kernels.norms import add_rms_norm, head_norm, rms_norm
 
 OPERATORS: dict[str, Callable[..., None]] = {

@@ -8,10 +8,11 @@ import torch
 from lmdeploy.kernels.reference import REFERENCE
 
 linear = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear", reason="triton is not installed")
+linear_w8 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w8")
 
 Tensor = torch.Tensor
 #: rows, inputs, outputs, group: one row, ragged edges, groups below and above a tile, several tiles of rows
-SHAPES = [(1, 64, 40, 32), (17, 128, 24, 64), (5, 172, 30, 86), (3, 40, 16, 2), (70, 256, 72, 128), (2, 96, 130, 96)]
+SHAPES = [(1, 64, 40, 32), (17, 128, 24, 64), (5, 172, 30, 86), (3, 40, 16, 2), (70, 256, 72, 128), (2, 96, 130, 96), (9, 384, 33, 128), (33, 512, 72, 256)]
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -50,13 +51,14 @@ def test_w4(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "inner", "outer", "group"), SHAPES)
 def test_w8(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype, kind: torch.dtype) -> None:
-    x, weight = activations(rows, inner, dtype), numbers((outer, inner), kind)
+    x, weight, bias = activations(rows, inner, dtype), numbers((outer, inner), kind), activations(1, outer, dtype, 2)[0].contiguous()
     for groups in (inner // group, 1):
         scales = torch.rand(outer, groups, generator=torch.Generator().manual_seed(4)) * 0.01
         found, wanted = (torch.full((rows, outer), float("nan"), dtype=dtype) for _ in range(2))
-        linear.linear_w8(x, weight, scales, None, found)
-        REFERENCE.linear_w8(x, weight, scales, None, wanted)
-        close(found, wanted)
+        for product in (linear.linear_w8, linear_w8.linear_w8):
+            product(x, weight, scales, bias, found.fill_(float("nan")))
+            REFERENCE.linear_w8(x, weight, scales, bias, wanted)
+            close(found, wanted)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
@@ -81,17 +83,19 @@ def test_a_row_of_nan_or_zeros_stays_alone() -> None:
     close(found[[0, 3]], wanted[[0, 3]])
 
 
-def test_a_row_has_the_same_bits_alone_and_among_sixteen() -> None:
+@pytest.mark.parametrize(("rows", "dtype"), [(16, torch.float32), (8, torch.float16)])
+def test_a_row_has_the_same_bits_alone_and_among_others(rows: int, dtype: torch.dtype) -> None:
     weight, scales = numbers((40, 128), torch.int8), torch.rand(40, 2)
-    x = activations(16, 128, torch.float32)
-    alone, together = torch.empty(1, 40), torch.empty(16, 40)
-    linear.linear_w8(x[5:6], weight, scales, None, alone)
-    linear.linear_w8(x, weight, scales, None, together)
+    x = activations(rows, 128, dtype)
+    alone, together = torch.empty(1, 40, dtype=dtype), torch.empty(rows, 40, dtype=dtype)
+    linear_w8.linear_w8(x[5:6], weight, scales, None, alone)
+    linear_w8.linear_w8(x, weight, scales, None, together)
     assert torch.equal(alone[0], together[5])
 
 
 def test_no_rows_are_no_work() -> None:
-    linear.linear_w8(torch.empty(0, 64), numbers((8, 64), torch.int8), torch.rand(8, 1), None, torch.empty(0, 8))
+    for product in (linear.linear_w8, linear_w8.linear_w8):
+        product(torch.empty(0, 64).half(), numbers((8, 64), torch.int8), torch.rand(8, 1), None, torch.empty(0, 8).half())
 
 
 def test_every_number_rounds_to_the_nearest_float8() -> None:
