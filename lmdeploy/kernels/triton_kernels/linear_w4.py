@@ -2,15 +2,15 @@
 
 Byte j of a row holds inputs 2j and 2j + 1 in its halves. Nothing is interleaved: a tile of bytes becomes one tile of the low numbers and one of the high
 ones, and each is multiplied by the inputs that belong to it. Bytes become 16-bit floats by putting a number into the mantissa of 128 (bfloat16) or 1024
-(float16) and subtracting that and the zero point, exactly; tensor cores sum the products of a group in float32, and only that sum is multiplied by the
-group's scale. So no weight is rounded.
+(float16), of which tensor cores make float32 sums of a tile; those and the zero point are taken off exactly, from the numbers or from the sum, and only the sum
+is multiplied by the group's scale. So no weight is rounded.
 
-Up to FEW_ROWS rows a call reads weights as fast as memory gives them: `_few_kernel` gives every warp groups of its own, and sums warps at the end; x is
-read as words of two inputs and parted in registers. Above, `_many_kernel` multiplies larger tiles of an x that is parted beforehand. From MOST_ROWS rows
-on, weights are written out in 16 bits, a bounded number of rows at a time, for cuBLAS.
+Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel before
+has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups. Above, `_many_kernel` multiplies larger tiles, of an x whose
+even and odd inputs are parted beforehand. From MANY_ROWS on, weights are written out in 16 bits, a bounded number of rows at a time, for cuBLAS.
 
-A row's bits do not depend on the rows beside it, nor on their number within one of the ranges of `_plan`; where sums are split among programs, the last one
-adds the parts in one order.
+A row's bits do not depend on the rows beside it, nor on their number within 1..8, 9..16, 17..32, 33..64, 65..128; where a sum is split among programs, the last
+one adds the parts in one order.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Tensor = torch.Tensor
 #: Inputs whose numbers are multiplied together: a group, or the part of one that is a power of two; below the smaller one the general kernel serves.
 TILE, SMALLEST_TILE = 128, 32
 #: Rows up to which memory, and up to which tensor cores fed from registers, are the fastest way.
-FEW_ROWS, MANY_ROWS = 16, 192
+FEW_ROWS, MANY_ROWS = 16, 128
 #: Numbers of a weight that are written out at once: 128 MiB.
 MOST_NUMBERS = 1 << 26
-#: Programs that fill a chip.
-ENOUGH = 320
+#: Numbers of a weight that is worth wide tiles of 33 to 64 rows.
+LARGE = 1 << 25
 #: Sums that a launch splits at most; inputs that a program of `_part_kernel` parts.
 MOST_SUMS, PART = 1 << 16, 512
 
@@ -92,6 +92,48 @@ def _numbers_fp16(packed: tl.tensor, offset: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _raised_bf16(packed: tl.tensor) -> tl.tensor:
+    """Four bytes a turn: their low and their high numbers as 128 + q."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $2, c, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $3, d, 0x000F000F, 0x43004300, 0xEA;
+        }
+        """,
+        "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ones_bf16(packed: tl.tensor) -> tl.tensor:
+    """A one for every byte, laid out as the numbers are; it takes no instruction, for the assembler knows the register."""
+    asm: tl.constexpr = "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;"
+    return tl.inline_asm_elementwise(asm, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def _parted_bf16(words: tl.tensor) -> tl.tensor:
+    """(even, odd) inputs of words of two, four words a turn."""
+    return tl.inline_asm_elementwise(
+        """
+        prmt.b32 $0, $4, $5, 0x5410;
+        prmt.b32 $1, $6, $7, 0x5410;
+        prmt.b32 $2, $4, $5, 0x7632;
+        prmt.b32 $3, $6, $7, 0x7632;
+        """,
+        "=&r,=&r,=&r,=&r,r,r,r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def _numbers(packed: tl.tensor, zero: tl.tensor, dtype: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
     """(low - zero, high - zero) of bytes, exactly. The offsets are -(128 + zero) and -(1024 + zero), put together from bits; without ASM, for the interpreter."""
     if ASM:
@@ -137,22 +179,69 @@ def _finish(
         tl.store(place, (total + more).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _few_products(packed: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: tl.tensor, dtype: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
+    """[G, BN, BM] of packed [G, BN, HALF] and words [G, HALF, BM]: the sums of a tile, scaled. In bfloat16 tensor cores sum x too, which costs less than
+    128 + zero taken from each number: it is taken from the sum. (1024 would cost float16 too many bits.)"""
+    if ASM and dtype == tl.bfloat16:
+        even, odd = _parted_bf16(words)
+        low, high = _raised_bf16(packed)
+        ones = _ones_bf16(packed)
+        part = tl.dot(high, odd, tl.dot(low, even))
+        part -= tl.dot(ones, odd, tl.dot(ones, even)) * (128.0 + zero.to(tl.float32))[:, :, None]
+    else:
+        even, odd = _parted(words, dtype)
+        low, high = _numbers(packed, zero[:, :, None], dtype, ASM)
+        part = tl.dot(high, odd, tl.dot(low, even))
+    return part * scale.to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def _ask(pointers: tl.tensor) -> tl.tensor:
+    """Ask L2 for lines that will be read."""
+    return tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit(do_not_specialize=["T", "splits"])
+def _once_kernel(
+    words: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
+    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, word_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor,
+    HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+) -> None:  # fmt: skip
+    """All rows, BN columns and TILES tiles of K, whose weights are all on their way to registers before the kernel before has ended."""
+    split = tl.program_id(1)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows, inputs = tl.arange(0, BM), tl.arange(0, HALF)
+    tile = split * TILES + tl.arange(0, TILES)
+    row = tl.minimum(cols, N - 1).to(tl.int64)
+    packed = tl.load(qweight + row[None, :, None] * pitch + tile[:, None, None] * HALF + inputs[None, None, :])
+    at = row[None, :] * groups + (tile // PER)[:, None]
+    scale, zero = tl.load(scales + at), tl.load(zeros + at)
+    after_previous(PDL)
+    words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
+    total = _few_products(packed, tl.load(words_at, mask=(rows < T)[None, None, :], other=0), scale, zero, out.dtype.element_ty, ASM)
+    _finish(tl.sum(total, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+
+
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
 def _few_kernel(
     words: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
-    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, word_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, steps: tl.tensor, splits: tl.tensor,
+    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, word_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor, steps: tl.tensor,
     HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """All rows and BN columns: a tile [W, BN, HALF bytes] a step, of which each warp has its own [BN, HALF]."""
-    after_previous(PDL)
+    """All rows and BN columns: a tile [W, BN, HALF bytes] a step, of which each warp has its own [BN, HALF]. L2 is asked for AHEAD lines of each weight
+    row before the kernel before has ended."""
     split = tl.program_id(1)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.arange(0, BM)
+    rows, inputs = tl.arange(0, BM), tl.arange(0, HALF)
     tile = split * steps * W + tl.arange(0, W)
-    inputs = tl.arange(0, HALF)
-    dtype: tl.constexpr = out.dtype.element_ty
     row = tl.minimum(cols, N - 1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        _ask(qweight + row[:, None] * pitch + split * steps * (W * HALF) + tl.arange(0, AHEAD)[None, :] * 128)
+        tl.extra.cuda.gdc_wait()
     bytes_at = qweight + row[None, :, None] * pitch + tile[:, None, None] * HALF + inputs[None, None, :]
     words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
     live = (rows < T)[None, None, :]
@@ -165,17 +254,14 @@ def _few_kernel(
         packed = tl.load(bytes_at + step * (W * HALF))
         at = group + ((tile + tl.minimum(step + 1, steps - 1) * W) // PER)[:, None]
         next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
-        even, odd = _parted(tl.load(words_at + step * (W * HALF), mask=live, other=0), dtype)
-        low, high = _numbers(packed, zero[:, :, None], dtype, ASM)
-        part = tl.dot(high, odd, tl.dot(low, even))
-        acc += part * scale.to(tl.float32)[:, :, None]
+        acc += _few_products(packed, tl.load(words_at + step * (W * HALF), mask=live, other=0), scale, zero, out.dtype.element_ty, ASM)
     _finish(tl.sum(acc, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
 
 
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
 def _many_kernel(
     x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
-    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, steps: tl.tensor, splits: tl.tensor,
+    T: tl.tensor, N: tl.tensor, pitch: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor, steps: tl.tensor,
     HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -241,47 +327,55 @@ def _write_out_kernel(
     tl.store(words + place, (low & 0xFFFF) | (high << 16), mask=inside[:, None])
 
 
-class _Few(NamedTuple):
-    """A launch of `_few_kernel`."""
-
-    warps: int
-    columns: int
-    stages: int
-    splits: int
-
-
-class _Many(NamedTuple):
-    """A launch of `_many_kernel`."""
+class _Launch(NamedTuple):
+    """Tile of the result, tiles of K together, warps, stages, programs that share a sum."""
 
     rows: int
     columns: int
+    tiles: int
     warps: int
     stages: int
     splits: int
 
 
-def _splits(wanted: int, tiles: int) -> int:
-    """At most `wanted`, so that the tiles of a row are shared out evenly."""
+def _share(wanted: int, tiles: int) -> int:
+    """At most `wanted`, a power of two, so that the tiles of a row are shared out evenly."""
     while tiles % wanted:
         wanted //= 2
     return wanted
 
 
-def _few(outer: int, tiles: int) -> _Few:
-    """What was fastest on an H200 for the weights of a 1.8B and a 7B model: wide tiles where there are many, split sums where there are few."""
-    wide = outer >= 16384
-    warps = _splits(2 if wide else 4, tiles)
-    return _Few(warps, 64 if wide else 32, 3, _splits(4 if tiles >= 64 else 1, tiles // warps))
+def _splits(programs: int, tiles: int, most: int) -> int:
+    """Programs that share a sum, so that there are at most `most`, each with four tiles or more."""
+    splits = 1
+    while splits < 8 and programs * splits * 2 <= most and tiles % (splits * 2) == 0 and tiles >= splits * 8:
+        splits *= 2
+    return splits
 
 
-def _many(rows: int, outer: int, tiles: int) -> _Many:
-    """The same, by three heights: about two programs a multiprocessor."""
+def _once(rows: int, outer: int, tiles: int) -> _Launch | None:
+    """What was fastest on an H200 for the weights of a 1.8B and a 7B model: `_once_kernel` for the smaller ones."""
+    height, columns, most = (8, 32, 384) if rows <= 8 else (16, 16, 256)
+    depth = _share(16, tiles)
+    splits = tiles // depth
+    return _Launch(height, columns, depth, min(4, depth), 1, splits) if splits <= 8 and triton.cdiv(outer, columns) * splits <= most else None
+
+
+def _few(rows: int, outer: int, tiles: int) -> _Launch:
+    """`_few_kernel` for the others."""
+    if rows <= 8:
+        height, columns, warps, stages, splits = 8, 32, 4, 3, 4 if tiles >= 64 else 1
+    else:
+        height, columns, warps, stages, splits = 16, 64, 4 if outer < 24576 else 2, 2 if outer < 24576 else 3, _splits(triton.cdiv(outer, 64), tiles, 264)
+    warps = _share(warps, tiles)
+    return _Launch(height, columns, warps, warps, stages, _share(splits, tiles // warps))
+
+
+def _many(rows: int, outer: int, tiles: int, large: bool) -> _Launch:
+    """`_many_kernel` by three heights."""
     height = 32 if rows <= 32 else 64 if rows <= 64 else 128
-    wide = outer >= 24576 and height == 64
-    columns = 128 if wide else 64
-    programs = triton.cdiv(outer, columns) * triton.cdiv(rows, height)
-    splits = _splits(max(1, min(8, triton.next_power_of_2(ENOUGH // programs))), tiles)
-    return _Many(height, columns, 8 if wide else 4, 3, splits)
+    columns, warps = (128, 8) if large and height == 64 else (64, 4)
+    return _Launch(height, columns, 1, warps, 2 if height == 128 else 3, _splits(triton.cdiv(outer, columns) * triton.cdiv(rows, height), tiles, 384))
 
 
 @functools.cache
@@ -294,7 +388,7 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: T
     """out = x @ W.T + bias of a 4-bit weight; see `api.Kernels`."""
     rows, group = x.shape[0], x.shape[1] // scales.shape[1]
     tile = min(group & -group, TILE)
-    if x.dtype is torch.float32 or zeros.dtype is not torch.uint8 or tile < SMALLEST_TILE:
+    if x.dtype is torch.float32 or x.dtype is not out.dtype or zeros.dtype is not torch.uint8 or tile < SMALLEST_TILE:
         linear.linear_w4(x, qweight, scales, zeros, bias, out)
     elif rows > MANY_ROWS:
         _written_out(x, (qweight, scales, zeros), tile, bias, out)
@@ -309,28 +403,33 @@ def _words(x: Tensor) -> Tensor:
 
 def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:
     """Weights become 16-bit floats in the programs that multiply them."""
-    (rows, inner), outer, groups = x.shape, *weight[1].shape
-    tiles, words = inner // tile, _words(x)
-    few = rows <= FEW_ROWS
-    launch: _Few | _Many = _few(outer, tiles) if few else _many(rows, outer, tiles)
-    parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
-    arguments = (*weight, out if bias is None else bias, out, parts, _arrivals(x.device), rows, outer, inner // 2)
+    (rows, inner), (outer, groups), half = x.shape, weight[1].shape, tile // 2
+    tiles, source, once = inner // tile, _words(x), None
+    if rows <= FEW_ROWS:
+        once = _once(rows, outer, tiles)
+        launch = once or _few(rows, outer, tiles)
+    else:
+        launch = _many(rows, outer, tiles, outer * inner >= LARGE)
     pdl = overlaps(x.device)
-    constants = {
-        "HALF": tile // 2, "PER": inner // groups // tile, "HAS_BIAS": bias is not None, "SPLIT": launch.splits > 1, "ASM": x.is_cuda, "PDL": pdl, "launch_pdl": pdl,
-        "BN": launch.columns, "STAGES": launch.stages, "num_warps": launch.warps,
-    }  # fmt: skip
-    across = triton.cdiv(outer, launch.columns)
-    if isinstance(launch, _Few):
-        steps = tiles // (launch.warps * launch.splits)
-        _few_kernel[(across, launch.splits)](
-            words, *arguments, words.stride(0), out.stride(0), groups, steps, launch.splits, W=launch.warps, BM=8 if rows <= 8 else 16, **constants
-        )
-        return
-    parted = torch.empty(rows, inner, dtype=x.dtype, device=x.device)
-    _part_kernel[(rows, triton.cdiv(inner // 2, PART))](words, parted, inner // 2, words.stride(0), HALF=tile // 2, BT=PART, PDL=pdl, launch_pdl=pdl)
-    grid = (across * triton.cdiv(rows, launch.rows), launch.splits)
-    _many_kernel[grid](parted, *arguments, inner, out.stride(0), groups, tiles // launch.splits, launch.splits, BM=launch.rows, BAND=8, **constants)
+    shared = {"HALF": half, "PDL": pdl, "launch_pdl": pdl}
+    if rows > FEW_ROWS:
+        words, source = source, torch.empty(rows, inner, dtype=x.dtype, device=x.device)
+        _part_kernel[(rows, triton.cdiv(inner // 2, PART))](words, source, inner // 2, words.stride(0), BT=PART, **shared)
+    parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
+    arguments = (
+        source, *weight, out if bias is None else bias, out, parts, _arrivals(x.device), rows, outer, inner // 2, source.stride(0), out.stride(0), groups,
+        launch.splits,
+    )  # fmt: skip
+    shared |= {"PER": inner // groups // tile, "HAS_BIAS": bias is not None, "SPLIT": launch.splits > 1, "ASM": x.is_cuda, "num_warps": launch.warps}
+    shared |= {"BM": launch.rows, "BN": launch.columns}
+    across, steps = triton.cdiv(outer, launch.columns), tiles // launch.tiles // launch.splits
+    if once:
+        _once_kernel[(across, launch.splits)](*arguments, TILES=launch.tiles, **shared)
+    elif rows <= FEW_ROWS:
+        ahead = min(4, triton.next_power_of_2(max(1, steps * launch.tiles * half // 128) + 1) // 2)
+        _few_kernel[(across, launch.splits)](*arguments, steps, W=launch.tiles, AHEAD=ahead, STAGES=launch.stages, **shared)
+    else:
+        _many_kernel[(across * triton.cdiv(rows, launch.rows), launch.splits)](*arguments, steps, BAND=8, STAGES=launch.stages, **shared)
 
 
 def _written_out(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:

@@ -10,8 +10,8 @@ from lmdeploy.kernels.reference import REFERENCE
 w4 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4", reason="triton is not installed")
 
 Tensor = torch.Tensor
-#: inputs, outputs, group: several warps and steps, split sums, groups below and above a tile, groups that are no power of two, one tile
-SHAPES = [(1024, 40, 128), (512, 24, 64), (256, 72, 32), (768, 48, 256), (384, 33, 96), (128, 16, 128), (896, 136, 128), (172, 30, 86)]
+#: inputs, outputs, group: split sums of whole tiles, several warps and steps, split sums, groups below and above a tile, groups that are no power of two, one tile
+SHAPES = [(4096, 40, 128), (1024, 40, 128), (512, 24, 64), (256, 72, 32), (768, 48, 256), (384, 33, 96), (128, 16, 128), (896, 136, 128), (172, 30, 86)]
 
 
 def weight(inner: int, outer: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +44,7 @@ def test_it_agrees_with_the_reference(rows: int, inner: int, outer: int, group: 
         close(found, wanted)
 
 
-@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES[:5])
+@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES[:6])
 def test_many_rows_are_multiplied_by_weights_that_are_written_out(inner: int, outer: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w4, "MANY_ROWS", 2)
     monkeypatch.setattr(w4, "MOST_NUMBERS", 10 * inner)
@@ -83,8 +83,27 @@ def test_a_row_has_the_same_bits_alone_and_among_others(rows: int) -> None:
     assert torch.equal(alone[0], together[5])
 
 
+@pytest.mark.parametrize(("rows", "inner"), [(3, 8192), (12, 2048)])
+def test_weights_that_are_streamed(rows: int, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those are that `_once_kernel` leaves alone for their size; one of the two sums is split."""
+    monkeypatch.setattr(w4, "_once", lambda *sizes: None)
+    x, parts, bias = activations(rows, inner), weight(inner, 72, 128), activations(1, 72)[0].contiguous()
+    found, wanted = (torch.full((rows, 72), float("nan"), dtype=x.dtype) for _ in range(2))
+    w4.linear_w4(x, *parts, bias, found)
+    REFERENCE.linear_w4(x, *parts, bias, wanted)
+    close(found, wanted)
+    assert not w4._arrivals(torch.device("cpu")).any()
+
+
+def test_the_weights_of_known_models_take_the_kernel_that_was_fastest() -> None:
+    assert [w4._once(1, *shape) is not None for shape in ((4096, 16), (2048, 64), (4096, 32), (16384, 16), (28672, 32), (4096, 112))] == [True] * 3 + [
+        False
+    ] * 3
+    assert w4._few(1, 4096, 112).splits == 4 and w4._few(9, 4096, 112).splits == 4 and w4._few(1, 28672, 32).splits == 1
+
+
 def test_split_sums_leave_their_counters_at_zero() -> None:
-    w4.linear_w4(activations(1, 1024), *weight(1024, 40, 128), None, torch.empty(1, 40, dtype=torch.float16))
+    w4.linear_w4(activations(1, 4096), *weight(4096, 40, 128), None, torch.empty(1, 40, dtype=torch.float16))
     assert not w4._arrivals(torch.device("cpu")).any()
 
 
