@@ -328,7 +328,7 @@ def _write_out_kernel(
 
 
 class _Launch(NamedTuple):
-    """Tile of the result, tiles of K together, warps, stages, programs that share a sum."""
+    """Tile of the result, tiles of K together, warps, stages, programs that share a sum; whether it may begin before the kernel before has ended."""
 
     rows: int
     columns: int
@@ -336,6 +336,7 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     splits: int
+    overlaps: bool = True
 
 
 def _share(wanted: int, tiles: int) -> int:
@@ -362,13 +363,16 @@ def _once(rows: int, outer: int, tiles: int) -> _Launch | None:
 
 
 def _few(rows: int, outer: int, tiles: int) -> _Launch:
-    """`_few_kernel` for the others."""
+    """`_few_kernel` for the others. The largest weights leave no room for the next kernel's programs: two warps a program, and one kernel after the other."""
+    huge = outer >= 24576
     if rows <= 8:
-        height, columns, warps, stages, splits = 8, 32, 4, 3, 4 if tiles >= 64 else 1
+        splits = 4 if tiles >= 64 else 1
+        launch = _Launch(8, 64, 2, 2, 3, splits, overlaps=False) if huge else _Launch(8, 32, 4, 4, 3, splits)
     else:
-        height, columns, warps, stages, splits = 16, 64, 4 if outer < 24576 else 2, 2 if outer < 24576 else 3, _splits(triton.cdiv(outer, 64), tiles, 264)
-    warps = _share(warps, tiles)
-    return _Launch(height, columns, warps, warps, stages, _share(splits, tiles // warps))
+        splits = _splits(triton.cdiv(outer, 64), tiles, 264)
+        launch = _Launch(16, 64, 2, 2, 3, splits) if huge else _Launch(16, 64, 4, 4, 2, splits)
+    warps = _share(launch.warps, tiles)
+    return launch._replace(tiles=warps, warps=warps, splits=_share(splits, tiles // warps))
 
 
 def _many(rows: int, outer: int, tiles: int, large: bool) -> _Launch:
@@ -410,7 +414,7 @@ def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, b
         launch = once or _few(rows, outer, tiles)
     else:
         launch = _many(rows, outer, tiles, outer * inner >= LARGE)
-    pdl = overlaps(x.device)
+    pdl = launch.overlaps and overlaps(x.device)
     shared = {"HALF": half, "PDL": pdl, "launch_pdl": pdl}
     if rows > FEW_ROWS:
         words, source = source, torch.empty(rows, inner, dtype=x.dtype, device=x.device)
