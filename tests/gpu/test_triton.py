@@ -27,8 +27,8 @@ TRITON = select("turbomind", "cuda", torch.bfloat16, head_dim=128)
 DTYPES = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # of the largest result: one rounding of it, and one of the softmax weights
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EACH_FORMAT = pytest.mark.parametrize("fmt", FORMATS)
-#: one split, several, more than are joined at once; a fresh prompt, chunks in the middle and of two tokens
-MIXED = sequences([(1, 1), (63, 1), (256, 1), (257, 1), (1000, 1), (4700, 1), (700, 700), (1500, 130), (2100, 2)])
+#: one piece, several, as many as there may be; a fresh prompt, chunks in the middle and of two tokens
+MIXED = sequences([(1, 1), (63, 1), (512, 1), (513, 1), (1100, 1), (8700, 1), (700, 700), (1500, 130), (2100, 2)])
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,19 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, f
     for i, s in enumerate(MIXED):
         alone = paged_case(FORMATS[fmt], shape, [s], shuffle=i + 1).attend(TRITON, window)
         assert torch.equal(alone, found[together.rows(i)]), s
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("fmt", ["16", "8", "4 rotated", "fp8"])
+def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str) -> None:
+    """Launches of many rows have other shares and another pipeline."""
+    shape, batch = Shape(16, 4, 128, 64, dtype, "cuda"), [Sequence(n, 1, n) for n in (1, 300, 600, 2500, 9000, *range(1, 400, 5))]
+    case = paged_case(FORMATS[fmt], shape, batch)
+    found = case.attend(TRITON)
+    for i in (0, 1, 2, 3, 4, 40, 84):
+        alone = paged_case(FORMATS[fmt], shape, [batch[i]], shuffle=i + 1)
+        assert torch.equal(alone.attend(TRITON)[0], found[i]), batch[i]
+        assert error(found[i], alone.attend(REFERENCE)[0]) <= DTYPES[dtype]
 
 
 @pytest.mark.usefixtures("tiles_only")

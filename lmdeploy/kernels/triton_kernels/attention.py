@@ -57,7 +57,8 @@ def rope_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor
 ) -> None:
     """`rope_write_kv` and `attention`, in one launch where every sequence decodes: see `api.Kernels`."""
-    if meta.num_decode == meta.kv_lens.shape[0] == q.shape[0]:
+    turns_by_signs = kv.rotation is None or q.shape[2] & (q.shape[2] - 1) == 0  # other rotations take more registers than a program of `decode` has
+    if turns_by_signs and meta.num_decode == meta.kv_lens.shape[0] == q.shape[0]:
         decode(q, kv, meta, scale, window, out, Rope(k, v, cos, sin, q_scale))
     else:
         rope_write_kv(q, k, v, cos, sin, q_scale, kv, meta.slot_mapping)

@@ -22,6 +22,7 @@ from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 SPREAD = tl.constexpr(256)  # a load of as many words as a program has threads, or more, has its own layout
+SMALLEST = tl.constexpr(-100)  # exponent of a unit
 TURNED = tl.constexpr(32)  # dims of a result that are turned back at once
 #: bytes a b c d -> float16 pairs (a, b) and (c, d) of 1024 + n
 BYTES_TO_SHIFTED = tl.constexpr("""
@@ -150,11 +151,16 @@ def numbers(
 
 
 @triton.jit
-def scales(scales_ptr: tl.tensor, row: tl.tensor, visible: tl.tensor, WIDTH: tl.constexpr, TYPE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def scales(
+    scales_ptr: tl.tensor, row: tl.tensor, visible: tl.tensor, WIDTH: tl.constexpr, TYPE: tl.constexpr, APART: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Scale and offset float32 [n] of rows, stored as one word of two bfloat16; as `numbers` of TYPE want them: the offset is that of the middle number."""
-    column = tl.arange(0, SPREAD // row.shape[0])[None, :]  # of which one is read; without the others every thread that uses a word would load it
-    place = row[:, None] + column * 0
-    pair = tl.sum(tl.load(scales_ptr + place, mask=visible[:, None] & (column == 0), other=0), 1)
+    if APART:
+        pair = tl.load(scales_ptr + row, mask=visible, other=0)
+    else:
+        column = tl.arange(0, SPREAD // row.shape[0])[None, :]  # of which one is read; without the others every thread that uses a word would load it
+        place = row[:, None] + column * 0
+        pair = tl.sum(tl.load(scales_ptr + place, mask=visible[:, None] & (column == 0), other=0), 1)
     scale = (pair << 16).to(tl.float32, bitcast=True)
     offset = (pair & -0x10000).to(tl.float32, bitcast=True)
     if WIDTH == "fp8" and tl.float16 == TYPE:
@@ -164,9 +170,15 @@ def scales(scales_ptr: tl.tensor, row: tl.tensor, visible: tl.tensor, WIDTH: tl.
 
 
 @triton.jit
-def power_of_two(x: tl.tensor) -> tl.tensor:
-    """The largest power of two that is not above x >= 0, at least 2^-100; NaN and infinity give infinity."""
-    return (tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 27 << 23)).to(tl.float32, bitcast=True)
+def exponent_of(x: tl.tensor) -> tl.tensor:
+    """int32: the largest e with 2^e <= x for x >= 0, at least SMALLEST; 128 for infinity and NaN."""
+    return tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, SMALLEST + 127) - 127
+
+
+@triton.jit
+def power_of_two(exponent: tl.tensor) -> tl.tensor:
+    """2^exponent, infinity for 128."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -189,7 +201,7 @@ def as_operands(
     factor = tl.zeros([lo.shape[0]], tl.float32) + scale * 1.4426950408889634
     if tl.float16 == TYPE and WIDTH != "16":
         lo, hi = lo.to(tl.float32), hi.to(tl.float32)
-        unit = power_of_two(tl.maximum(tl.max(tl.abs(lo), 1), tl.max(tl.abs(hi), 1)))
+        unit = power_of_two(exponent_of(tl.maximum(tl.max(tl.abs(lo), 1), tl.max(tl.abs(hi), 1))))
         lo, hi, factor = lo * (1.0 / unit)[:, None], hi * (1.0 / unit)[:, None], factor * unit
     lo, hi = lo.to(TYPE), hi.to(TYPE)
     low_sum, high_sum = tl.sum(lo.to(tl.float32), 1), tl.sum(hi.to(tl.float32), 1)
@@ -203,22 +215,28 @@ def as_operands(
 
 
 @triton.jit
+def _both_larger(a: tl.tensor, b: tl.tensor, other_a: tl.tensor, other_b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    return tl.maximum(a, other_a), tl.maximum(b, other_b)
+
+
+@triton.jit
 def attend_tile(
     query: tl.tuple, state: tl.tuple, position: tl.tensor, head: tl.tensor, first: tl.tensor, oldest: tl.tensor, limit: tl.tensor, window: tl.tensor,
     block: tl.tensor, table_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_TYPE: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
-    HALF: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+    HALF: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, APART: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867): m queries at `position` over the N keys from `first` on.
 
     `query` is what `as_operands` made. MASK says what may be hidden: "none" nothing, "edges" keys outside oldest..limit - 1 from all rows, "causal" also those
     that a row's position hides. A tile that is wholly hidden from a row changes nothing of it, so its bits do not depend on the other rows.
     `state`, which is also the result: largest score in base 2 [m] (-inf where all are hidden), sum of 2^(score - largest), sum of the weighted
-    offsets [m], the unit that the weighted sums are in, a power of two, and both halves of these. Weights times scales are divided by
-    the unit, the largest scale so far, so that float16 holds them whatever the scales are.
+    offsets [m], and both halves of the weighted sums, all three in units of 2^exponent. The exponent is that of the largest scale so far: weights times
+    scales are at most 2 then, and float16 holds them whatever the scales are. APART, for few rows whose keys lie in several warps: sums over keys are
+    kept apart, [m, N], for each place in a tile, and the exponent for each row, so that warps wait for each other once a tile and not five times.
     """
     q_lo, q_hi, q_sum, q_shift, factor = query
-    largest, total, acc_offset, unit, acc_lo, acc_hi = state
+    largest, total, acc_offset, exponent, acc_lo, acc_hi = state
     place = first + tl.arange(0, N)
     visible = (place < limit) & (place >= oldest)
     if MASK == "none":
@@ -231,7 +249,7 @@ def attend_tile(
     score = tl.dot(q_lo, tl.trans(lo), score, input_precision="tf32x3")  # float32 models keep float32's accuracy on tensor cores
     score = tl.dot(q_hi, tl.trans(hi), score, input_precision="tf32x3")
     if KEY_WIDTH != "16":
-        key_scale, key_offset = scales(key_scales_ptr, row, visible, KEY_WIDTH, q_lo.dtype)
+        key_scale, key_offset = scales(key_scales_ptr, row, visible, KEY_WIDTH, q_lo.dtype, APART)
         score = tl.fma(score, tl.broadcast_to(key_scale[None, :], score.shape), q_sum[:, None] * key_offset[None, :])
     if MASK == "edges":
         score = tl.where(visible[None, :], score, float("-inf"))
@@ -239,23 +257,38 @@ def attend_tile(
         seen = visible[None, :] & (place[None, :] <= position[:, None])
         seen = seen & ((window <= 0) | (place[None, :] > position[:, None] - window))
         score = tl.where(seen, score, float("-inf"))
-    new = tl.maximum(largest, tl.max(score, 1) * factor)
-    level = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(tl.fma(score, tl.broadcast_to(factor[:, None], score.shape), -tl.broadcast_to(level[:, None], score.shape)))
-    fade = tl.exp2(largest - level)
-    largest, total = new, total * fade + tl.sum(p, 1)
+    if VALUE_WIDTH == "16":
+        peak = tl.max(score, 1)
+    else:
+        value_scale, value_offset = scales(value_scales_ptr, row, visible, VALUE_WIDTH, VALUE_TYPE, APART)
+        if APART:
+            peak, scale_peak = tl.reduce((score, tl.broadcast_to(value_scale[None, :], score.shape)), 1, _both_larger)
+        else:
+            peak, scale_peak = tl.max(score, 1), tl.max(value_scale, 0)
+    new = tl.maximum(largest, peak * factor)
+    base, old = tl.where(new == float("-inf"), 0.0, new), largest
+    if VALUE_WIDTH != "16":
+        new_exponent = tl.maximum(exponent, exponent_of(scale_peak))
+        base, old = base + new_exponent.to(tl.float32), old + exponent.to(tl.float32)
+        exponent = new_exponent
+    p = tl.exp2(tl.fma(score, tl.broadcast_to(factor[:, None], score.shape), -tl.broadcast_to(base[:, None], score.shape)))
+    fade = tl.exp2(old - base)
+    if APART:
+        spread = tl.broadcast_to(fade[:, None], score.shape)
+        total = tl.fma(total, spread, p)
+        if VALUE_WIDTH != "16":
+            acc_offset = tl.fma(acc_offset, spread, p * value_offset[None, :])
+    else:
+        total = total * fade + tl.sum(p, 1)
+        if VALUE_WIDTH != "16":
+            acc_offset = acc_offset * fade + tl.sum(p * value_offset[None, :], 1)
     lo, hi = numbers(value_ptr, row, visible, VALUE_WIDTH, VALUE_TYPE, False, HALF, PADDED)
     if VALUE_WIDTH != "16":
-        value_scale, value_offset = scales(value_scales_ptr, row, visible, VALUE_WIDTH, VALUE_TYPE)
-        acc_offset = acc_offset * fade + tl.sum(p * value_offset[None, :], 1)
-        new_unit = tl.maximum(unit, power_of_two(tl.max(value_scale, 0)))
-        p = p * (value_scale * (1.0 / new_unit))[None, :]
-        fade = fade * (unit / new_unit)
-        unit = new_unit
+        p = p * value_scale[None, :]
     share = p.to(VALUE_TYPE)
     acc_lo = tl.dot(share, lo, acc_lo * fade[:, None], input_precision="tf32x3")
     acc_hi = tl.dot(share, hi, acc_hi * fade[:, None], input_precision="tf32x3")
-    return largest, total, acc_offset, unit, acc_lo, acc_hi
+    return new, total, acc_offset, exponent, acc_lo, acc_hi
 
 
 @triton.jit
@@ -264,35 +297,44 @@ def attend(
     window: tl.tensor,
     table_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_TYPE: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
-    HALF: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+    HALF: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, APART: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """`attend_tile` over keys begin .. end - 1, in tiles from `begin` on."""
     block = block_of(table_ptr, begin, end, SLOTS)
     for first in range(begin, end, N):
         state = attend_tile(
             query, state, position, head, first, oldest, limit, window, block, table_ptr, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr,
-            KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, MASK,
+            KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, MASK, APART,
         )  # fmt: skip
         block = block_of(table_ptr, first + N, end, SLOTS)  # a tile ahead: or the pipeline would spend a stage on it
     return state
 
 
 @triton.jit
-def empty_state(M: tl.constexpr, PADDED: tl.constexpr) -> tl.tuple:
+def empty_state(M: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, APART: tl.constexpr) -> tl.tuple:
     """Before the first key."""
     largest = tl.full([M], float("-inf"), tl.float32)
-    unit = tl.full([], 7.888609052210118e-31, tl.float32)  # 2^-100
-    zeros, rows = tl.zeros([M], tl.float32), tl.zeros([M, PADDED], tl.float32)
-    return largest, zeros, zeros, unit, rows, rows
+    if APART:
+        exponent, sums = tl.full([M], SMALLEST, tl.int32), tl.zeros([M, N], tl.float32)
+    else:
+        exponent, sums = tl.full([], SMALLEST, tl.int32), tl.zeros([M], tl.float32)
+    rows = tl.zeros([M, PADDED], tl.float32)
+    return largest, sums, sums, exponent, rows, rows
 
 
 @triton.jit
-def weighted_sums(state: tl.tuple, VALUE_WIDTH: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def weighted_sums(state: tl.tuple, VALUE_WIDTH: tl.constexpr, APART: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Largest score [m], sum of the weights [m], both halves [m, P] of the sum of weighted values."""
-    largest, total, acc_offset, unit, acc_lo, acc_hi = state
+    largest, total, offset, exponent, lo, hi = state
+    if APART:
+        total, offset = tl.sum(total, 1), tl.sum(offset, 1)
     if VALUE_WIDTH != "16":
-        acc_lo, acc_hi = acc_lo * unit + acc_offset[:, None], acc_hi * unit + acc_offset[:, None]
-    return largest, total, acc_lo, acc_hi
+        unit = power_of_two(exponent)
+        total, offset = total * unit, offset[:, None]
+        if APART:
+            unit = unit[:, None]
+        lo, hi = (lo + offset) * unit, (hi + offset) * unit
+    return largest, total, lo, hi
 
 
 @triton.jit

@@ -36,9 +36,10 @@ from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
 #: a row's keys are cut into at most PIECES pieces of at least PIECE keys each, a multiple of CUT
-PIECES, PIECE, CUT = 32, 256, 128
-#: programs of a launch that a row's share of is rounded down, but every row has one for each KV head: two to four times what the chip holds at once
-PROGRAMS = 2048
+PIECES, PIECE, CUT = 16, 512, 128
+#: programs of a launch, rounded down to so many for each row and KV head, and these at least: long rows among many are shared, too
+PROGRAMS, SHARES = 2048, 4
+FEW = 264  # rows times KV heads that the chip holds at once, two to a multiprocessor
 JOINED = 2048  # numbers of either half of parts that a program joins at once: 16 registers a thread
 
 
@@ -144,7 +145,7 @@ def _keep_part(
     VALUE_WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, M: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write the sums of a piece for M heads, the first of which has its parts at sums_ptr and parts_ptr."""
-    largest, total, lo, hi = weighted_sums(state, VALUE_WIDTH)
+    largest, total, lo, hi = weighted_sums(state, VALUE_WIDTH, True)
     part = tl.arange(0, M) * PIECES + piece
     tl.store(sums_ptr + part * 2, largest, mask=live)
     tl.store(sums_ptr + part * 2 + 1, total, mask=live)
@@ -178,14 +179,17 @@ def _decode_kernel(
     place, sequence, share = tl.program_id(0), tl.program_id(1) % rows, tl.program_id(1) // rows
     head, first_member = place // tiles, place % tiles * M
     member = first_member + tl.arange(0, M)
+    sequence64 = sequence.to(tl.int64)
+    table_row = table_ptr + sequence64 * table_stride
+    likely = share * PIECE  # where this program's keys begin, unless the row is long or windowed: its block is looked up while the length is on its way
+    early = tl.load(table_row + tl.minimum(likely // SLOTS, table_stride - 1))
     kv_len = tl.load(kv_lens_ptr + sequence)
     oldest, begin, size, count = _cut(kv_len, window, PIECES, PIECE, CUT)
     each = tl.cdiv(count, shares)
     piece, last_piece = share * each, tl.minimum(share * each + each, count)
     if piece < last_piece:
         live, query_head = member < GROUP, head * GROUP + member
-        sequence64 = sequence.to(tl.int64)
-        row_ptr, table_row = q_ptr + sequence64 * q_stride + query_head * q_head_stride, table_ptr + sequence64 * table_stride
+        row_ptr = q_ptr + sequence64 * q_stride + query_head * q_head_stride
         if FUSED:
             cos_row, sin_row = cos_ptr + sequence64 * angle_stride, sin_ptr + sequence64 * angle_stride
             lo, hi = _new_queries(row_ptr, live, cos_row, sin_row, factor_ptr + sequence, rotation_ptr, SCALED, ROPE_HALF, ROTATED, TURNED_AS, HALF, PADDED)
@@ -199,24 +203,25 @@ def _decode_kernel(
                 tl.debug_barrier()  # what other threads of the program wrote is read below
         else:
             lo, hi = query_rows(row_ptr, live, HALF, PADDED)
-        query, state = as_operands(lo, hi, scale, KEY_WIDTH, KEY_TYPE), empty_state(M, PADDED)
+        query, state = as_operands(lo, hi, scale, KEY_WIDTH, KEY_TYPE), empty_state(M, PADDED, N, True)
         row_out = out_ptr + sequence64 * out_stride + (head * GROUP + first_member) * (2 * HALF)
         first_part = (sequence64 * (HEADS * GROUP) + head * GROUP + first_member) * PIECES
         arrived = count - (last_piece - piece)  # what the counter holds if this program is the last
         end, done = tl.minimum(begin + last_piece * size, kv_len), begin + piece * size + size
-        block = block_of(table_row, done - size, end, SLOTS)
-        for first in range(done - size, end, N):
+        start = done - size
+        block = tl.where(start == likely, early, block_of(table_row, start, tl.where(start == likely, start, end), SLOTS))
+        for first in range(start, end, N):
             state = attend_tile(
                 query, state, member, head, first, oldest, kv_len, window, block,
-                table_row, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, "edges",
+                table_row, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, "edges", True,
             )  # fmt: skip
             block = block_of(table_row, first + N, end, SLOTS)
             if (first + N >= done) & (first + N < end):  # the last piece is kept below
                 _keep_part(state, sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), piece, live, VALUE_WIDTH, HALF, PADDED, PIECES, M)
-                state = empty_state(M, PADDED)
+                state = empty_state(M, PADDED, N, True)
                 piece, done = piece + 1, done + size
         if count == 1:
-            largest, total, sum_lo, sum_hi = weighted_sums(state, VALUE_WIDTH)
+            largest, total, sum_lo, sum_hi = weighted_sums(state, VALUE_WIDTH, True)
             finish(total, sum_lo, sum_hi, row_out + tl.arange(0, M) * (2 * HALF), live, rotation_ptr, ROTATED, TURNED_AS, HALF, PADDED)
         else:
             _keep_part(state, sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), piece, live, VALUE_WIDTH, HALF, PADDED, PIECES, M)
@@ -230,11 +235,13 @@ def _decode_kernel(
                 )  # fmt: skip
 
 
-def _decode_shape(group: int, head_dim: int, dtype: torch.dtype) -> TileShape:
-    """Four programs of 128 registers a thread fit a multiprocessor of Hopper and Ampere."""
+def _decode_shape(group: int, head_dim: int, dtype: torch.dtype, programs: int) -> TileShape:
+    """Few programs run as deep a pipeline as pays; of many, as many as possible are to fit a multiprocessor. Neither changes a bit of the result."""
     wide = head_dim > 128 or dtype is torch.float32
-    rows = min(64, max(16, int(triton.next_power_of_2(group))))
-    return TileShape(rows, 32 if wide else 64, 4, 3, None if wide or rows > 16 else 128)
+    rows, keys = min(64, max(16, int(triton.next_power_of_2(group)))), 32 if wide else 64
+    if programs <= FEW or wide or rows > 16:
+        return TileShape(rows, keys, 4, 3)
+    return TileShape(rows, keys, 4, 2, 128)
 
 
 class _Parts(NamedTuple):
@@ -271,13 +278,13 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     """The first `num_decode` sequences, which are as many rows of q. With `rope` q, k and v are not rotated yet, and the cache does not hold them."""
     rows, (heads, head_dim), kv_heads = meta.num_decode, q.shape[1:], kv.key.shape[1]
     group, padded = heads // kv_heads, padded_half(head_dim)
-    shape, kept = _decode_shape(group, head_dim, q.dtype), _parts(q, meta)
+    shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads), _parts(q, meta)
     joined = min(shape.M, int(triton.next_power_of_2(group)))  # rows that the join holds
     new = rope or Rope(q, q, q, q, None)
     assert CUT % shape.N == 0 == PIECE % CUT, "a tile is of one piece"
     pdl = overlaps(q.device)
     places = kv_heads * triton.cdiv(group, shape.M)
-    shares = max(1, min(PIECES, PROGRAMS // (rows * places)))
+    shares = min(PIECES, max(SHARES, PROGRAMS // (rows * places)))
     _decode_kernel[(places, rows * shares)](
         q, out, *cache_arguments(kv, q), meta.block_table, meta.kv_lens, kv.rotation if kv.rotation is not None else q,
         kept.counters, kept.sums, kept.parts,

@@ -60,28 +60,30 @@ def _extend_kernel(
         masked = tl.where(window > 0, begin, (history + tile * M // GROUP + 1) // N * N)  # before it all rows see all keys
         table_row = table_ptr + sequence.to(tl.int64) * table_stride
         state = attend(
-            query, empty_state(M, PADDED), position, head, begin, masked, oldest, end, window,
-            table_row, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, "none",
+            query, empty_state(M, PADDED, N, False), position, head, begin, masked, oldest, end, window,
+            table_row, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, "none", False,
         )  # fmt: skip
         state = attend(
             query, state, position, head, masked, end, oldest, end, window,
-            table_row, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, "causal",
+            table_row, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, KEY_WIDTH, VALUE_WIDTH, VALUE_TYPE, HEADS, SLOTS, HALF, PADDED, N, "causal", False,
         )  # fmt: skip
-        largest, total, sum_lo, sum_hi = weighted_sums(state, VALUE_WIDTH)
+        largest, total, sum_lo, sum_hi = weighted_sums(state, VALUE_WIDTH, False)
         finish(total, sum_lo, sum_hi, out_ptr + row64 * out_stride + query_head * (2 * HALF), live, rotation_ptr, ROTATED, TURNED_AS, HALF, PADDED)
 
 
-def _extend_shape(head_dim: int, dtype: torch.dtype) -> TileShape:
-    """Fits the registers and the 227 KB of shared memory of Hopper, and the 163 KB of Ampere."""
-    wide = head_dim > 128
-    if dtype is torch.float32:
+def _extend_shape(q: Tensor, kv: KVLayer) -> TileShape:
+    """Fits the registers and the 227 KB of shared memory of Hopper, and the 163 KB of Ampere. Twice the rows halve the work of unpacking keys and values."""
+    wide = q.shape[2] > 128
+    if q.dtype is torch.float32:
         return TileShape(32, 16 if wide else 32, 8 if wide else 4, 1)
-    return TileShape(64, 32 if wide else 64, 8 if wide else 4, 2)
+    if kv.plain or wide:
+        return TileShape(64, 32 if wide else 64, 8 if wide else 4, 2)
+    return TileShape(128, 64, 8, 3)
 
 
 def extend(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:
     """All sequences after the first `num_decode`; tokens that belong to none are left alone."""
-    shape, common, pdl = _extend_shape(q.shape[2], q.dtype), facts(q, kv), overlaps(q.device)
+    shape, common, pdl = _extend_shape(q, kv), facts(q, kv), overlaps(q.device)
     kv_heads, sequences = kv.key.shape[1], meta.kv_lens.shape[0] - meta.num_decode
     rows = (q.shape[0] - meta.num_decode) * (q.shape[1] // kv_heads)
     _extend_kernel[(kv_heads, rows // shape.M + sequences)](

@@ -27,7 +27,7 @@ WIDTHS = ("16", "8", "4", "fp8")
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PIECES", 4), ("PIECE", 64), ("CUT", 64), ("PROGRAMS", 24), ("JOINED", 64)):
+    for name, value in (("PIECES", 4), ("PIECE", 64), ("CUT", 64), ("PROGRAMS", 24), ("SHARES", 1), ("JOINED", 64)):
         monkeypatch.setattr(decode, name, value)
 
 
@@ -159,8 +159,9 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, h
 
 def test_the_bits_do_not_depend_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for programs in (1, 24, 1000):
+    for programs, few in ((1, 0), (24, 0), (1000, 264)):
         monkeypatch.setattr(decode, "PROGRAMS", programs)
+        monkeypatch.setattr(decode, "FEW", few)
         results.append(paged_case(FORMATS["8"], Shape(4, 2, 16), DECODING).attend(TRITON))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
