@@ -47,7 +47,9 @@ def packed(inner: int, outer: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, 33, 65, 192, 300])
-@pytest.mark.parametrize(("inner", "outer", "group"), SHAPES + [(14336, 4096, 128), (768, 1000, 32), (1152, 96, 96), (512, 64, 256)])
+@pytest.mark.parametrize(
+    ("inner", "outer", "group"), SHAPES + [(14336, 4096, 128), (2048, 2048, 128), (4096, 4096, 128), (768, 1000, 32), (1152, 96, 96), (512, 64, 256)]
+)
 def test_w4_agrees_with_float32(rows: int, inner: int, outer: int, group: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, inner + 8, device=DEVICE).to(dtype)[:, :inner]
     bias, weight = torch.randn(outer, device=DEVICE).to(dtype), packed(inner, outer, group)

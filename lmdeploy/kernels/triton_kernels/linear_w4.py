@@ -5,12 +5,13 @@ ones, and each is multiplied by the inputs that belong to it. Bytes become 16-bi
 (float16), of which tensor cores make float32 sums of a tile; those and the zero point are taken off exactly, from the numbers or from the sum, and only the sum
 is multiplied by the group's scale. So no weight is rounded.
 
-Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel before
-has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups. Above, `_many_kernel` multiplies larger tiles, of an x whose
-even and odd inputs are parted beforehand. From MANY_ROWS on, weights are written out in 16 bits, a bounded number of rows at a time, for cuBLAS.
+Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel
+before has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups; `linear_w4_row.py` takes one row where weight
+rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even and odd inputs are parted beforehand. From MANY_ROWS on, weights are written
+out in 16 bits, a bounded number of rows at a time, for cuBLAS.
 
-A row's bits do not depend on the rows beside it, nor on their number within 1..8, 9..16, 17..32, 33..64, 65..128; where a sum is split among programs, the last
-one adds the parts in one order.
+A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128; where a sum is
+split among programs, the last one adds the parts in one order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.reference import linear as linear_dense
-from lmdeploy.kernels.triton_kernels import linear
+from lmdeploy.kernels.triton_kernels import linear, linear_w4_row
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -394,6 +395,8 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: T
     tile = min(group & -group, TILE)
     if x.dtype is torch.float32 or x.dtype is not out.dtype or zeros.dtype is not torch.uint8 or tile < SMALLEST_TILE:
         linear.linear_w4(x, qweight, scales, zeros, bias, out)
+    elif tile == TILE and linear_w4_row.serves(x, scales.shape[0]):
+        linear_w4_row.multiply(x, (qweight, scales, zeros), bias, out)
     elif rows > MANY_ROWS:
         _written_out(x, (qweight, scales, zeros), tile, bias, out)
     elif rows:

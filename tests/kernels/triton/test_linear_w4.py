@@ -7,6 +7,7 @@ import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 
+row = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4_row", reason="triton is not installed")
 w4 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4", reason="triton is not installed")
 
 Tensor = torch.Tensor
@@ -75,12 +76,14 @@ def test_weights_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("rows", [8, 16])
-def test_a_row_has_the_same_bits_alone_and_among_others(rows: int) -> None:
-    x, parts = activations(rows, 1024), weight(1024, 40, 128)
-    together, alone = torch.empty(rows, 40, dtype=x.dtype), torch.empty(1, 40, dtype=x.dtype)
+@pytest.mark.parametrize(("inner", "outer", "first"), [(1024, 40, 2), (256, 264, 1)])
+def test_a_row_has_the_same_bits_among_few_and_among_many(inner: int, outer: int, first: int, rows: int) -> None:
+    """One row of long weight rows apart, which has a kernel of its own."""
+    x, parts = activations(rows, inner), weight(inner, outer, 128)
+    together, few = torch.empty(rows, outer, dtype=x.dtype), torch.empty(first, outer, dtype=x.dtype)
     w4.linear_w4(x, *parts, None, together)
-    w4.linear_w4(x[5:6], *parts, None, alone)
-    assert torch.equal(alone[0], together[5])
+    w4.linear_w4(x[5 : 5 + first], *parts, None, few)
+    assert torch.equal(few, together[5 : 5 + first])
 
 
 @pytest.mark.parametrize(("rows", "inner"), [(3, 8192), (12, 2048)])
@@ -93,6 +96,22 @@ def test_weights_that_are_streamed(rows: int, inner: int, monkeypatch: pytest.Mo
     REFERENCE.linear_w4(x, *parts, bias, wanted)
     close(found, wanted)
     assert not w4._arrivals(torch.device("cpu")).any()
+
+
+@pytest.mark.parametrize(("inner", "outer", "group"), [(128, 16, 128), (2048, 40, 128), (1536, 33, 256), (2176, 17, 128), (4096, 48, 128)])
+def test_one_row_and_long_weight_rows(inner: int, outer: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row, "ENOUGH", 1)
+    x, parts, bias = activations(1, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
+    assert row.serves(x, outer)
+    for extra in (bias, None):
+        found, wanted = (torch.full((1, outer), float("nan"), dtype=x.dtype) for _ in range(2))
+        w4.linear_w4(x, *parts, extra, found)
+        REFERENCE.linear_w4(x, *parts, extra, wanted)
+        close(found, wanted)
+
+
+def test_rows_that_begin_anywhere_take_another_kernel() -> None:
+    assert not row.serves(activations(1, 260)[:, 2:258], 40) and not row.serves(activations(2, 256), 40)
 
 
 def test_the_weights_of_known_models_take_the_kernel_that_was_fastest() -> None:
