@@ -285,9 +285,9 @@ def attend_tile(
     lo, hi = numbers(value_ptr, row, visible, VALUE_WIDTH, VALUE_TYPE, False, HALF, PADDED)
     if VALUE_WIDTH != "16":
         p = p * value_scale[None, :]
-    share = p.to(VALUE_TYPE)
-    acc_lo = tl.dot(share, lo, acc_lo * fade[:, None], input_precision="tf32x3")
-    acc_hi = tl.dot(share, hi, acc_hi * fade[:, None], input_precision="tf32x3")
+    share, acc_lo, acc_hi = p.to(VALUE_TYPE), acc_lo * fade[:, None], acc_hi * fade[:, None]  # before both products, which then run one behind the other
+    acc_lo = tl.dot(share, lo, acc_lo, input_precision="tf32x3")
+    acc_hi = tl.dot(share, hi, acc_hi, input_precision="tf32x3")
     return new, total, acc_offset, exponent, acc_lo, acc_hi
 
 
