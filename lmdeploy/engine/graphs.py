@@ -7,8 +7,10 @@ Everything that a step needs is read on the device from the slot tables: the hos
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -44,6 +46,17 @@ def row_buckets(most: int) -> list[int]:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of all captures of a device: cuBLAS keeps a workspace for each stream that it has seen, as long as the process lives."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,8 @@ class StepGraphs:
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
-        self._ahead = iter(self._shapes())
+        # all of them, those of small batches first; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
+        self._ahead = iter([Shape(size, 0) for size in self._sizes] + [Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes])
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -141,6 +155,12 @@ class StepGraphs:
         graph.replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
         return Ran(self._logits[: shape.sequences], tokens, slice(0, layout.num_decode) if every else in_shape(layout, shape))
+
+    def drop(self) -> None:
+        """Destroy what was captured, now."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
 
     def warm_up(self) -> None:
         """Capture the largest steps, whose memory all others share."""
@@ -159,11 +179,6 @@ class StepGraphs:
             logger.warning("graphs are captured when steps need them, not ahead: that of %s failed (%s: %s)", shape, type(e).__name__, str(e).splitlines()[0])
             self._ahead = iter(())
         return True
-
-    def _shapes(self) -> Iterator[Shape]:
-        """All of them, those of small batches first."""
-        yield from (Shape(size, 0) for size in self._sizes)
-        yield from (Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes)
 
     def _largest(self) -> list[Shape]:
         return [Shape(self._sizes[-1], 0), *(Shape(self._sizes[-1], size) for size in self._token_sizes[-1:])]
@@ -195,7 +210,8 @@ class StepGraphs:
                 self._step(shape)  # compiles kernels and lets libraries take their buffers
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):  # other threads may use the device
+            # other threads may use the device, but graphs and events that a garbage collection finds must not be destroyed now: that would spoil the capture
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 tokens = self._step(shape)
             found = self._graphs[shape] = (graph, tokens)
             logger.debug("captured a graph of %s", shape)

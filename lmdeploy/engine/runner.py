@@ -144,6 +144,8 @@ class ModelRunner:
 
     def renew_graphs(self) -> None:
         """Forget all captured steps: weights or cache are, or may be, elsewhere. New ones are captured when they are needed."""
+        if self.graphs is not None:
+            self.graphs.drop()
         self.graphs = self._make_graphs() if self.graphed and self.batches.kv else None
 
     def prepare_ahead(self) -> bool:
@@ -165,6 +167,8 @@ class ModelRunner:
         """Drop weights, pool and buffers."""
         if self.guided is not None:
             self.guided.close()
+        if self.graphs is not None:
+            self.graphs.drop()
         del self.model, self.graphs, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
         trim()
 
@@ -342,6 +346,7 @@ class ModelRunner:
         graphs = self._make_graphs()
         graphs.warm_up()
         taken = max(before - free_bytes(self.device), 0)
+        graphs.drop()
         del graphs
         trim()
         return taken + GRAPH_ROOM

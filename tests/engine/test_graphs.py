@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, SlotTables
-from lmdeploy.engine.graphs import Shape, in_shape, lay_out
+from lmdeploy.engine.graphs import Shape, StepGraphs, in_shape, lay_out, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
+from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.inputs import Scratch
 from lmdeploy.messages import SamplingParams
 
@@ -24,7 +31,52 @@ def builder() -> BatchBuilder:
         tables.set(NewSequence(slot, [100 * slot + p for p in range(40)], 40, SamplingParams(max_new_tokens=1), 0))
         tables.append_blocks([(slot, [10 * slot + i for i in range(10)])])
     tables.blocks[FILLER] = 99
-    return BatchBuilder(tables, [], Scratch(64, torch.float32, CPU), uses_rope_lengths=False)
+    return BatchBuilder(tables, [], Scratch(256, torch.float32, CPU), uses_rope_lengths=False)
+
+
+class Captures(StepGraphs):
+    """The host's part of it; captures are noted."""
+
+    def __init__(self) -> None:
+        table, build = SamplingTable(FILLER, 64, CPU), builder()
+        model: Any = SimpleNamespace(spec=SimpleNamespace(vocab_size=64))
+        zeros = torch.zeros
+        with (
+            mock.patch("torch.zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
+            mock.patch("torch.cuda.graph_pool_handle", lambda: (0, 0)),
+        ):
+            super().__init__(model, build, Sampler(table, build.tables.tokens), FILLER, torch.float32)
+        self.noted: list[Shape] = []
+
+    def _captured(self, shape: Shape) -> Any:
+        self.noted.append(shape)
+        self._graphs[shape] = mock.Mock(), torch.zeros(shape.sequences)
+        return self._graphs[shape]
+
+
+def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
+    graphs = Captures()
+    while graphs.capture_next():
+        pass
+    plain = [shape.decodes for shape in graphs.noted if not shape.tokens]
+    assert len(set(graphs.noted)) == len(graphs.noted) and plain == row_buckets(FILLER)
+    assert {shape.decodes for shape in graphs.noted if shape.tokens} == {0, FILLER} and not graphs.capture_next()
+    layout = builder().build(Items.of([PlanItem(0, 0, 30, [], True), PlanItem(1, 5, 1, [], True)]), None).layout
+    known = len(graphs.noted)
+    assert graphs._shape(layout) in graphs.noted[:known]
+
+
+def test_graphs_go_with_their_last_user_not_when_garbage_is_collected() -> None:
+    graphs = Captures()
+    graphs.capture_next()
+    gone = weakref.ref(graphs)
+    gc.collect()
+    gc.disable()
+    try:
+        del graphs
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 steps = st.lists(
