@@ -101,6 +101,9 @@ class NoGraph:
     def replay(self) -> None:
         """Nothing."""
 
+    def reset(self) -> None:
+        """Nothing."""
+
 
 class PretendedGraphs(StepGraphs):
     """All of the host's part, on buffers of the CPU, and random tokens."""
@@ -114,8 +117,9 @@ class PretendedGraphs(StepGraphs):
             super().__init__(runner.model, runner.batches, runner.sampler, runner.max_batch_size, torch.float32)
         self._drawn = torch.tensor(np.random.default_rng(0).choice(text_ids, self._logits.shape[0]))
 
-    def _captured(self, shape: Shape) -> Any:
-        return NoGraph(), self._drawn[: shape.sequences]
+    def _captured(self, shape: Shape) -> None:
+        graph: Any = NoGraph()
+        self._graphs[shape] = graph, self._drawn[: shape.sequences]
 
 
 class PretendedExecutor(LocalExecutor):

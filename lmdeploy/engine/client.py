@@ -202,7 +202,7 @@ class EngineThread:
             stats = engine.stats()
             logger.debug("idle: blocks, slots and counts are in order, %d of %d blocks in use", stats.used_blocks, stats.num_blocks)
         while block and self._inbox.empty() and engine.prepare_ahead():
-            pass
+            self._busy, self._beat = False, self._beat + 1  # not a step that does not end
         while True:
             self._busy = not block
             try:

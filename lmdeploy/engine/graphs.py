@@ -8,12 +8,14 @@ Everything that a step needs is read on the device from the slot tables: the hos
 from __future__ import annotations
 
 import gc
+import threading
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,8 @@ Ints = NDArray[np.int64]
 STAGES = 4
 #: tokens of prompts that a graph has room for. A step with more, or with more than MOST_PROMPTS, takes longer on the device than the host needs to launch it
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+#: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py)
+KERNEL_ROWS = (1, 8, 16, 32, 64, 128)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
 DECODES_BESIDE = (0, 16, 64, 128)
 
@@ -57,6 +61,12 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+@cache
+def device_turn(device: torch.device) -> AbstractContextManager[Any]:
+    """Held while a step is launched or captured on a CUDA device: engines of one process share counters of kernels there, and a capture takes in what others launch."""
+    return threading.RLock() if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +152,15 @@ class StepGraphs:
         # all of them, those of small batches first; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter([Shape(size, 0) for size in self._sizes] + [Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes])
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, layout: StepLayout) -> Ran | None:
-        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards. None: no graph has room for it."""
+        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards. None: no graph has room for it, or can be made."""
         shape = self._shape(layout)
-        if shape is None:
+        if shape is None or not self._capture(shape):
             return None
-        graph, tokens = self._captured(shape)
+        graph, tokens = self._graphs[shape]
         self._send(layout, shape)
         self._sampler.table.refresh()
         graph.replay()
@@ -163,22 +174,36 @@ class StepGraphs:
         self._graphs.clear()
 
     def warm_up(self) -> None:
-        """Capture the largest steps, whose memory all others share."""
+        """Capture the largest steps, whose memory all others share, and try out the smaller ones that have kernels of their own: no request waits for a compiler."""
         for shape in self._largest():
             self._captured(shape)
+        for size in sorted({self._sizes[bisect_left(self._sizes, min(rows, self._sizes[-1]))] for rows in KERNEL_ROWS}):
+            self._try_out(Shape(size, 0))
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
-        """Capture a shape that no step has needed yet; False when all have been, or one could not be: that is tried again only when a step needs it."""
+        """Capture a shape that no step has needed yet; False when there is none left."""
         shape = next((shape for shape in self._ahead if shape not in self._graphs), None)
         if shape is None:
             return False
+        self._capture(shape)
+        return True
+
+    def _capture(self, shape: Shape) -> bool:
+        """Have a graph of that shape; False where it could not be made, for lack of memory as a rule: such steps are launched kernel by kernel."""
+        if shape in self._graphs or shape in self._refused:
+            return shape in self._graphs
+        stream = torch.cuda.current_stream() if self._tables.device.type == "cuda" else None
         try:
             self._captured(shape)
+        except torch.AcceleratorError:
+            raise  # no later call of this process works
         except Exception as e:
-            logger.warning("graphs are captured when steps need them, not ahead: that of %s failed (%s: %s)", shape, type(e).__name__, str(e).splitlines()[0])
-            self._ahead = iter(())
-        return True
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own
+            self._refused.add(shape)
+            logger.warning("no graph of %s: %s: %s", shape, type(e).__name__, str(e).splitlines()[0])
+        return shape in self._graphs
 
     def _largest(self) -> list[Shape]:
         return [Shape(self._sizes[-1], 0), *(Shape(self._sizes[-1], size) for size in self._token_sizes[-1:])]
@@ -199,23 +224,24 @@ class StepGraphs:
         lay_out(layout, shape, self._filler, stage[:total].numpy())
         self._inputs[:total].copy_(stage[:total], non_blocking=True)
 
-    def _captured(self, shape: Shape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        found = self._graphs.get(shape)
-        if found is None:
-            none = np.zeros(0, dtype=np.int64)
-            self._send(StepLayout(none, none, none, none, np.zeros(1, dtype=np.int64), none, none, 0), shape)
-            torch.cuda.current_stream().synchronize()
-            side = _side_stream(self._tables.device)
-            with torch.cuda.stream(side):
-                self._step(shape)  # compiles kernels and lets libraries take their buffers
-            side.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # other threads may use the device, but graphs and events that a garbage collection finds must not be destroyed now: that would spoil the capture
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                tokens = self._step(shape)
-            found = self._graphs[shape] = (graph, tokens)
-            logger.debug("captured a graph of %s", shape)
-        return found
+    def _captured(self, shape: Shape) -> None:
+        self._try_out(shape)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may use the device, but graphs and events that a garbage collection finds must not be destroyed now: that would spoil the capture
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=_side_stream(self._tables.device), capture_error_mode="thread_local"):
+            tokens = self._step(shape)
+        self._graphs[shape] = graph, tokens
+        logger.debug("captured a graph of %s", shape)
+
+    def _try_out(self, shape: Shape) -> None:
+        """Launch a step of nothing but filling kernel by kernel: kernels are compiled, and libraries take their buffers."""
+        none = np.zeros(0, dtype=np.int64)
+        self._send(StepLayout(none, none, none, none, np.zeros(1, dtype=np.int64), none, none, 0), shape)
+        torch.cuda.synchronize(self._tables.device)  # also for what other engines of this process have launched: kernels share counters
+        side = _side_stream(self._tables.device)
+        with torch.cuda.stream(side):
+            self._step(shape)
+        side.synchronize()
 
     def _step(self, shape: Shape) -> Tensor:
         """The whole step, from the device's own tables."""

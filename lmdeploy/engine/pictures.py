@@ -5,6 +5,7 @@ So the rows of no more pictures are held than the token budget of a step lets be
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from lmdeploy.engine.plan import Items
@@ -45,11 +46,13 @@ class PictureSlots:
 
     def shown_by(self, items: Items) -> bool:
         """Whether a token of these items stands for a part of a picture."""
-        return bool(self._pictures) and any(
-            picture.start < item.start + item.num_tokens and item.start < picture.start + picture.count
-            for item in items
-            for picture in self._pictures.get(item.slot, ())
-        )
+        for slot, pictures in self._pictures.items():
+            for row in np.flatnonzero(items.slots == slot).tolist():
+                start = items.starts.item(row)
+                end = start + items.counts.item(row)
+                if any(picture.start < end and start < picture.start + picture.count for picture in pictures):
+                    return True
+        return False
 
     def fill(self, inputs: ForwardInputs, items: Items) -> None:
         """Set what replaces embeddings in this step; `items` in the order of the step's rows."""

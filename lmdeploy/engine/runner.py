@@ -16,7 +16,7 @@ import torch
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.graphs import STAGES, Ran, StepGraphs
+from lmdeploy.engine.graphs import STAGES, Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, StepMask
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
@@ -49,6 +49,15 @@ class Arrivals:
         self._cuda = device.type == "cuda"
         self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
         self._next = 0
+
+    def end(self) -> Finish | None:
+        """Waits for all that has been launched; None where nothing runs beside the host. So no step is more than one behind the host, sampled or not."""
+        if not self._cuda:
+            return None
+        reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reached.record()
+        wait: Finish = reached.synchronize
+        return wait
 
     def begin(self, tokens: Tensor, places: slice | Ints) -> Callable[[], Ints]:
         """Start to copy int64 [B]; the returned function waits and gives those at `places`."""
@@ -93,25 +102,29 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
         self.graphed = graphed
-        spare, reserved = int(self.graphed), 0  # a slot and a block more than are used
+        spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
         self.guided = GuidedSlots(grammars, config.max_batch_size, device) if grammars is not None else None
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(pool.session_len, self.max_tokens + 1), spare)  # the largest step needs no longer sequence
             start = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             self._run_largest_step()
+            if device.type == "cuda":  # what a step takes for itself and gives back
+                reserved = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
             if vision is not None:
                 vision.warm_up()
             self.step_seconds = time.perf_counter() - start
             if self.graphed:
-                reserved = self._graph_bytes()
+                graphs = self._graph_bytes()
             if pads_rows:
                 self._run_buckets()
             self.kv.free()
             trim()
             token_bytes = bytes_per_token(model.spec, dtype, kv_layout.format)
-            size = size_pool(pool, token_bytes, free_bytes(device) - reserved)
+            size = size_pool(pool, token_bytes, free_bytes(device) - reserved - graphs)
             self.session_len, self.note = size.session_len, size.note
             self.kv = KVCache(model.spec, size.num_blocks + spare, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(size.session_len, size.num_blocks * pool.block_size), spare)  # no sequence outgrows the pool
@@ -123,7 +136,7 @@ class ModelRunner:
         workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
         shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_layout.format.name)
         self.memory = make_bill(
-            device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note, reserved
+            device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note, graphs
         )
 
     def _make_tables(self, session_len: int, spare: int) -> None:
@@ -142,15 +155,18 @@ class ModelRunner:
         self.batches.kv = []
         trim()
 
-    def renew_graphs(self) -> None:
-        """Forget all captured steps: weights or cache are, or may be, elsewhere. New ones are captured when they are needed."""
+    def renew_graphs(self, *, awake: bool = True) -> None:
+        """Forget all captured steps: weights or cache are, or may be, elsewhere. New ones are captured when they are needed, once both are there (`awake`)."""
         if self.graphs is not None:
             self.graphs.drop()
-        self.graphs = self._make_graphs() if self.graphed and self.batches.kv else None
+        self.graphs = self._make_graphs() if self.graphed and awake else None
 
     def prepare_ahead(self) -> bool:
         """Capture a graph that no step has needed yet; True while there are more."""
-        return self.graphs is not None and self.graphs.capture_next()
+        if self.graphs is None:
+            return False
+        with device_turn(self.device):
+            return self.graphs.capture_next()
 
     def set_layout(self, layout: KVLayout) -> None:
         """Other key centres, in an empty pool."""
@@ -196,8 +212,9 @@ class ModelRunner:
             items, rows = self._sound(items, rows)
         finish: Finish | None = None
         if len(items):
-            self.tables.append_blocks(items.new_blocks.items())
-            finish = self._compute(items, rows)
+            with device_turn(self.device):
+                self.tables.append_blocks(items.new_blocks.items())
+                finish = self._compute(items, rows) or self.arrivals.end()
 
         def wait() -> StepResult:
             if finish is not None:
@@ -250,6 +267,7 @@ class ModelRunner:
                 mask.join()
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
+            self._want_less(items)
         if not len(sampled):
             return None
         if ran is not None:
@@ -331,6 +349,15 @@ class ModelRunner:
                 result.logits = all_logits(self.model.logits, part, self.model.spec.vocab_size, self.chunk)
             if want.output_last_hidden_state and (part := _part(rows, want.output_last_hidden_state, item)) is not None:
                 result.last_hidden_state = part.detach().to("cpu", copy=True)
+
+    def _want_less(self, items: Items) -> None:
+        """A prompt that has been scored wants no more: the steps of its answer, and of all others, can be graphs again."""
+        ends = items.starts + items.counts
+        for row in np.flatnonzero(self._wanting[items.slots] & (ends >= self.sampling.prompt_len[items.slots])).tolist():
+            slot = items.slots.item(row)
+            want = self._wants[slot]
+            if want is not None and not (want.output_logits or want.output_last_hidden_state or want.embed):
+                self._wants[slot], self._wanting[slot] = None, False
 
     def _score_prompt(self, item: PlanItem, rows: Tensor, count: int) -> list[TokenLogprobs]:
         targets = self.tables.tokens[item.slot, item.start + 1 : item.start + 1 + rows.shape[0]].long()

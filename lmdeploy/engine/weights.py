@@ -65,6 +65,11 @@ class Weights:
         self._dropped: list[tuple[torch.UntypedStorage, int]] = []  # while they sleep: storages, and their bytes
         self._host: list[Tensor] | None = None  # their content, at level 1
 
+    @property
+    def asleep(self) -> bool:
+        """Whether they are not on the device."""
+        return bool(self._dropped)
+
     def sleep(self, level: int) -> None:
         """Empty the storages. Level 1 keeps the content in host memory, where the weights of a CPU model are anyway and stay."""
         if level == 2:
@@ -117,6 +122,8 @@ class Weights:
         try:
             for storage, nbytes in self._dropped:
                 storage.resize_(nbytes)
+        except torch.AcceleratorError:
+            raise  # the device is lost: that is no lack of memory
         except (RuntimeError, MemoryError) as e:
             for storage, _ in self._dropped:
                 storage.resize_(0)

@@ -47,11 +47,13 @@ class Captures(StepGraphs):
         ):
             super().__init__(model, build, Sampler(table, build.tables.tokens), FILLER, torch.float32)
         self.noted: list[Shape] = []
+        self.too_large: set[Shape] = set()
 
-    def _captured(self, shape: Shape) -> Any:
+    def _captured(self, shape: Shape) -> None:
         self.noted.append(shape)
+        if shape in self.too_large:
+            raise torch.OutOfMemoryError("no memory")
         self._graphs[shape] = mock.Mock(), torch.zeros(shape.sequences)
-        return self._graphs[shape]
 
 
 def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
@@ -64,6 +66,19 @@ def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
     layout = builder().build(Items.of([PlanItem(0, 0, 30, [], True), PlanItem(1, 5, 1, [], True)]), None).layout
     known = len(graphs.noted)
     assert graphs._shape(layout) in graphs.noted[:known]
+
+
+def test_a_step_whose_graph_cannot_be_made_runs_without_one() -> None:
+    graphs = Captures()
+    layout = builder().build(Items.of([PlanItem(0, 0, 30, [], True)]), None).layout
+    shape = graphs._shape(layout)
+    assert shape is not None
+    graphs.too_large = {shape}
+    assert graphs.run(layout) is None and graphs.run(layout) is None
+    assert graphs.noted == [shape]  # tried once
+    while graphs.capture_next():
+        pass
+    assert graphs.run(builder().build(Items.of([PlanItem(0, 5, 1, [], True)]), None).layout) is not None
 
 
 def test_graphs_go_with_their_last_user_not_when_garbage_is_collected() -> None:

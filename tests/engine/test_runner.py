@@ -143,6 +143,7 @@ def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner, truth: Harnes
         assert place.logprob == pytest.approx(row[place.token_id].item(), abs=1e-4)
         assert [v for _, v in place.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
     assert driver.run([driver.item(0, 11, 1)])[0].prompt_logprobs is None
+    assert not runner._wanting.any()  # once the prompt is scored, steps need no longer be looked at row by row
 
 
 def test_raw_logits_and_hidden_states_come_back_for_what_was_asked(runner: ModelRunner, truth: Harness) -> None:

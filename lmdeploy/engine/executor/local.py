@@ -54,12 +54,17 @@ class LocalExecutor:
             except Exception as late:
                 done = late
         if isinstance(done, torch.AcceleratorError):  # an illegal access, a failed assertion: no later call of this process works
-            raise EngineError(f"the device is lost: {str(done).splitlines()[0]}") from done
+            raise _lost(done) from done
         raise done
 
     def prepare_ahead(self) -> bool:
         """Capture the next graph."""
-        return self._runner is not None and self._runner.prepare_ahead()
+        if self._runner is None:
+            return False
+        try:
+            return self._runner.prepare_ahead()
+        except torch.AcceleratorError as e:
+            raise _lost(e) from e
 
     def obey(self, order: Order) -> None:
         """See the contract."""
@@ -68,7 +73,7 @@ class LocalExecutor:
         assert self._weights is not None, "built without access to its weights"
         if order.action == "sleep":
             self._runner.drop_cache()
-            self._runner.renew_graphs()
+            self._runner.renew_graphs(awake=False)
             self._sleeps = True
             self._weights.sleep(order.level)
             torch.cuda.empty_cache()
@@ -83,7 +88,7 @@ class LocalExecutor:
             self._sleeps = False
         if order.action == "update_weights" and self._layout is not None:
             self._runner.set_layout(self._layout())
-        self._runner.renew_graphs()
+        self._runner.renew_graphs(awake=not (self._sleeps or self._weights.asleep))
 
     def close(self) -> None:
         """Free weights and KV cache; may be called twice."""
@@ -92,3 +97,8 @@ class LocalExecutor:
         self._done.clear()
         if runner is not None:
             runner.close()
+
+
+def _lost(error: torch.AcceleratorError) -> EngineError:
+    """After an illegal access or a failed assertion no later call of this process works."""
+    return EngineError(f"the device is lost: {str(error).splitlines()[0]}")

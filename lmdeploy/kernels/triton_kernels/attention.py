@@ -1,6 +1,7 @@
 """`attention` over the paged cache: sequences with one new token by `decode`, the others by `extend`, whole long prompts by cuDNN.
 
-A row's bits depend neither on the batch nor on how a prompt was cut into chunks (a step of one token alone takes the other kernel, whose bits differ).
+A row's bits depend neither on the batch nor on how a prompt was cut into chunks, within a kernel: those of cuDNN, of `extend`, and of `decode` for one token
+alone differ.
 Nothing here waits for the device, and no grid depends on lengths: one CUDA graph serves every context.
 """
 
@@ -17,8 +18,9 @@ from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
-#: prompts of a step that cuDNN computes, one call each, and the fewest tokens that are worth one
-MOST_PROMPTS, SHORTEST_PROMPT = 8, 512
+#: prompts of a step that cuDNN computes, one call each, the fewest tokens that are worth one, and what their number is rounded up to: cuDNN makes a plan for
+#: each length that it meets, which takes far longer than computing it
+MOST_PROMPTS, SHORTEST_PROMPT, ROUNDED = 8, 512, 512
 
 
 def _suits_cudnn(q: Tensor, kv: KVLayer, meta: AttentionMeta, window: int) -> bool:
@@ -33,11 +35,20 @@ def _whole_prompts(q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, scale: 
     start = meta.num_decode
     for count in meta.query_lens[meta.num_decode :]:
         rows = slice(start, start + count)
-        heads = [part[rows].transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
+        heads = [_rounded(part[rows]).transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             found = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        out[rows].view(count, q.shape[1], q.shape[2]).copy_(found.squeeze(0).transpose(0, 1))
+        out[rows].view(count, q.shape[1], q.shape[2]).copy_(found.squeeze(0)[:, :count].transpose(0, 1))
         start += count
+
+
+def _rounded(part: Tensor) -> Tensor:
+    """A prompt's heads [n, H, D] with rows of zeros up to a round number; no token sees what comes after it, but NaN there would spoil its sums."""
+    count = part.shape[0]
+    whole = part.new_empty((-(-count // ROUNDED) * ROUNDED, *part.shape[1:]))
+    whole[:count].copy_(part)
+    whole[count:].zero_()
+    return whole
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> None:

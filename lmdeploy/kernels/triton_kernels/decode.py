@@ -155,7 +155,7 @@ def _keep_part(
     tl.store(parts_ptr + part[:, None] * (2 * HALF) + dim + HALF, hi, mask=mask)
 
 
-@triton.jit(do_not_specialize=["window", "rows", "shares"])
+@triton.jit(do_not_specialize=["window", "rows", "shares", "table_stride"])
 def _decode_kernel(
     q_ptr: tl.tensor, out_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
     table_ptr: tl.tensor, kv_lens_ptr: tl.tensor, rotation_ptr: tl.tensor, counters_ptr: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor,

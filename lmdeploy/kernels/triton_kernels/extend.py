@@ -17,9 +17,11 @@ from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
+#: sequences among which a program finds its own; a kernel for each power of two would be compiled while requests wait
+USUAL = 512
 
 
-@triton.jit(do_not_specialize=["window", "first_sequence", "sequences"])
+@triton.jit(do_not_specialize=["window", "first_sequence", "sequences", "table_stride"])
 def _extend_kernel(
     q_ptr: tl.tensor, out_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
     table_ptr: tl.tensor, query_start_ptr: tl.tensor, kv_lens_ptr: tl.tensor, rotation_ptr: tl.tensor, scale: tl.tensor, window: tl.tensor,
@@ -89,6 +91,6 @@ def extend(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     _extend_kernel[(kv_heads, rows // shape.M + sequences)](
         q, out, *cache_arguments(kv, q), meta.block_table, meta.query_start, meta.kv_lens, kv.rotation if kv.rotation is not None else q,
         scale, window, meta.num_decode, sequences, q.stride(0), q.stride(1), out.stride(0), meta.block_table.stride(0),
-        **common, MOST=max(32, int(triton.next_power_of_2(sequences))), M=shape.M, N=shape.N, num_warps=shape.warps, num_stages=shape.stages,
+        **common, MOST=max(USUAL, int(triton.next_power_of_2(sequences))), M=shape.M, N=shape.N, num_warps=shape.warps, num_stages=shape.stages,
         maxnreg=shape.registers, PDL=pdl, launch_pdl=pdl, enable_fp_fusion=True,
     )  # fmt: skip

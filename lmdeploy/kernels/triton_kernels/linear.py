@@ -46,7 +46,7 @@ def _store(
     tl.store(out + rows[:, None].to(tl.int64) * out_row + cols[None, :], acc.to(out.dtype.element_ty), mask=(rows < T)[:, None] & (cols < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _w4_kernel(
     x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor,
     T: tl.tensor, N: tl.tensor, K: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor,
@@ -69,7 +69,7 @@ def _w4_kernel(
     _store(acc, bias, out, rows, cols, T, N, out_row, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _w8_kernel(
     x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, bias: tl.tensor, out: tl.tensor,
     T: tl.tensor, N: tl.tensor, K: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor,
@@ -115,7 +115,7 @@ def _quantise_kernel(x: tl.tensor, numbers: tl.tensor, steps: tl.tensor, K: tl.t
     tl.store(steps + row, tl.where(bad, float("nan"), scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _w8a8_kernel(
     numbers: tl.tensor, steps: tl.tensor, qweight: tl.tensor, scales: tl.tensor, bias: tl.tensor, out: tl.tensor,
     T: tl.tensor, N: tl.tensor, K: tl.tensor, out_row: tl.tensor,

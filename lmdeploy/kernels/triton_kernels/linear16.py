@@ -87,6 +87,7 @@ def _ask(base: tl.tensor, row_bytes: tl.tensor, rows: tl.tensor, size: tl.tensor
         .reg .pred p; .reg .u32 t; .reg .u64 a;
         mov.u32 t, %tid.x;
         setp.lt.u32 p, t, $3;
+        setp.gt.and.u32 p, $4, 0, p;
         mad.wide.u32 a, t, $2, $1;
         @p cp.async.bulk.prefetch.L2.global [a], $4;
         mov.u32 $0, 0;
@@ -130,7 +131,7 @@ def _rows_kernel(
     first = tl.program_id(1) * span
     end = tl.minimum(first + span, K)
     if PDL:
-        begin, count, size = weight + tile.to(tl.int64) * BN * K + first, tl.minimum(BN, N - tile * BN), tl.minimum(end - first, AHEAD) * 2
+        begin, count, size = weight + tile.to(tl.int64) * BN * K + first, tl.minimum(BN, N - tile * BN), tl.maximum(tl.minimum(end - first, AHEAD), 0) * 2
         tl.extra.cuda.gdc_launch_dependents()
         _ask(begin, K * 2, count, size)
         if SILU:

@@ -10,7 +10,11 @@ Tensor = torch.Tensor
 BLOCK = 128  # tokens, or blocks of a sequence, at a time
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "context", "max_blocks", "width"])
+#: parts of one array: where each begins depends on the lengths of those before
+ANYWHERE = ["positions_ptr", "token_slots_ptr", "slots_ptr", "ends_ptr", "starts_ptr"]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "context", "max_blocks", "width"], do_not_specialize_on_alignment=ANYWHERE)
 def _places_kernel(
     positions_ptr: tl.tensor, token_slots_ptr: tl.tensor, slots_ptr: tl.tensor, ends_ptr: tl.tensor, starts_ptr: tl.tensor,
     tokens_ptr: tl.tensor, blocks_ptr: tl.tensor, ids_ptr: tl.tensor, mapping_ptr: tl.tensor, lens_ptr: tl.tensor, query_start_ptr: tl.tensor,
