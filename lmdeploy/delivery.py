@@ -1,7 +1,7 @@
 """From the engine's thread to those who wait: a `ThreadSink` for a thread, an `AsyncSink` for a coroutine; one wake-up per thread or event loop and step.
 
-The engine's thread hands over a step as it is; taking it apart is the readers' work. Tokens that come before their reader does are joined into one
-output of their answer.
+The engine's thread hands over a step as it is, parted by rows only where several threads or event loops read; taking it apart is the readers' work. Tokens that
+come before their reader does are joined into one output of their answer.
 """
 
 from __future__ import annotations

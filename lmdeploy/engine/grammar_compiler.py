@@ -27,7 +27,7 @@ from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
 from lmdeploy.text.tokenizer import Tokenizer
 
-#: work and memory of one step and of one grammar; a lexer state takes 1 to 2 kB, and each sequence has its own
+#: work and memory of one step and of one grammar; a lexer state takes 1 to 2 kB, and a grammar's users share them in MOST_LEXERS sets at most
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
     "step_max_items": 10_000,

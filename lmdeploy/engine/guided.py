@@ -132,7 +132,7 @@ class GuidedSlots:
         allowed = [accepting | ((bits[place, word[:, i]] & flag[:, i]) != 0) for i in range(most)]  # some grammars name a stop token themselves
         for i in range(most):
             bits[place, word[:, i]] &= ~flag[:, i]
-        ends = np.flatnonzero(np.any(allowed, axis=0))  # others have something to go on with
+        ends = np.flatnonzero(np.any(allowed, axis=0))  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
         mask.only_stops[ends] = ~bits[ends].any(axis=1)
         for i in range(most):
             bits[place, word[:, i]] |= np.where(allowed[i], flag[:, i], np.uint32(0))

@@ -369,11 +369,12 @@ class ModelRunner:
     def _graph_bytes(self) -> int:
         """What graphs take beside the cache: the memory of the largest one, which all share, and room for what each needs of the driver's."""
         trim()
-        before = free_bytes(self.device)
-        graphs = self._make_graphs()
-        graphs.warm_up()
-        taken = max(before - free_bytes(self.device), 0)
-        graphs.drop()
+        with device_turn(self.device):  # another engine of this process may be at work
+            before = free_bytes(self.device)
+            graphs = self._make_graphs()
+            graphs.warm_up()
+            taken = max(before - free_bytes(self.device), 0)
+            graphs.drop()
         del graphs
         trim()
         return taken + GRAPH_ROOM

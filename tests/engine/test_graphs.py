@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, SlotTables
-from lmdeploy.engine.graphs import Shape, StepGraphs, in_shape, lay_out, row_buckets
+from lmdeploy.engine.graphs import Shape, StepGraphs, device_turn, in_shape, lay_out, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.inputs import Scratch
@@ -79,6 +80,28 @@ def test_a_step_whose_graph_cannot_be_made_runs_without_one() -> None:
     while graphs.capture_next():
         pass
     assert graphs.run(builder().build(Items.of([PlanItem(0, 5, 1, [], True)]), None).layout) is not None
+
+
+def test_engines_of_one_process_take_turns_on_a_cuda_device_only() -> None:
+    first, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    turns: list[str] = []
+
+    def launch() -> None:
+        with device_turn(torch.device("cuda", 0)):
+            turns.append("second")
+
+    second = threading.Thread(target=launch)
+    with device_turn(first), device_turn(first), device_turn(other):  # a step that captures is one turn
+        second.start()
+        second.join(0.1)
+        turns.append("first")
+    second.join()
+    assert turns == ["first", "second"]
+    with device_turn(CPU), device_turn(CPU):
+        free = threading.Thread(target=lambda: device_turn(CPU).__enter__())
+        free.start()
+        free.join(10)
+        assert not free.is_alive()
 
 
 def test_graphs_go_with_their_last_user_not_when_garbage_is_collected() -> None:
