@@ -84,6 +84,18 @@ def is_gone(pid: int, seconds: float = 10) -> bool:
     return False
 
 
+def left_behind(code: str) -> int:
+    """Run a program that starts an engine process and prints its id, and kill the program; the id."""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert psutil.pid_exists(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    return pid
+
+
 def test_the_process_gives_the_same_tokens_as_a_thread(engine: tuple[EngineProcess, Inbox], model_folder: Path) -> None:
     client, inbox = engine
     client.submit(request(1, max_new_tokens=16, ignore_eos=True))
@@ -231,14 +243,7 @@ def test_an_orphaned_engine_exits_by_itself(model_folder: Path) -> None:
         f"client = EngineProcess(Path({str(model_folder)!r}), TurbomindEngineConfig(session_len=256, max_batch_size=2, cache_max_entry_count=16))\n"
         "client.start(lambda outputs: None)\nprint(client.pid, flush=True)\ntime.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert psutil.pid_exists(pid)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    assert is_gone(pid)
+    assert is_gone(left_behind(code))
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_engine(engine: tuple[EngineProcess, Inbox]) -> None:
