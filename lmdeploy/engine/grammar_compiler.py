@@ -6,6 +6,7 @@ the engine. The limits are counted in work, not in seconds, so what the check le
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import threading
@@ -48,8 +49,8 @@ STEP_SECONDS = 0.1
 #: such a mask takes 0.5 ms instead of 4 to 7 (vocabulary of 92,544)
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in (4, 10, 30)), r'[^"\\\x00-\x1F\x7F]+']
 
-#: matchers of a grammar that share a lexer, lexers that it has at most, and what compiling it may take for another one
-USERS_TOGETHER, MOST_LEXERS, CHEAP_SECONDS = 16, 4, 0.01
+#: matchers of a grammar that share a lexer, lexers that it has at most (threads that fill masks, too), and what compiling it may take for another one
+USERS_TOGETHER, MOST_LEXERS, CHEAP_SECONDS = 8, min(8, os.cpu_count() or 1), 0.01
 
 
 @dataclass(frozen=True, slots=True)

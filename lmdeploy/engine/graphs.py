@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -155,13 +155,21 @@ class StepGraphs:
         self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, layout: StepLayout) -> Ran | None:
-        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards. None: no graph has room for it, or can be made."""
+    def run(self, layout: StepLayout, settle: Callable[[], None]) -> Ran | None:
+        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards. None: no graph has room for it, or can be made.
+
+        `settle` launches what the step before still owes, which reads what this one overwrites, as late as can be.
+        """
         shape = self._shape(layout)
-        if shape is None or not self._capture(shape):
+        if shape is None:
             return None
+        if shape not in self._graphs:
+            settle()
+            if not self._capture(shape):
+                return None
         graph, tokens = self._graphs[shape]
         self._send(layout, shape)
+        settle()
         self._sampler.table.refresh()
         graph.replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode

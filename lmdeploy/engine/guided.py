@@ -2,8 +2,9 @@
 
 All work on matchers is done by one thread, in the order it was asked for: `follow` takes in the tokens of a step as soon as they are known, `start` fills the masks
 of the next one behind it, by the library's own parallel loop and without the interpreter's lock. So the forward pass of a step can be launched before the tokens
-of the step before have reached the host; only the choice among its logits waits, by `StepMask.join`. Matchers hold nothing that cannot be rebuilt: a sequence that
-takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a grammar cost one look at an array.
+of the step before have reached the host; only the choice among its logits waits, by `StepMask.join`, and the host plans the next step before that. Matchers hold
+nothing that cannot be rebuilt: a sequence that takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a
+grammar cost one look at an array.
 """
 
 from __future__ import annotations
@@ -39,15 +40,23 @@ class StepMask:
     rows: Ints  # [G] places among the S sampled rows
     words: Tensor  # on the host
     filling: Future[None]
-    only_stops: NDArray[np.bool_]  # [G] nothing but tokens that end the answer may come: they may, whatever min_new_tokens says
-    matchers: list[Any] = field(default_factory=list)  # [G] of the sequences that had the slots when the step began
-    stops: list[list[int]] = field(default_factory=list)  # [G] tokens that end each answer
     errors: dict[int, str] = field(default_factory=dict)  # place among the G -> why there is no mask
 
     def join(self) -> StepMask:
         """Wait until the masks are filled."""
         self.filling.result()
         return self
+
+
+@dataclass(slots=True)
+class GuidedStep(StepMask):
+    """And what the thread needs to know of the rows."""
+
+    matchers: list[Any] = field(kw_only=True)  # [G] of the sequences that had the slots when the step began
+    stops: Ints = field(kw_only=True)  # [G, N] tokens that end each answer, some repeated
+    own: NDArray[np.bool_] = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
+    young: NDArray[np.bool_] = field(kw_only=True)  # [G] the request's stop tokens may not come yet, unless nothing else may
+    only_stops: NDArray[np.bool_] = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
 
 
 class GuidedSlots:
@@ -58,7 +67,8 @@ class GuidedSlots:
         self._matchers: list[Any] = [None] * num_slots
         self._grammars: list[Grammar | None] = [None] * num_slots
         self._users: Counter[Grammar] = Counter()  # slots
-        self._stops: list[list[int]] = [[]] * num_slots
+        self._stops = np.full((num_slots, 1), compiler.eos_token_id, dtype=np.int64)  # [slots, N]
+        self._own = np.zeros((num_slots, 1), dtype=bool)
         self._guided = np.zeros(num_slots, dtype=bool)
         self._masks: Tensor | None = None  # made with the first grammar
         self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
@@ -72,8 +82,7 @@ class GuidedSlots:
         matcher = self._compiler.matcher(params.grammar, self._users[params.grammar])
         if generated and not matcher.consume_tokens(generated):
             raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
-        stops = [t for t in params.stop_token_ids if t < self._compiler.vocab_size]
-        self._stops[slot] = sorted({*stops, self._compiler.eos_token_id})
+        self._set_stops(slot, [t for t in params.stop_token_ids if t < self._compiler.vocab_size])
         self._matchers[slot], self._grammars[slot] = matcher, params.grammar
         self._users[params.grammar] += 1
         self._guided[slot] = True
@@ -89,10 +98,17 @@ class GuidedSlots:
             self._matchers[slot] = self._grammars[slot] = None
             self._guided[slot] = False
 
-    def start(self, slots: Ints) -> StepMask | None:
+    def _set_stops(self, slot: int, stops: list[int]) -> None:
+        eos, missing = self._compiler.eos_token_id, len(stops) + 1 - self._stops.shape[1]
+        if missing > 0:  # one more EOS behind
+            self._stops, self._own = (np.pad(array, ((0, 0), (0, missing)), mode="edge") for array in (self._stops, self._own))
+        self._stops[slot], self._own[slot] = eos, eos in stops
+        self._stops[slot, : len(stops)], self._own[slot, : len(stops)] = stops, True
+
+    def start(self, slots: Ints, young: NDArray[np.bool_]) -> GuidedStep | None:
         """Begin to fill the masks of the sampled rows, behind all that was asked for before; None when no row has a grammar.
 
-        Join it, and use its words, before the next `start`; with what is then chosen, call `follow` before it too.
+        `young` [S]: answers that have not reached `min_new_tokens`. Join it, and use its words, before the next `start`; with what is then chosen, call `follow` before it too.
         """
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
@@ -100,17 +116,18 @@ class GuidedSlots:
         if self._masks is None:
             width = -(-self._compiler.vocab_size // 32)
             self._masks = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        guided = slots[rows].tolist()
-        matchers, stops = [self._matchers[slot] for slot in guided], [self._stops[slot] for slot in guided]
-        mask = StepMask(rows, self._masks[: rows.size], Future(), np.zeros(rows.size, dtype=bool), matchers, stops)
-        mask.filling = self._pool.submit(self._fill, mask)
-        return mask
+        guided = slots[rows]
+        matchers, stops, own = [self._matchers[slot] for slot in guided.tolist()], self._stops[guided], self._own[guided]
+        nothing = np.zeros(rows.size, dtype=bool)
+        step = GuidedStep(rows, self._masks[: rows.size], Future(), matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=nothing)
+        step.filling = self._pool.submit(self._fill, step)
+        return step
 
-    def follow(self, mask: StepMask, tokens: Callable[[], Ints]) -> Future[list[bool]]:
+    def follow(self, mask: GuidedStep, tokens: Callable[[], Ints]) -> Future[list[bool]]:
         """Take in the tokens that `tokens` waits for, one for each sampled row (-1: none); True where the answer of a guided row is complete and ends now."""
         return self._pool.submit(self._advance, mask, tokens)
 
-    def _fill(self, mask: StepMask) -> None:
+    def _fill(self, mask: GuidedStep) -> None:
         """Thread: masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
         matchers, words = mask.matchers, mask.words
         self._executor.unsafe_compute_mask_ptr(list(zip(matchers, range(len(matchers)), strict=True)), words.data_ptr(), words.shape[1] * 4, len(matchers))
@@ -121,28 +138,29 @@ class GuidedSlots:
                 mask.errors[place] = f"the grammar's next tokens could not be worked out: {reason_of(matcher.get_error())}"
         self._add_stops(mask, bits)
 
-    def _add_stops(self, mask: StepMask, bits: NDArray[np.uint32]) -> None:
-        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed. bits [G, W]."""
+    def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32]) -> None:
+        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [G, W]."""
         place = np.arange(len(bits))
         end_word, end_bit = divmod(self._compiler.eos_token_id, 32)
         accepting = (bits[:, end_word] >> np.uint32(end_bit) & 1).astype(bool)
-        most = max(len(stops) for stops in mask.stops)
-        tokens = np.array([stops + stops[-1:] * (most - len(stops)) for stops in mask.stops])  # [G, most], one of them repeated
-        word, flag = tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32)
-        allowed = [accepting | ((bits[place, word[:, i]] & flag[:, i]) != 0) for i in range(most)]  # some grammars name a stop token themselves
-        for i in range(most):
+        word, flag = mask.stops // 32, np.uint32(1) << (mask.stops % 32).astype(np.uint32)
+        columns = range(mask.stops.shape[1])
+        allowed = [accepting | ((bits[place, word[:, i]] & flag[:, i]) != 0) for i in columns]  # some grammars name a stop token themselves
+        for i in columns:
             bits[place, word[:, i]] &= ~flag[:, i]
         ends = np.flatnonzero(np.any(allowed, axis=0))  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
         mask.only_stops[ends] = ~bits[ends].any(axis=1)
-        for i in range(most):
-            bits[place, word[:, i]] |= np.where(allowed[i], flag[:, i], np.uint32(0))
+        old = ~mask.young | mask.only_stops
+        for i in columns:
+            bits[place, word[:, i]] |= np.where(allowed[i] & (old | ~mask.own[:, i]), flag[:, i], np.uint32(0))
         mask.only_stops[list(mask.errors)] = False
 
-    def _advance(self, mask: StepMask, tokens: Callable[[], Ints]) -> list[bool]:
+    def _advance(self, mask: GuidedStep, tokens: Callable[[], Ints]) -> list[bool]:
         """Thread: see `follow`."""
         chosen = tokens()[mask.rows].tolist()
         complete: list[bool] = mask.only_stops.tolist()
-        todo = [(place, token) for place, token in enumerate(chosen) if token >= 0 and not complete[place] and token not in mask.stops[place]]
+        ended = (mask.stops == np.array(chosen)[:, None]).any(axis=1).tolist()
+        todo = [(place, token) for place, token in enumerate(chosen) if token >= 0 and not (complete[place] or ended[place])]
         for place, token in todo:  # some microseconds each: waking other threads costs more
             matcher = mask.matchers[place]
             complete[place] = matcher.consume_token(token) and matcher.is_stopped()

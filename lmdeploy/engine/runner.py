@@ -17,7 +17,7 @@ from lmdeploy.config import EngineConfig
 from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.graphs import STAGES, Ran, StepGraphs, device_turn
-from lmdeploy.engine.guided import GuidedSlots, StepMask
+from lmdeploy.engine.guided import GuidedSlots, GuidedStep
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
@@ -76,6 +76,34 @@ class Arrivals:
         return wait
 
 
+class Owed:
+    """The choice among the logits of a step with grammars: launched when the next step needs it or its result is asked for, so that masks have the time until then."""
+
+    def __init__(self, choose: Callable[[], Finish], device: torch.device) -> None:
+        self._choose: Callable[[], Finish] | None = choose
+        self._device = device
+        self._finish: Finish | Exception | None = None
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Launch it, once; what goes wrong is raised by `finish`."""
+        choose, self._choose = self._choose, None
+        if choose is not None:
+            try:
+                with device_turn(self._device):
+                    self._finish = choose()
+            except Exception as error:
+                self._finish = error
+
+    def finish(self) -> None:
+        """Wait for it."""
+        self.settle()
+        if isinstance(self._finish, Exception):
+            raise self._finish
+        assert self._finish is not None
+        self._finish()
+
+
 class ModelRunner:
     """One rank. `config` is resolved; construction sizes and takes all memory, after running the largest step once."""
 
@@ -101,6 +129,7 @@ class ModelRunner:
         self.kv_layout = kv_layout
         self.graphs: StepGraphs | None = None
         self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
+        self._owed: Owed | None = None  # of the step that was launched last
         self.graphed = graphed
         spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
@@ -198,6 +227,8 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Begin to compute a plan; the returned function waits for its results, which come in the order of the items. Call it once, before the one after next."""
         start = time.perf_counter()
+        if plan.released or plan.new:
+            self._settle()  # what it writes must not reach those who come after
         for slot in plan.released:
             self._wants[slot], self._wanting[slot] = None, False
             self.pictures.drop(slot)
@@ -258,13 +289,13 @@ class ModelRunner:
         layout, ordered = batch.layout, results.take(batch.order)
         sampled = ordered.take(layout.chosen)
         slots, lengths = batch.slots, batch.lengths
-        mask = self.guided.start(slots) if self.guided is not None else None  # filled while the model computes
-        try:
-            ran = self.graphs.run(layout) if self.graphs is not None and not wants_more and not self.pictures.shown_by(items) else None
-            hidden = self._forward(batch) if ran is None else None
-        finally:
-            if mask is not None:
-                mask.join()
+        graphed = self.graphs is not None and not wants_more and not self.pictures.shown_by(items)
+        ran = self.graphs.run(layout, self._settle) if self.graphs is not None and graphed else None
+        hidden = None
+        if ran is None:
+            self._settle()
+            hidden = self._forward(batch)
+        mask = self.guided.start(slots, self.sampling.young(slots, lengths)) if self.guided is not None else None  # filled while the device computes
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
             self._want_less(items)
@@ -281,18 +312,22 @@ class ModelRunner:
         self.pictures.fill(inputs, batch.items)
         return self.model.forward(inputs)
 
-    def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: Rows, mask: StepMask | None) -> Finish | None:
+    def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
             return self._fetch(ran.tokens, results, ran.places)
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
 
-    def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: StepMask | None) -> Finish | None:
+    def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """Choose the next token of rows of logits [S, V], which may be overwritten."""
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
         raw = torch.log_softmax(logits[upload(wanted, self.device)].float(), dim=-1) if wanted.size else None
-        tokens = self.sampler.sample(logits, slots, lengths, mask)
+        choose = self.sampler.begin(logits, slots, lengths, mask)
+        if mask is not None and raw is None:
+            self._owed = Owed(lambda: self._fetch(choose(), results, slice(None), mask), self.device)
+            return self._owed.finish
+        tokens = choose()
         finish = self._fetch(tokens, results, slice(None), mask)
         if raw is None:
             return finish
@@ -300,7 +335,12 @@ class ModelRunner:
         self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
         return None
 
-    def _fetch(self, tokens: Tensor, results: Rows, places: slice | Ints, mask: StepMask | None = None) -> Finish:
+    def _settle(self) -> None:
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            owed.settle()
+
+    def _fetch(self, tokens: Tensor, results: Rows, places: slice | Ints, mask: GuidedStep | None = None) -> Finish:
         """Begin to copy the tokens at `places` to the host, and then to the grammars; the returned function waits for them and notes them in the results."""
         host = self.arrivals.begin(tokens, places)
         complete: Future[list[bool]] | None = None
@@ -414,7 +454,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
 
-def _note_ends(mask: StepMask, complete: list[bool], results: Rows) -> None:
+def _note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
     """Say which guided answers are complete, and why some have no token."""
     for place, (row, done) in enumerate(zip(mask.rows.tolist(), complete, strict=True)):
         if done:

@@ -9,7 +9,9 @@ On CUDA all from the temperature on is one kernel (`kernels/triton_kernels/sampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,7 +102,8 @@ class SamplingTable:
         self.params[slot] = params
         self._set_lists(slot, params)
         lists = (self.bias[slot], self.banned[slot], self.phrases[slot])
-        self.edited[slot] = self.penalised[slot] or any(x is not None for x in lists) or (self.min_new[slot] > 0 and self.stops[slot] is not None)
+        held_back = self.min_new[slot] > 0 and self.stops[slot] is not None and params.grammar is None  # a grammar's masks see to it themselves
+        self.edited[slot] = self.penalised[slot] or any(x is not None for x in lists) or held_back
 
     def _set_lists(self, slot: int, params: SamplingParams) -> None:
         bias, single = params.logit_bias, [w[0] for w in params.bad_words if len(w) == 1]
@@ -122,6 +125,11 @@ class SamplingTable:
             wrong = [t for t in ids if not 0 <= t < self.vocab_size]
             if wrong:
                 raise ValueError(f"{name} has token id {wrong[0]}; this model's ids are 0 to {self.vocab_size - 1}")
+
+    def young(self, slots: Ints, lengths: Ints) -> NDArray[np.bool_]:
+        """[S] whether answers with so many known tokens may not stop yet."""
+        found: NDArray[np.bool_] = lengths - self.prompt_len[slots] < self.min_new[slots]
+        return found
 
     def refresh(self) -> None:
         """Begin to bring `columns` up to date; what is launched afterwards sees them. A CUDA graph that chooses tokens wants it before each replay."""
@@ -156,20 +164,27 @@ class Sampler:
         """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed). It, or 0, is also written to the token table at [slot, length].
 
         logits [S, V] are overwritten where they are float32; `lengths` counts the known tokens of each row, so the draw's number is lengths - prompt_len.
-        `mask`: what the grammars of guided rows allow, joined.
+        `mask`: what the grammars of guided rows allow.
         """
-        table, edited = self.table, bool(self.table.edited[slots].any())
+        return self.begin(logits, slots, lengths, mask)()
+
+    def begin(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
+        """All of `sample` that need not know the masks; what is returned joins them, chooses, and is to be called once, before the logits are overwritten."""
+        edited = self.table.edited[slots].any()
         if edited or self.kernel is None:
             logits = logits.float()
-        if mask is not None and self.kernel is None:
-            forbid(logits, mask)
         if edited:
-            young = lengths - table.prompt_len[slots] < table.min_new[slots]
+            young = self.table.young(slots, lengths)
             if mask is not None:
-                young[mask.rows[mask.only_stops]] = False  # the answer is complete: it can only end
+                young[mask.rows] = False  # it is in their masks
             self._edit(logits, slots, lengths, young)
-        if self.kernel is not None:
-            return self._launch(logits, slots, lengths, mask)
+        return self._prepare(logits, slots, lengths, mask) if self.kernel is not None else partial(self._choose, logits, slots, lengths, mask)
+
+    def _choose(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Tensor:
+        """Without a kernel. logits float32, edited."""
+        table = self.table
+        if mask is not None:
+            forbid(logits, mask.join())
         best, tokens = logits.max(dim=-1)
         greedy = table.greedy[slots]
         if not greedy.all():
@@ -194,18 +209,22 @@ class Sampler:
         # one kernel, which is there from the start on, for steps with masks and without
         self.kernel.choose(logits, slots, lengths, self.table.columns, masks or self._no_masks, self.tokens, tokens, self._candidates)
 
-    def _launch(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Tensor:
-        """What `sample` gives, for edited logits."""
+    def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
+        """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""
         self.table.refresh()
-        masks = None
+        places = np.full(slots.size, -1, dtype=np.int64)
         if mask is not None:
-            places = np.full(slots.size, -1, dtype=np.int32)
             places[mask.rows] = np.arange(mask.rows.size)
-            masks = (mask.words.to(logits.device, non_blocking=True), self._tensor(places))
-        both = self._tensor(np.stack([slots, lengths]))
+        there = self._tensor(np.stack([slots, lengths, places]))
+        places_there = there[2].int()
         tokens = torch.empty(slots.size, dtype=torch.int64, device=logits.device)
-        self.choose(logits, both[0], both[1], tokens, masks)
-        return tokens
+
+        def choose() -> Tensor:
+            masks = None if mask is None else (mask.join().words.to(logits.device, non_blocking=True), places_there)
+            self.choose(logits, there[0], there[1], tokens, masks)
+            return tokens
+
+        return choose
 
     # -- editing the logits ------------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     size = grammars.vocab_size
     for slot, grammar in ((0, Grammar("regex", "[0-9]+")), (2, None), (3, Grammar("choice", '["a"]'))):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=grammar, stop_token_ids=(1,)), [])
-    mask = slots.start(np.array([3, 2, 0]))
+    mask = slots.start(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
     logits = torch.zeros(3, size)
     forbid(logits, mask.join())
@@ -97,14 +97,14 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
     a, seven = (min(by_bytes(tokenizer, lambda b, t=t: b == t, size)) for t in (b"a", b"7"))
     assert slots.follow(mask, lambda: np.array([a, 0, seven])).result() == [True, False]
-    mask = slots.start(np.array([3, 2, 0]))
+    mask = slots.start(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
     forbid(logits.zero_(), mask.join())
     assert mask.only_stops.tolist() == [True, False]
     stops = {1, grammars.eos_token_id}
     assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == stops
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size) | stops
-    assert slots.start(np.array([1, 2])) is None
+    assert slots.start(np.array([1, 2]), np.zeros(2, dtype=bool)) is None
     slots.close()
 
 
@@ -115,7 +115,7 @@ def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[Gr
     for slot in range(5 * USERS_TOGETHER):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=digits), [])
         assert len(grammars.prepare(digits).result().matchers) == min(slot // USERS_TOGETHER + 1, MOST_LEXERS)
-    mask = slots.start(np.arange(5 * USERS_TOGETHER))
+    mask = slots.start(np.arange(5 * USERS_TOGETHER), np.zeros(5 * USERS_TOGETHER, dtype=bool))
     assert mask is not None
     words = mask.join().words
     assert (words == words[0]).all()  # whichever lexer
@@ -142,5 +142,5 @@ def test_forbid_sets_the_bits_that_are_off_whatever_the_width(rows: int, vocabul
     for place in range(rows):
         bits = np.unpackbits(words[place].numpy().view(np.uint8), bitorder="little")[:vocabulary]
         expected[place + 1][torch.from_numpy(bits == 0)] = float("-inf")
-    forbid(logits, StepMask(np.arange(1, rows + 1), words, done, np.zeros(rows, dtype=bool)))
+    forbid(logits, StepMask(np.arange(1, rows + 1), words, done))
     assert torch.equal(logits, expected)

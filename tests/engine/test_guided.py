@@ -476,6 +476,27 @@ def test_a_mask_that_cannot_be_worked_out_ends_that_answer_only(engine: Engine) 
     assert tokens(found[2])
 
 
+def test_choices_that_are_owed_reach_nobody_else_when_running_ahead(engine: Engine) -> None:
+    """A step's tokens are chosen when the next step is launched: by then an aborted answer's slot may have somebody else."""
+    requests = [guided(i) for i in range(8)]
+    late = [guided(10 + i, prompt=30, grammar=None, ignore_eos=True, max_new_tokens=12, temperature=0.0) for i in range(4)] + [guided(20)]
+    expected = alone(engine, [*requests, *late])
+    engine._run_ahead = 1  # as on CUDA
+    for request in requests:
+        engine.add(request)
+    for _ in range(6):
+        engine.step()
+    for i in range(4):
+        engine.abort(i)
+    engine.abort(7)
+    for request in late:
+        engine.add(request)
+    found = run(engine)
+    again = {i: tokens(found[i]) for i in (*range(10, 14), 20)}
+    assert again == {i: expected[i] for i in again}
+    assert all(expected[i][-len(rest) :] == rest for i in (4, 5, 6) if (rest := tokens(found[i])))
+
+
 def test_an_engine_without_stop_tokens_ends_with_the_grammar(engine: Engine) -> None:
     engine.add(guided(1, stop_token_ids=()))
     engine.add(guided(2, stop_token_ids=(), grammar=Grammar("choice", '["abc"]')))

@@ -36,7 +36,7 @@ def test_a_mask_forbids_the_same_tokens_on_the_device(rows: int, vocabulary: int
         logits = torch.randn(int(places[-1]) + 1, vocabulary, generator=generator)
         device = logits.cuda()
         for target, source in ((logits, words), (device, words.pin_memory())):
-            forbid(target, StepMask(places, source, done, np.zeros(rows, dtype=bool)))
+            forbid(target, StepMask(places, source, done))
         assert torch.equal(device.cpu(), logits)
 
 

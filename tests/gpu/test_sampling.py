@@ -75,7 +75,7 @@ def guided(count: int, vocab: int) -> StepMask:
     done: Future[None] = Future()
     done.set_result(None)
     places = np.arange(0, count, 2)
-    return StepMask(places, words.pin_memory(), done, np.zeros(len(places), dtype=bool))
+    return StepMask(places, words.pin_memory(), done)
 
 
 def test_edits_and_masks_wait_for_nothing_and_give_the_tokens_of_the_cpu() -> None:

@@ -1,4 +1,4 @@
-"""Sleep, wake and new weights on a CUDA device, memory seen from outside; and an engine whose device is lost comes back."""
+"""Sleep, wake and new weights on a CUDA device, memory as the driver gave it; and an engine whose device is lost comes back."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,
 
 
 def used() -> int:
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    """Of the device, by this process: others may use it too."""
+    return torch.cuda.memory_reserved()
 
 
 def answer(engine: Engine, request_id: int) -> list[int]:
@@ -60,7 +60,7 @@ def test_sleep_gives_device_memory_back_and_waking_is_quick(config: EngineConfig
         engine.obey(Order(action="wake"))
         torch.cuda.synchronize()
         took = time.monotonic() - began
-        assert abs(used() - before) < 0.05 * before
+        assert bill.weights + bill.kv_pool <= used() < 1.05 * before
         assert answer(engine, 10 + level) == expected
         assert level == 2 or took < 2, f"waking took {took:.2f} s"
     addresses = [t.data_ptr() for t in engine._executor._runner.model.tensors()]  # type: ignore[attr-defined]
