@@ -162,7 +162,7 @@ class ModelRunner:
                 self.tables.blocks[-1] = size.num_blocks  # where rows that only fill up a graph write
         self.renew_graphs()
         trim()
-        workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes
+        workspace = self.scratch.nbytes + self.sampler.scratch.nbytes + self.tables.nbytes + self.sampling.nbytes
         shape = PoolShape(size.num_blocks, pool.block_size, token_bytes, bytes_per_token(model.spec, torch.bfloat16), kv_layout.format.name)
         self.memory = make_bill(
             device, (model.weight_bytes + (vision.weight_bytes if vision else 0), self.kv.nbytes, workspace), shape, size.session_len, size.note, graphs

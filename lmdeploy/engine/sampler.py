@@ -60,15 +60,21 @@ class SamplingTable:
         self.vocab_size, self.device = vocab_size, device
         self.num_slots = num_slots
         # one row more: rows that fill up a CUDA graph belong to a slot of their own, which is greedy
-        self._bytes = torch.zeros((num_slots + 1) * (8 + 8 + 7 * 4), dtype=torch.uint8)
+        self._bytes = torch.zeros((num_slots + 1) * (8 + 8 + 8 + 7 * 4), dtype=torch.uint8)
         self._device_bytes = self._bytes if device.type == "cpu" else self._bytes.to(device)
         self._stale = False
-        #: float32 [slots, 7], int64 [slots], int64 [slots]: parameters, seeds and lengths of the prompts on the device; `refresh` brings them up to date
+        #: float32 [slots, 7] and three int64 [slots]: parameters, seeds, lengths of the prompts, and up to how many tokens an answer is held back from its stop
+        #: tokens by `young_words`; on the device, `refresh` brings them up to date
         self.columns = _columns(self._device_bytes, num_slots + 1)
-        values, seeds, prompt_len = (column.numpy() for column in _columns(self._bytes, num_slots + 1))
+        values, seeds, prompt_len, young_until = (column.numpy() for column in _columns(self._bytes, num_slots + 1))
         self.host: NDArray[np.float32] = values
         self.seeds: NDArray[np.uint64] = seeds.view(np.uint64)
         self.prompt_len: Ints = prompt_len
+        self._young_until: Ints = young_until
+        self._has_kernel = token_kernel(device.type) is not None
+        #: int32 [slots, W] for the kernel: bit t % 32 of word t // 32 says that token t does not end this slot's answer
+        self.young_words = torch.full((num_slots + 1 if self._has_kernel else 1, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        self._known_stops: dict[int, list[int]] = {}  # that are in `young_words`
         self.min_new = np.zeros(num_slots, dtype=np.int64)
         self.greedy = np.ones(num_slots, dtype=bool)
         self.edited = np.zeros(num_slots, dtype=bool)  # anything between the raw logits and the temperature
@@ -102,8 +108,22 @@ class SamplingTable:
         self.params[slot] = params
         self._set_lists(slot, params)
         lists = (self.bias[slot], self.banned[slot], self.phrases[slot])
-        held_back = self.min_new[slot] > 0 and self.stops[slot] is not None and params.grammar is None  # a grammar's masks see to it themselves
-        self.edited[slot] = self.penalised[slot] or any(x is not None for x in lists) or held_back
+        self.edited[slot] = self.penalised[slot] or any(x is not None for x in lists) or self._hold_back(slot, params)
+
+    def _hold_back(self, slot: int, params: SamplingParams) -> bool:
+        """Have no stop token come before `min_new_tokens`; True where logits are to be edited for it. The masks of a grammar see to it themselves."""
+        self._young_until[slot], stops = 0, self.stops[slot]
+        if stops is None or not self.min_new[slot] or params.grammar is not None:
+            return False
+        if not self._has_kernel:
+            return True
+        self._young_until[slot] = self.min_new[slot]
+        if self._known_stops.get(slot) != stops.tolist():
+            self._known_stops[slot] = stops.tolist()
+            words = np.full(self.young_words.shape[1], 0xFFFFFFFF, dtype=np.uint32)
+            np.bitwise_and.at(words, stops // 32, ~(np.uint32(1) << (stops % 32).astype(np.uint32)))
+            self.young_words[slot].copy_(upload(words.view(np.int32), self.device))
+        return False
 
     def _set_lists(self, slot: int, params: SamplingParams) -> None:
         bias, single = params.logit_bias, [w[0] for w in params.bad_words if len(w) == 1]
@@ -125,6 +145,11 @@ class SamplingTable:
             wrong = [t for t in ids if not 0 <= t < self.vocab_size]
             if wrong:
                 raise ValueError(f"{name} has token id {wrong[0]}; this model's ids are 0 to {self.vocab_size - 1}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self._device_bytes.nbytes + self.young_words.nbytes
 
     def young(self, slots: Ints, lengths: Ints) -> NDArray[np.bool_]:
         """[S] whether answers with so many known tokens may not stop yet."""
@@ -152,7 +177,7 @@ class Sampler:
         self.kernel = token_kernel(tokens.device.type)
         if self.kernel is not None:  # now and for all: graphs keep its address
             places = torch.full((table.num_slots + MOST_PROMPTS,), -1, dtype=torch.int32, device=tokens.device)
-            self._no_masks = (torch.zeros((1, -(-table.vocab_size // 32)), dtype=torch.int32, device=tokens.device), places)
+            self._no_masks = (table.young_words[:1], places)
             self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width, torch.int64)
 
     def reserve(self, max_rows: int) -> None:
@@ -207,7 +232,8 @@ class Sampler:
         """
         assert self.kernel is not None
         # one kernel, which is there from the start on, for steps with masks and without
-        self.kernel.choose(logits, slots, lengths, self.table.columns, masks or self._no_masks, self.tokens, tokens, self._candidates)
+        words, places = masks or self._no_masks
+        self.kernel.choose(logits, slots, lengths, self.table.columns, (words, places, self.table.young_words), self.tokens, tokens, self._candidates)
 
     def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""
@@ -345,10 +371,10 @@ class Sampler:
         return upload(array, self.tokens.device)
 
 
-def _columns(buffer: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of a byte buffer [slots * 44], so that one copy brings all of them: float32 [slots, 7], int64 [slots], int64 [slots]."""
-    seeds, prompt_len, values = buffer[: slots * 8], buffer[slots * 8 : slots * 16], buffer[slots * 16 :]
-    return values.view(torch.float32).view(slots, 7), seeds.view(torch.int64), prompt_len.view(torch.int64)
+def _columns(buffer: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of a byte buffer [slots * 52], so that one copy brings all of them: float32 [slots, 7] and three int64 [slots]."""
+    seeds, prompt_len, young_until = buffer[: slots * 24].view(torch.int64).view(3, slots)
+    return buffer[slots * 24 :].view(torch.float32).view(slots, 7), seeds, prompt_len, young_until
 
 
 def _canonical(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

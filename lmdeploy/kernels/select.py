@@ -174,7 +174,7 @@ def select(
 class TokenKernel:
     """The kernel that chooses tokens, and how many int64 numbers of work space it wants for a slot; `triton_kernels/sampling.py` says what it does."""
 
-    choose: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor], None]
+    choose: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None, Tensor, Tensor, Tensor], None]
     scratch_width: int
 
 

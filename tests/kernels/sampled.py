@@ -39,11 +39,11 @@ class Rows:
 
     def sampler(self, device: str, kernel: TokenKernel | None = None) -> Sampler:
         """A sampler on `device`, with `kernel` wherever it is."""
-        table = SamplingTable(len(self.params), self.logits.shape[1], torch.device(device))
         chosen = sampler_module.token_kernel
         try:
             if kernel is not None:
                 sampler_module.token_kernel = lambda _: kernel
+            table = SamplingTable(len(self.params), self.logits.shape[1], torch.device(device))
             sampler = Sampler(table, torch.zeros(len(self.params) + 1, WIDTH, dtype=torch.int32, device=device))
         finally:
             sampler_module.token_kernel = chosen

@@ -392,24 +392,30 @@ def _draw(
 
 
 #: where these lie depends on the step and on the number of slots; a kernel for each alignment would be compiled while requests wait
-ANYWHERE = ["slots_ptr", "lengths_ptr", "values_ptr", "seeds_ptr", "prompt_len_ptr", "words_ptr", "mask_rows_ptr", "table_ptr", "tokens_ptr"]
+ANYWHERE = [
+    f"{name}_ptr" for name in ("slots", "lengths", "values", "seeds", "prompt_len", "young_until", "words", "mask_rows", "young_words", "table", "tokens")
+]
 
 
 @triton.jit(do_not_specialize=["words_stride", "table_stride"], do_not_specialize_on_alignment=ANYWHERE)
 def _choose_kernel(
     logits_ptr: tl.tensor, slots_ptr: tl.tensor, lengths_ptr: tl.tensor, values_ptr: tl.tensor, seeds_ptr: tl.tensor, prompt_len_ptr: tl.tensor,
-    words_ptr: tl.tensor, mask_rows_ptr: tl.tensor, table_ptr: tl.tensor, tokens_ptr: tl.tensor, scratch_ptr: tl.tensor,
-    logits_stride: tl.tensor, words_stride: tl.tensor, table_stride: tl.tensor,
+    young_until_ptr: tl.tensor, words_ptr: tl.tensor, mask_rows_ptr: tl.tensor, young_words_ptr: tl.tensor, table_ptr: tl.tensor, tokens_ptr: tl.tensor,
+    scratch_ptr: tl.tensor, logits_stride: tl.tensor, words_stride: tl.tensor, table_stride: tl.tensor,
     VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot, length = tl.load(slots_ptr + row), tl.load(lengths_ptr + row)
+    generated = length - tl.load(prompt_len_ptr + slot)
     row_ptr = logits_ptr + row * logits_stride
     masked = row < 0
     if MASKS:
         place = tl.load(mask_rows_ptr + row)
         masked = place >= 0
         words_ptr += tl.maximum(place, 0) * words_stride
+        if (place < 0) & (generated < tl.load(young_until_ptr + slot)):
+            masked = place < 0
+            words_ptr = young_words_ptr + slot * words_stride
     first, groups = _best(row_ptr, words_ptr, masked, VOCAB, ROWS, MASKS)
     key = (first >> 32).to(tl.int32)
     best = _value(key)
@@ -418,7 +424,7 @@ def _choose_kernel(
     if (key >= INFINITE) | (best == NONE):
         token = token * 0 - 1
     elif (tl.load(values_ptr) > 0) & (tl.load(values_ptr + 6) != 1):
-        uniform = _uniform(tl.load(seeds_ptr + slot), length - tl.load(prompt_len_ptr + slot))
+        uniform = _uniform(tl.load(seeds_ptr + slot), generated)
         token = _draw(
             row_ptr, words_ptr, masked, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
         )  # fmt: skip
@@ -432,25 +438,26 @@ def scratch_width() -> int:
 
 
 def choose_tokens(
-    logits: Tensor, slots: Tensor, lengths: Tensor, table: tuple[Tensor, Tensor, Tensor], masks: tuple[Tensor, Tensor] | None, known: Tensor,
+    logits: Tensor, slots: Tensor, lengths: Tensor, table: tuple[Tensor, Tensor, Tensor, Tensor], masks: tuple[Tensor, Tensor, Tensor] | None, known: Tensor,
     tokens: Tensor, scratch: Tensor, *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
 ) -> None:  # fmt: skip
     """tokens int64 [S] = the next token of each row of logits [S, V] of any floating type; -1 where none can be chosen.
 
-    slots, lengths int64 [S]: the row's slot, and how many of its tokens are known. `table`: of all slots the float32 parameters [slots, 7], the seeds and the
-    lengths of the prompts, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says that token t may come, and for each row the place of its
-    words, int32 [S], -1 for none. The token, or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64
-    [slots, scratch_width()]: slots of rows that are not greedy differ.
+    slots, lengths int64 [S]: the row's slot, and how many of its tokens are known. `table`: of all slots the float32 parameters [slots, 7], the seeds, the
+    lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
+    that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
+    or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
     """
     rows, vocab = logits.shape
-    values, seeds, prompt_len = table
+    values, seeds, prompt_len, young_until = table
     assert logits.is_floating_point() and logits.stride(1) == 1 and scratch.is_contiguous() and scratch.shape[1] == scratch_width()
     assert values.is_contiguous() and known.dtype == torch.int32 and known.stride(1) == 1
-    words, places = masks if masks is not None else (slots, slots)
+    words, places, young_words = masks if masks is not None else (slots, slots, slots)
+    assert masks is None or words.stride() == young_words.stride()
     if rows == 0:
         return
     tiles = int(triton.next_power_of_2(triton.cdiv(vocab, lines * 32)))
     _choose_kernel[(rows,)](
-        logits, slots, lengths, values, seeds, prompt_len, words, places, known, tokens, scratch, logits.stride(0), words.stride(0), known.stride(0),
+        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, logits.stride(0), words.stride(0), known.stride(0),
         VOCAB=vocab, ROWS=lines, MASKS=masks is not None, MOST=MOST, PAIRS=pairs, TILES=tiles, num_warps=num_warps,
     )  # fmt: skip

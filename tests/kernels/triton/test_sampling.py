@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.kernels.select import TokenKernel
-from tests.kernels.sampled import MIXTURE, Rows, assert_follow, distribution, rows_of
+from tests.kernels.sampled import MIXTURE, PROMPT, Rows, assert_follow, distribution, rows_of
 
 sampling = pytest.importorskip("lmdeploy.kernels.triton_kernels.sampling", reason="triton is not installed")
 KERNEL = TokenKernel(sampling.choose_tokens, sampling.scratch_width())
@@ -157,3 +157,24 @@ def test_the_slot_that_no_sequence_has_is_greedy() -> None:
     tokens = torch.zeros(3, dtype=torch.int64)
     sampler.choose(rows.logits, torch.tensor([0, 3, 3]), torch.tensor([4, 1, 1]), tokens)
     assert tokens[1:].tolist() == rows.logits[1:].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocab", [3001, 64, 31])
+def test_young_answers_do_not_end(vocab: int) -> None:
+    """Up to `min_new_tokens`, of which each row has generated another number, no stop token comes; what comes is what torch chooses from edited logits."""
+    params = [
+        {**p, **([{"ignore_eos": True}, {"min_new_tokens": 7}, {}][i % 3]), "stop_token_ids": tuple(range(i % 4, vocab, 2 + i % 5))}
+        for i, p in enumerate(MIXTURE * 2)
+    ]
+    rows = rows_of(params, normal(32, vocab, 2.0))
+    found, wanted = chosen(rows), defined(rows)
+    assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1
+    young = [p.ignore_eos or n - PROMPT < p.min_new_tokens for p, n in zip(rows.params, rows.lengths.tolist(), strict=True)]
+    assert not any(is_young and token in p.stop_token_ids for is_young, token, p in zip(young, found, rows.params, strict=True))
+    assert any(token in p.stop_token_ids for token, p in zip(found, rows.params, strict=True))
+
+
+def test_a_mask_of_a_young_answer_is_all_that_counts() -> None:
+    rows = rows_of([{"ignore_eos": True, "stop_token_ids": (5,)}] * 2, torch.zeros(2, 40))
+    only_five = torch.tensor([[1 << 5, 0]], dtype=torch.int32)
+    assert chosen(rows, (only_five, torch.tensor([0, -1], dtype=torch.int32))) == [5, 0]
