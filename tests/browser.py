@@ -32,8 +32,8 @@ class RunningPage:
     """The chat page of a server, in a thread."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
+        from lmdeploy.serving.opening import reserve_port, url_of
         from lmdeploy.serving.options import ServerConfig
-        from lmdeploy.serving.server import reserve_port, url_of
         from lmdeploy.serving.ui_chat import ChatServer
         from lmdeploy.serving.ui_server import build_page_server
 

@@ -46,15 +46,19 @@ WAYS: dict[str, tuple[str, dict[str, Any], Any]] = {
 }
 
 
+def with_tokenizer(folder: Path) -> Path:
+    """The folder, and in it the embedded model's tokenizer."""
+    for name in TOKENIZER:
+        shutil.copy(EMBEDDED / name, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The embedded model in all layouts, with its tokenizer."""
     found = {method: quantised_folder(EMBEDDED, tmp_path_factory.mktemp(method), method, 64)[0] for method in ("awq", "gptq")}
     found |= {way: stored_folder(EMBEDDED, tmp_path_factory.mktemp("eight"), entry, store)[0] for way, (_, entry, store) in WAYS.items()}
-    for folder in found.values():
-        for name in TOKENIZER:
-            shutil.copy(EMBEDDED / name, folder)
-    return found
+    return {way: with_tokenizer(folder) for way, folder in found.items()}
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

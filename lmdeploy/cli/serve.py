@@ -6,7 +6,9 @@ The port is taken before the model is loaded, so a used one costs no waiting. Th
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmdeploy import log
@@ -57,17 +59,20 @@ def run_api_server(args: argparse.Namespace) -> int:
     server, engine, template = server_config(args), engine_config(args), template_config(args)
     log.setup(server.log_level, server.log_format)
     from lmdeploy.frontend import Frontend
-    from lmdeploy.serving.server import reserve_port, run_server, supervision_of
+    from lmdeploy.serving.opening import reserve_port, supervision_of
 
     sock = reserve_port(server)
     try:
         if args.model_path is None:
             print(EMBEDDED, flush=True)
-        with advised(args.model_path, engine):
+        with ThreadPoolExecutor(1) as importer, advised(args.model_path, engine):
+            importer.submit(importlib.import_module, "lmdeploy.serving.server")  # takes long, and so does the model
             frontend = Frontend.open(args.model_path, engine, template, separate_process=True, model_name=server.model_name, supervision=supervision_of(server))
     except BaseException:
         sock.close()
         raise
     print(describe(frontend, engine), flush=True)
+    from lmdeploy.serving.server import run_server
+
     run_server(frontend, server, sock)
     return 0

@@ -17,8 +17,7 @@ EMBEDDED = "no model given: using the embedded tiny-internlm2-chat, a 20M-parame
 
 def describe(frontend: Frontend, config: EngineConfig) -> str:
     """Settings and memory bill of a started engine."""
-    from lmdeploy.engine.memory import format_bill
-    from lmdeploy.engine.quality import describe as describe_quality
+    from lmdeploy.engine.bill import format_bill
 
     info = frontend.info
     rows = {
@@ -29,6 +28,8 @@ def describe(frontend: Frontend, config: EngineConfig) -> str:
         "kernels": by_kernel(info.kernels),
     }
     if info.kv_quality is not None:
+        from lmdeploy.engine.quality import describe as describe_quality
+
         rows["quality"] = describe_quality(info.kv_quality)
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items()) + "\n" + format_bill(info.memory)
 

@@ -57,7 +57,7 @@ def run_gradio(args: argparse.Namespace) -> int:
     _check(args, remote=remote)
     config = ServerConfig(server_name=getattr(args, "server_name", "127.0.0.1"), server_port=getattr(args, "server_port", DEFAULT_PORT), log_level=level)
     _need_gradio()
-    from lmdeploy.serving.server import reserve_port
+    from lmdeploy.serving.opening import reserve_port
     from lmdeploy.serving.ui_chat import ChatServer
 
     with reserve_port(config) as sock:
@@ -101,7 +101,7 @@ def _start(args: argparse.Namespace, level: str, key: str) -> LocalServer:
     engine, template = engine_config(args), template_config(args)
     from lmdeploy.frontend import Frontend
     from lmdeploy.serving.local import LocalServer
-    from lmdeploy.serving.server import reserve_port
+    from lmdeploy.serving.opening import reserve_port
 
     if args.model_path_or_server is None:
         print(EMBEDDED, flush=True)
@@ -118,7 +118,7 @@ def _start(args: argparse.Namespace, level: str, key: str) -> LocalServer:
 
 
 def _serve(chat: Any, config: ServerConfig, sock: socket.socket, *, share: bool) -> None:
-    from lmdeploy.serving.server import url_of
+    from lmdeploy.serving.opening import url_of
     from lmdeploy.serving.ui_server import build_page_server, share_page
 
     server = build_page_server(chat)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import os
 import queue
 import signal
@@ -37,6 +38,7 @@ class _Child:
 
     def run(self) -> None:
         """Load, announce, then serve until Stop. An error of the start goes to the parent as its class and its one line."""
+        importlib.import_module("lmdeploy.engine.start")  # torch and all: the parent has still to read its tokenizer
         start = self._inbox.get()
         assert isinstance(start, wire.Start), "the first message is Start"
         log.setup(start.log_level, start.log_format)

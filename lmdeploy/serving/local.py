@@ -14,8 +14,9 @@ from lmdeploy.config import BACKENDS, ChatTemplateConfig, EngineConfig, PytorchE
 from lmdeploy.errors import ConfigError
 from lmdeploy.frontend import Frontend
 from lmdeploy.serving.client import APIClient
+from lmdeploy.serving.opening import reserve_port, url_of
 from lmdeploy.serving.options import DEFAULT_PORT, ServerConfig
-from lmdeploy.serving.server import build_server, reserve_port, url_of
+from lmdeploy.serving.server import build_server
 
 
 class LocalServer(APIClient):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lmdeploy import GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig, pipeline
+from lmdeploy.engine.bill import format_bill
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.kv_cache import KVCache, KVLayout
-from lmdeploy.engine.memory import format_bill
 from lmdeploy.engine.sizing import FORMATS, PoolRequest, bytes_per_token, choose_format, size_pool
 from lmdeploy.engine.start import build_engine
 from lmdeploy.errors import ConfigError

@@ -10,8 +10,9 @@ import psutil
 import pytest
 import torch
 
+from lmdeploy.engine.bill import format_bill
 from lmdeploy.engine.host_memory import cgroup_rooms
-from lmdeploy.engine.memory import PoolShape, format_bill, free_bytes, make_bill, taken_bytes
+from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, taken_bytes
 from lmdeploy.messages import MemoryBill
 
 CPU = torch.device("cpu")

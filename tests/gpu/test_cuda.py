@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def run(engine: Engine, sampling: list[SamplingParams], prompts: list[list[int]]
 
 
 def engine_on(device: str, folder: Path, kind: type[EngineConfig] = TurbomindEngineConfig, **options: object) -> Engine:
-    return build_engine(folder, kind(device_type=device, max_batch_size=8, cache_max_entry_count=64, **{"dtype": "float32", **options}))
+    return build_engine(folder, kind(**{"device_type": device, "max_batch_size": 8, "cache_max_entry_count": 64, "dtype": "float32", **options}))
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +77,51 @@ def test_bfloat16_runs_and_the_bill_covers_what_the_device_gave(model_folder: Pa
     assert torch.cuda.memory_allocated() - before < 2**20, "close() gives everything back"
 
 
-def test_memory_does_not_grow_over_many_requests(model_folder: Path) -> None:
-    cuda = engine_on("cuda", model_folder)
-    run(cuda, [SamplingParams(max_new_tokens=4)] * 8, [[1, 7, 9 + i] for i in range(8)])
+MIXED = [
+    SamplingParams(max_new_tokens=4),
+    SamplingParams(max_new_tokens=6, temperature=0.9, top_p=0.9, seed=3),
+    SamplingParams(max_new_tokens=5, repetition_penalty=1.2, logprobs=2),
+    SamplingParams(max_new_tokens=3, temperature=1.0, top_k=7, seed=1, stop_token_ids=(2,), min_new_tokens=2),
+]
+
+
+def test_memory_does_not_grow_over_10_000_requests(model_folder: Path) -> None:
+    cuda = engine_on("cuda", model_folder, dtype="bfloat16", max_batch_size=64, cache_max_entry_count=256)
+    while cuda.prepare_ahead():
+        pass
+
+    def some(count: int, first: int) -> None:
+        prompts = [[1, 7, *(9 + (first + i * k) % 5000 for k in range(1 + (first + i) % 40))] for i in range(count)]
+        run(cuda, [MIXED[i % len(MIXED)] for i in range(count)], prompts)
+
+    some(500, 0)
     torch.cuda.synchronize()
-    reserved = torch.cuda.memory_reserved()
-    for start in range(0, 400, 8):
-        run(cuda, [SamplingParams(max_new_tokens=4)] * 8, [[1, 7, 9 + start + i] for i in range(8)])
+    reserved, host = torch.cuda.memory_reserved(), resident()
+    for first in range(500, 10_500, 500):
+        some(500, first)
     assert torch.cuda.memory_reserved() - reserved < 32 * 2**20
+    assert resident() - host < 64 * 2**20
+    cuda.scheduler.check_integrity()
+    cuda.close()
+
+
+def resident() -> int:
+    """Bytes of this process in the host's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_flood_that_overfills_the_pool_is_answered_without_a_lack_of_memory(model_folder: Path) -> None:
+    """Four times as many tokens as the cache holds, all at once: answers are those that each request gets alone."""
+    options = {"max_batch_size": 32, "cache_max_entry_count": 40, "enable_prefix_caching": False}
+    cuda = engine_on("cuda", model_folder, **options)
+    prompts = [[1, *range(300 + i, 360 + i + i % 90)] for i in range(64)]
+    params = [SamplingParams(max_new_tokens=64, ignore_eos=True, temperature=float(i % 2), seed=i) for i in range(64)]
+    alone = [run(cuda, [p], [ids])[0] for p, ids in zip(params[:8], prompts[:8], strict=True)]
+    assert cuda.info.memory.num_blocks * cuda.info.memory.block_size * 4 <= sum(map(len, prompts)) + 64 * 64
+    reserved = torch.cuda.memory_reserved()
+    together = run(cuda, params, prompts)
+    assert cuda.stats().preemptions > 0
+    assert together[:8] == alone and all(len(answer) == 64 for answer in together)
+    assert torch.cuda.memory_reserved() - reserved < 64 * 2**20
+    cuda.scheduler.check_integrity()
     cuda.close()

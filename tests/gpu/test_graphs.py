@@ -59,16 +59,16 @@ def test_a_mixture_of_all_kinds_gives_the_same(eager: Engine, graphed: Engine) -
     assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
 
 
-def test_every_policy_runs_in_graphs(model_folder: Path) -> None:
+@pytest.mark.parametrize("policy", [0, 8, "k8v4", 4, 16])
+def test_every_policy_runs_in_graphs(policy: int | str, model_folder: Path) -> None:
     params = [SamplingParams(max_new_tokens=24, ignore_eos=True)] * len(PROMPTS)
-    for policy in (0, 8, "k8v4", 4, 16):
-        answers = []
-        for eager_mode in (True, False):
-            engine = engine_on("cuda", model_folder, quant_policy=policy, eager_mode=eager_mode, dtype="bfloat16")
-            answers.append(run(engine, params, PROMPTS))
-            engine.close()
-        same = sum(a == b for a, b in zip(*answers, strict=True))
-        assert same >= len(PROMPTS) - 2, f"{policy}: {same} of {len(PROMPTS)}"  # near ties may fall otherwise in bfloat16
+    answers = []
+    for eager_mode in (True, False):
+        engine = engine_on("cuda", model_folder, quant_policy=policy, eager_mode=eager_mode, dtype="bfloat16")
+        answers.append(run(engine, params, PROMPTS))
+        engine.close()
+    same = sum(a == b for a, b in zip(*answers, strict=True))
+    assert same >= len(PROMPTS) - 2, f"{same} of {len(PROMPTS)}"  # near ties may fall otherwise in bfloat16
 
 
 def test_kernels_that_look_at_the_host_are_not_captured(model_folder: Path) -> None:

@@ -18,8 +18,9 @@ import httpx
 import psutil
 
 from lmdeploy.frontend import Frontend
+from lmdeploy.serving.opening import reserve_port, url_of
 from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.server import build_server, reserve_port, url_of
+from lmdeploy.serving.server import build_server
 
 
 class RunningServer:

@@ -20,8 +20,8 @@ import httpx
 import pytest
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.serving.opening import reserve_port
 from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.server import reserve_port
 from tests.serving.running import ServerProcess
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "Once upon a time", "ignore_eos": True, "temperature": 0}

@@ -20,8 +20,9 @@ import pytest
 
 from lmdeploy.errors import ConfigError
 from lmdeploy.frontend import Frontend
+from lmdeploy.serving.opening import reserve_port, url_of
 from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.server import announce, reserve_port, url_of
+from lmdeploy.serving.server import announce
 from lmdeploy.serving.service import Service
 from tests.serving.running import SCRIPT, RunningServer, ServerProcess
 

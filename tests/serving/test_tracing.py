@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lmdeploy.errors import ConfigError
+from lmdeploy.serving.opening import reserve_port
 from lmdeploy.serving.options import ServerConfig
-from lmdeploy.serving.server import reserve_port
 from tests.serving.running import RunningServer, ServerProcess
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
