@@ -24,6 +24,7 @@ from lmdeploy.serving.opening import reserve_port, url_of
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.server import announce
 from lmdeploy.serving.service import Service
+from tests.serving.command import ServerCommand
 from tests.serving.running import SCRIPT, RunningServer, ServerProcess
 
 LONG = {"model": "tiny", "prompt": "Once upon a time", "ignore_eos": True, "temperature": 0}
@@ -91,6 +92,25 @@ def test_the_start_warns_of_an_open_network_unless_keys_are_needed(
     with caplog.at_level(logging.INFO, "lmdeploy.access"):
         announce(Service(frontend, ServerConfig(server_name="0.0.0.0", server_port=0, **options)), "http://127.0.0.1:1")
     assert ("every machine" in caplog.text) == (keys is None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what a process has loaded")
+def test_the_server_process_has_no_torch(model_folder: Path, tmp_path: Path) -> None:
+    """It would take seconds of the start and 300 MB of memory."""
+    server = ServerCommand(model_folder, tmp_path / "log")
+    try:
+        server.ready()
+        request = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Count from 1 to 5."}],
+            "response_format": {"type": "json_object"},
+            "max_tokens": 8,
+        }
+        assert server.http.post("/v1/chat/completions", json=request).status_code == 200
+        loaded = {pid: "libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in (server.popen.pid, server.engine.pid)}
+        assert list(loaded.values()) == [False, True]
+    finally:
+        server.stop()
 
 
 def test_chunks_are_not_delayed_by_the_socket(server: RunningServer) -> None:
