@@ -141,7 +141,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     if examined.quality is not None:
         judge(examined.quality, resolved.strict_quality)
     pool, grammars = pool_request(config, resolved), _grammars(opening)
-    graphed = not resolved.eager_mode and can_be_captured(kernels, device.type, spec)
+    graphed = not resolved.eager_mode and can_be_captured(kernels, device.type, spec) and not model.waits_for_device()
     runner = ModelRunner(
         model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars, graphed=graphed
     )

@@ -61,3 +61,6 @@ class Kernels:
     #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
     #: and v are undefined afterwards. None: call one after the other.
     rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], None] | None = None
+    #: (scores [T, E], normalise, chosen int64 [T, k], weights float32 [T, k]): the k largest of softmax(scores) in falling order, over their sum if `normalise`.
+    #: None: torch does it.
+    choose_experts: Callable[[Tensor, bool, Tensor, Tensor], None] | None = None

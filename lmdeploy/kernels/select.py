@@ -27,7 +27,6 @@ PADDED_W4 = dequantising(PADDED)
 PADDED_W8 = dequantising_w8(PADDED)
 
 OPERATORS = tuple(REFERENCE.names)
-NO_KERNEL = "no Triton kernel of this operator"
 #: (operator, the chosen candidate, every other candidate with the reasons against it)
 Report = list[tuple[str, str, list[tuple[str, list[str]]]]]
 
@@ -69,6 +68,7 @@ class TritonSet:
     name: str = "triton"
     operators: dict[str, Callable[..., None]] = field(default_factory=dict)
     rope_attention: Callable[..., None] | None = None
+    choose_experts: Callable[..., None] | None = None
     reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
     missing: str = ""
 
@@ -84,8 +84,6 @@ def _against_triton(operator: str, need: Need, triton: TritonSet) -> list[str]:
         return reasons
     if triton.reasons_against is None:
         return [triton.missing]
-    if operator not in triton.operators:
-        return [NO_KERNEL]
     return triton.reasons_against(operator, need.dtype, need.head_dim)
 
 
@@ -102,7 +100,7 @@ def _triton_for(need: Need) -> TritonSet:
         from lmdeploy.kernels.triton_kernels import triton_set
     except ImportError as error:
         return TritonSet(missing=f"Triton cannot be imported ({error})")
-    return TritonSet(triton_set.NAME, triton_set.OPERATORS, triton_set.ROPE_ATTENTION, triton_set.reasons_against)
+    return TritonSet(triton_set.NAME, triton_set.OPERATORS, triton_set.ROPE_ATTENTION, triton_set.CHOOSE_EXPERTS, triton_set.reasons_against)
 
 
 def _report(need: Need, build: NativeBuild | None, triton: TritonSet) -> Report:
@@ -140,7 +138,7 @@ def _log_fallbacks(rows: Report, fast: str) -> None:
     fallbacks: dict[str, list[str]] = {}
     for operator, chosen, others in rows:
         reasons = next((reasons for name, reasons in others if name.startswith(fast)), [])
-        if chosen == "torch" and reasons != [NO_KERNEL]:
+        if chosen == "torch":
             fallbacks.setdefault("; ".join(reasons), []).append(operator)
     for reason, operators in fallbacks.items():
         logger.warning("%s: torch instead of the %s kernel: %s", ", ".join(operators), fast, reason)
@@ -167,7 +165,8 @@ def select(
     if names["linear_silu"] == "torch":
         functions["linear_silu"] = gated(functions["linear"], functions["silu_mul"])
     together = triton.rope_attention if names["attention"] == names["rope_write_kv"] == triton.name else None
-    return Kernels(**functions, names=names, rope_attention=together)
+    routing = triton.choose_experts if names["experts"] == triton.name else None
+    return Kernels(**functions, names=names, rope_attention=together, choose_experts=routing)
 
 
 @dataclass(frozen=True, slots=True)

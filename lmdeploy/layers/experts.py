@@ -93,15 +93,22 @@ class Experts:
         """step.normed [T, M] -> step.proj [T, M]."""
         scores = inputs.scratch.take("router", step.normed.shape[0], self.num_experts)
         self.router.forward(step.normed, scores)
-        weights, chosen = torch.topk(torch.softmax(scores, dim=-1, dtype=torch.float32), self.top_k, dim=-1)  # [T, k]
-        if self.normalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        chosen, weights = self._choose(scores)
         if self.packed:
             self._run_packed(step.normed, chosen, weights, step.proj)
         else:
             self.kernels.experts(step.normed, self.gate_up, self.down, chosen, weights, step.proj)
         if self.parallel.size > 1:
             self.parallel.all_reduce(step.proj)
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts int64 [T, k] and their weights float32 [T, k] by the router's scores [T, E]."""
+        if self.kernels.choose_experts is not None:
+            chosen, weights = (torch.empty(scores.shape[0], self.top_k, dtype=dtype, device=scores.device) for dtype in (torch.int64, torch.float32))
+            self.kernels.choose_experts(scores, self.normalise, chosen, weights)
+            return chosen, weights
+        weights, chosen = torch.topk(torch.softmax(scores, dim=-1, dtype=torch.float32), self.top_k, dim=-1)
+        return chosen, weights / weights.sum(dim=-1, keepdim=True) if self.normalise else weights
 
     def _run_packed(self, x: Tensor, chosen: Tensor, weights: Tensor, out: Tensor) -> None:
         """`kernels.experts` with weights of any format: each expert's tokens together."""

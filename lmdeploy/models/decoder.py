@@ -190,6 +190,10 @@ class Decoder:
         """The same as the head's product gives them, into `out` [R, V] of the model's dtype."""
         self.head.forward(hidden, out)
 
+    def waits_for_device(self) -> bool:
+        """Whether a step of the loaded model looks at numbers on the host, whatever its kernels: such a step cannot be captured."""
+        return False
+
     def smoothing_groups(self) -> tuple[SmoothingGroup, ...]:
         """For quantisers: where scales may move from activations into weights, in every layer."""
         names, spec = self.names, self.spec

@@ -19,6 +19,10 @@ class MoEDecoder(Decoder):
             return super().build_mlp(prefix, index)
         return Experts(self.ctx, f"{prefix}.{self.names.mlp}", self.in_experts)
 
+    def waits_for_device(self) -> bool:
+        """Quantised experts are called one by one, those that have tokens."""
+        return any(isinstance(layer.mlp, Experts) and layer.mlp.packed for layer in self.layers)
+
     def smoothing_groups(self) -> tuple[SmoothingGroup, ...]:
         """The second norm feeds the router and every expert; within an expert, up feeds down."""
         inside, block = self.in_experts, self.names.mlp

@@ -28,7 +28,7 @@ def test_turbomind_on_cpu_takes_the_native_kernels(best_build: NativeBuild, nati
 @pytest.mark.parametrize(("backend", "device"), [("pytorch", "cpu"), ("pytorch", "cuda")])
 def test_the_pytorch_backend_is_plain_torch(backend: str, device: str, native_cache: Path) -> None:
     chosen = select(backend, device, torch.bfloat16, cache_dir=native_cache)
-    assert set(chosen.names.values()) == {"torch"}
+    assert set(chosen.names.values()) == {"torch"} and chosen.choose_experts is None
     assert all(getattr(chosen, operator) is getattr(REFERENCE, operator) for operator in OPERATORS if not operator.startswith("linear"))
     assert pads_rows(chosen) == (device == "cpu"), "16-bit products on CPU meet few shapes (row_buckets.py)"
     assert not pads_rows(select(backend, device, torch.float32, cache_dir=native_cache))
@@ -49,7 +49,8 @@ def test_turbomind_on_cuda_takes_triton_where_there_is_a_kernel() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         chosen = select("turbomind", "cuda", dtype, head_dim=128)
         assert {name for name, kind in chosen.names.items() if kind == triton_set.NAME} == set(triton_set.OPERATORS)
-        assert chosen.names["experts"] == "torch" and chosen.experts is REFERENCE.experts
+        assert set(triton_set.OPERATORS) == set(OPERATORS), "nothing of a CUDA step is left to torch"
+        assert chosen.choose_experts is triton_set.CHOOSE_EXPERTS and chosen.rope_attention is triton_set.ROPE_ATTENTION
         assert chosen.attention is triton_set.OPERATORS["attention"] and chosen.rms_norm is triton_set.OPERATORS["rms_norm"]
         assert not pads_rows(chosen)
 

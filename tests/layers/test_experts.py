@@ -14,6 +14,7 @@ from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.choose import DENSE as DENSE_FILES
 from lmdeploy.formats.choose import Formats, choose_formats
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
+from lmdeploy.kernels.api import Kernels
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.layers.build import BuildContext, StepBuffers, StepShape
 from lmdeploy.layers.experts import ExpertNames, Experts
@@ -38,10 +39,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
 
 
 def run(
-    source: WeightSource, spec: ModelSpec, x: torch.Tensor, rank: int = 0, size: int = 1, formats: Formats = DENSE_FILES, prefix: str = "m"
+    source: WeightSource,
+    spec: ModelSpec,
+    x: torch.Tensor,
+    rank: int = 0,
+    size: int = 1,
+    formats: Formats = DENSE_FILES,
+    prefix: str = "m",
+    kernels: Kernels = REFERENCE,
 ) -> torch.Tensor:
     """This rank's sum, without the sum over ranks."""
-    ctx = BuildContext(spec, Parallel(rank, size), REFERENCE, torch.float32, CPU, formats)
+    ctx = BuildContext(spec, Parallel(rank, size), kernels, torch.float32, CPU, formats)
     layer = Experts(ctx, prefix, ExpertNames())
     layer.load(source)
     layer.parallel = Parallel()
@@ -76,6 +84,19 @@ def test_the_two_likeliest_experts_are_summed_by_the_router(source: WeightSource
     x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1))
     found = run(source, replace(SPEC, norm_topk_prob=normalise), x)
     torch.testing.assert_close(found, naive(source, x, normalise), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_set_may_choose_the_experts_itself(source: WeightSource) -> None:
+    def choose(scores: torch.Tensor, normalise: bool, chosen: torch.Tensor, weights: torch.Tensor) -> None:
+        asked.append(normalise)
+        torch.topk(-scores, chosen.shape[1], out=(weights, chosen))  # the least likely ones: nobody else would
+        weights.fill_(0.5)
+
+    asked: list[bool] = []
+    x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1))
+    found = run(source, replace(SPEC, norm_topk_prob=True), x, kernels=replace(REFERENCE, choose_experts=choose))
+    assert asked == [True] and found.isfinite().all()
+    assert (found - naive(source, x, True)).abs().amax(1).min() > 1e-3
 
 
 def test_ranks_hold_slices_of_every_expert_that_sum_to_the_whole(source: WeightSource) -> None:

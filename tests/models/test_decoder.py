@@ -10,9 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmdeploy.checkpoint.random_source import RandomSource
 from lmdeploy.errors import CheckpointError
+from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.reference import REFERENCE, gated
 from lmdeploy.models.decoder import Decoder
+from lmdeploy.models.registry import build_model
+from lmdeploy.parallel import Parallel
+from lmdeploy.spec import ModelSpec
 from tests.helpers import LLAMA_CONFIG, Harness, llama_tensors, load_model, write_folder, write_internlm2, write_llama
 
 TOKENS = [5, 17, 99, 3, 42, 8, 77]
@@ -199,3 +204,15 @@ def test_cuda_gives_the_logits_of_the_cpu(tmp_path: Path, changes: dict[str, Any
         wanted, found = on_cpu.step(new), on_cuda.step(new)
         for name, rows in wanted.items():
             torch.testing.assert_close(found[name].cpu(), rows, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_format", ["auto", "fp8"])
+def test_only_quantised_experts_make_the_host_wait_for_the_device(model_format: str) -> None:
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "hidden_size": 64}
+    for architecture in ("Qwen3MoeForCausalLM", "LlamaForCausalLM"):
+        config = {**LLAMA_CONFIG, "architectures": [architecture], **(changes if "Moe" in architecture else {})}
+        config["model_type"] = "qwen3_moe" if "Moe" in architecture else "llama"
+        formats = choose_formats(None, None if model_format == "auto" else model_format)
+        model = build_model(ModelSpec.from_config(config), torch.float32, torch.device("cpu"), REFERENCE, Parallel(), formats)
+        model.load(RandomSource())
+        assert model.waits_for_device() == (model_format == "fp8" and "Moe" in architecture)

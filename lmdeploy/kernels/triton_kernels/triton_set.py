@@ -15,18 +15,22 @@ import triton
 
 from lmdeploy.kernels.triton_kernels.activation import silu_mul
 from lmdeploy.kernels.triton_kernels.attention import attention, rope_attention
+from lmdeploy.kernels.triton_kernels.experts import experts
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
 from lmdeploy.kernels.triton_kernels.linear import linear_w8a8
 from lmdeploy.kernels.triton_kernels.linear16 import linear, linear_silu
 from lmdeploy.kernels.triton_kernels.linear_w4 import linear_w4
 from lmdeploy.kernels.triton_kernels.linear_w8 import linear_w8
 from lmdeploy.kernels.triton_kernels.norms import add_rms_norm, head_norm, rms_norm
+from lmdeploy.kernels.triton_kernels.routing import choose_experts
 
 OPERATORS: dict[str, Callable[..., None]] = {
     "linear": linear, "linear_silu": linear_silu, "linear_w4": linear_w4, "linear_w8": linear_w8, "linear_w8a8": linear_w8a8, "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm, "head_norm": head_norm, "rope_write_kv": rope_write_kv, "attention": attention, "silu_mul": silu_mul,
+    "experts": experts,
 }  # fmt: skip
 ROPE_ATTENTION = rope_attention  # where both of its operators are chosen
+CHOOSE_EXPERTS = choose_experts  # where experts are
 NAME = f"triton {triton.__version__}"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
