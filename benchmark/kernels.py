@@ -106,6 +106,19 @@ def linear_w8a8_case(name: str, rows: int, dtype: torch.dtype, pool: Tensor) -> 
     return Case(f"linear_w8a8 int8 {name} T={rows}", nbytes, 2.0 * rows * inner * outer, copies, lambda k, i: k.linear_w8a8(x, codes[i], scales[i], None, out))
 
 
+def experts_case(rows: int, dtype: torch.dtype, pool: Tensor, choices: int = 8, width: int = 2048, inner: int = 768) -> Case:
+    """Experts of Qwen3-30B-A3B's size, 64 of them or as many as `pool` holds; each call goes to others."""
+    count, copies = min(64, pool.numel() // (3 * width * inner)), 16
+    parts = pool[: 3 * count * width * inner].split([2 * count * width * inner, count * width * inner])
+    gate_up, down = parts[0].view(count, 2 * inner, width), parts[1].view(count, width, inner)
+    ids = [torch.rand(rows, count).topk(choices).indices for _ in range(copies)]
+    x, out, weights = torch.randn(rows, width).to(dtype), torch.empty(rows, width, dtype=dtype), torch.full((rows, choices), 1 / choices)
+    used = sum(len(torch.unique(some)) for some in ids) / copies
+    nbytes = (3 * used * width * inner + 2 * rows * width) * dtype.itemsize
+    name, flops = f"experts E={count} k={choices} T={rows}", 6.0 * rows * choices * width * inner
+    return Case(name, nbytes, flops, copies, lambda kernels, i: kernels.experts(x, gate_up, down, ids[i], weights, out))
+
+
 def cut_caches(policy: str, blocks: int, head_dim: int, dtype: torch.dtype, pool: Tensor) -> list[KVLayer]:
     """As many caches of `blocks` blocks as `pool` holds; what it holds are the numbers, scales are set."""
     fmt, raw = KV_FORMATS[policy], pool.view(torch.uint8)
@@ -217,6 +230,7 @@ def main() -> None:
     widths = ((torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128))
     cases += [linear_w8_case(name, rows, dtype, pool, *width) for width in widths for name in LINEARS for rows in args.rows]
     cases += [linear_w8a8_case(name, rows, dtype, pool) for name in LINEARS for rows in args.rows]
+    cases += [experts_case(rows, dtype, pool) for rows in args.rows]
     cases += [attention_case(*size, dtype, pool) for size in ((1, 512, 1), (1, 512, 8), (1, 8192, 1), (512, 512, 1), (512, 4096, 1))]
     sizes = ((1, 2000, 1, 128), (1, 2000, 8, 128), (512, 2000, 1, 128), (1, 2000, 1, 64), (512, 2000, 1, 64))
     cases += [attention_case(new, kv, many, dtype, pool, policy, dim) for new, kv, many, dim in sizes for policy in KV_FORMATS]

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from lmdeploy.kernels.triton_kernels import activation, linear16, norms, places  # noqa: E402
+from lmdeploy.kernels.triton_kernels import activation, experts, linear16, norms, places, routing  # noqa: E402
 
 BF16, I64, I32 = "*bf16", "*i64", "*i32"
 ROW = {"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "N": "i32", "K": "i32"}
@@ -33,6 +33,10 @@ PLACES = {
     **dict.fromkeys(("tokens_ptr", "blocks_ptr", "lens_ptr", "query_start_ptr", "table_ptr"), I32),
     **dict.fromkeys(("num_tokens", "num_sequences", "context", "max_blocks", "width"), "i32"),
 }
+SORT = {"chosen": I64, "order": I32, "tiles": I32, "pairs": "i32", "most": "i32"}
+GROUPED = {"x": BF16, "weight": BF16, "out": BF16, "order": I32, "tiles": I32, **dict.fromkeys(("N", "K", "x_row", "most", "choices"), "i32")}
+SUM = {"parts": BF16, "weights": "*fp32", "out": BF16, "width": "i32", "choices": "i32"}
+ROUTE = {"scores": BF16, "chosen": I64, "weights": "*fp32", "score_row": "i32"}
 CASES = {
     "one row": (linear16._row_kernel, ROW, {"SILU": False, "HAS_BIAS": True, "WHOLE": True, "BN": 4, "BK": 2048}, 3),
     "one row with silu": (linear16._row_kernel, ROW, {"SILU": True, "HAS_BIAS": False, "WHOLE": True, "BN": 2, "BK": 4096}, 3),
@@ -42,6 +46,11 @@ CASES = {
     "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "BLOCK": 4096}, 3),
     "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
     "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
+    "sort by expert": (experts._sort_kernel, SORT, {"COUNT": 128, "BINS": 128, "BM": 16, "BLOCK": 1024}, 3),
+    "experts of one token": (experts._product_kernel, GROUPED, {"SILU": True, "ALONE": True, "BM": 16, "BN": 64, "BK": 128}, 3),
+    "experts of many tokens": (experts._product_kernel, GROUPED, {"SILU": True, "ALONE": False, "BM": 64, "BN": 128, "BK": 64}, 3),
+    "sum over choices": (experts._sum_kernel, SUM, {"BLOCK": 1024}, 3),
+    "choice of experts": (routing._choose_kernel, ROUTE, {"COUNT": 128, "CHOICES": 8, "NORMALISE": True, "BINS": 128, "PLACES": 8}, 3),
 }
 
 

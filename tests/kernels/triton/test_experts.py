@@ -12,7 +12,7 @@ experts = pytest.importorskip("lmdeploy.kernels.triton_kernels.experts", reason=
 Tensor = torch.Tensor
 #: rows, experts, choices, model width, inner width: one row, ragged edges of tiles in all directions, one expert only, every choice of BM, more pairs than a
 #: program of the sort looks at together
-SHAPES = [(1, 5, 2, 24, 36), (1, 1, 1, 40, 130), (3, 8, 2, 72, 20), (7, 128, 8, 40, 24), (16, 6, 3, 130, 68), (40, 3, 3, 64, 72), (70, 1, 1, 20, 12),
+SHAPES = [(1, 5, 2, 24, 36), (1, 1, 1, 40, 130), (3, 8, 2, 72, 20), (7, 128, 8, 40, 24), (16, 6, 3, 130, 68), (40, 3, 3, 64, 72), (24, 3, 2, 64, 20), (70, 1, 1, 20, 12),
           (200, 4, 2, 36, 150), (400, 2, 2, 16, 8), (1100, 40, 2, 8, 12)]  # fmt: skip
 STEP = {torch.float32: 1e-5, torch.float16: 4e-3}
 
