@@ -1,18 +1,17 @@
 """Grammar -> token mask, for the slots of one rank: one matcher a slot, advanced with each token that was sampled.
 
-All work on matchers is done by one thread, in the order it was asked for: `follow` takes in the tokens of a step as soon as they are known, `start` fills the masks
-of the next one behind it, by the library's own parallel loop and without the interpreter's lock. So the forward pass of a step can be launched before the tokens
-of the step before have reached the host; only the choice among its logits waits, by `StepMask.join`, and the host plans the next step before that. Matchers hold
-nothing that cannot be rebuilt: a sequence that takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a
-grammar cost one look at an array.
+The forward pass of a step is launched before the tokens of the step before have reached the host; only the choice among its logits waits for masks. `follow` takes in
+the tokens of a step as soon as they are known, `StepMask.join` fills the masks of the next one, by the library's own threads, when that choice is to be launched. A
+thread of our own for it would save nothing: it would wait for the interpreter's lock. Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot
+again (after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a grammar cost one look at an array.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import llguidance
@@ -35,28 +34,30 @@ _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1
 
 @dataclass(slots=True)
 class StepMask:
-    """The masks of the guided rows of a step. After `join`: `words` int32 [G, W], bit t % 32 of word t // 32 says that token t may come."""
+    """The masks of the guided rows of a step. `words` int32 [G, W]: bit t % 32 of word t // 32 says that token t may come, after `join`."""
 
     rows: Ints  # [G] places among the S sampled rows
     words: Tensor  # on the host
-    filling: Future[None]
-    errors: dict[int, str] = field(default_factory=dict)  # place among the G -> why there is no mask
+    fill: Callable[[], None] | None = None  # what `join` has to do
 
     def join(self) -> StepMask:
-        """Wait until the masks are filled."""
-        self.filling.result()
+        """Fill the masks, if that was not done."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill()
         return self
 
 
 @dataclass(slots=True)
 class GuidedStep(StepMask):
-    """And what the thread needs to know of the rows."""
+    """And what there is to know of the rows."""
 
     matchers: list[Any] = field(kw_only=True)  # [G] of the sequences that had the slots when the step began
     stops: Ints = field(kw_only=True)  # [G, N] tokens that end each answer, some repeated
     own: NDArray[np.bool_] = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
     young: NDArray[np.bool_] = field(kw_only=True)  # [G] the request's stop tokens may not come yet, unless nothing else may
     only_stops: NDArray[np.bool_] = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
+    errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
 
 class GuidedSlots:
@@ -72,7 +73,6 @@ class GuidedSlots:
         self._guided = np.zeros(num_slots, dtype=bool)
         self._masks: Tensor | None = None  # made with the first grammar
         self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
 
     def set(self, slot: int, params: SamplingParams, generated: list[int]) -> None:
         """Set up `slot`, which has generated these tokens so far; raises ValueError (RequestError) for a grammar that cannot be used."""
@@ -105,10 +105,10 @@ class GuidedSlots:
         self._stops[slot], self._own[slot] = eos, eos in stops
         self._stops[slot, : len(stops)], self._own[slot, : len(stops)] = stops, True
 
-    def start(self, slots: Ints, young: NDArray[np.bool_]) -> GuidedStep | None:
-        """Begin to fill the masks of the sampled rows, behind all that was asked for before; None when no row has a grammar.
+    def masks(self, slots: Ints, young: NDArray[np.bool_]) -> GuidedStep | None:
+        """The masks of the sampled rows, to be joined after `follow` of the step before; None when no row has a grammar.
 
-        `young` [S]: answers that have not reached `min_new_tokens`. Join it, and use its words, before the next `start`; with what is then chosen, call `follow` before it too.
+        `young` [S]: answers that have not reached `min_new_tokens`. Its words have been used when the next one is joined.
         """
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
@@ -119,16 +119,22 @@ class GuidedSlots:
         guided = slots[rows]
         matchers, stops, own = [self._matchers[slot] for slot in guided.tolist()], self._stops[guided], self._own[guided]
         nothing = np.zeros(rows.size, dtype=bool)
-        step = GuidedStep(rows, self._masks[: rows.size], Future(), matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=nothing)
-        step.filling = self._pool.submit(self._fill, step)
+        step = GuidedStep(rows, self._masks[: rows.size], matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=nothing)
+        step.fill = partial(self._fill, step)
         return step
 
-    def follow(self, mask: GuidedStep, tokens: Callable[[], Ints]) -> Future[list[bool]]:
-        """Take in the tokens that `tokens` waits for, one for each sampled row (-1: none); True where the answer of a guided row is complete and ends now."""
-        return self._pool.submit(self._advance, mask, tokens)
+    def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
+        """Take in a token for each sampled row (-1: none); True where the answer of a guided row is complete and ends now."""
+        chosen = tokens[mask.rows]
+        complete: list[bool] = mask.only_stops.tolist()
+        goes_on = (chosen >= 0) & ~mask.only_stops & (mask.stops != chosen[:, None]).all(axis=1)
+        for place, token in zip(np.flatnonzero(goes_on).tolist(), chosen[goes_on].tolist(), strict=True):
+            matcher = mask.matchers[place]  # some microseconds each: waking other threads costs more
+            complete[place] = matcher.consume_token(token) and matcher.is_stopped()
+        return complete
 
     def _fill(self, mask: GuidedStep) -> None:
-        """Thread: masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
+        """Masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
         matchers, words = mask.matchers, mask.words
         self._executor.unsafe_compute_mask_ptr(list(zip(matchers, range(len(matchers)), strict=True)), words.data_ptr(), words.shape[1] * 4, len(matchers))
         bits: NDArray[np.uint32] = words.numpy().view(np.uint32)
@@ -154,21 +160,6 @@ class GuidedSlots:
         for i in columns:
             bits[place, word[:, i]] |= np.where(allowed[i] & (old | ~mask.own[:, i]), flag[:, i], np.uint32(0))
         mask.only_stops[list(mask.errors)] = False
-
-    def _advance(self, mask: GuidedStep, tokens: Callable[[], Ints]) -> list[bool]:
-        """Thread: see `follow`."""
-        chosen = tokens()[mask.rows].tolist()
-        complete: list[bool] = mask.only_stops.tolist()
-        ended = (mask.stops == np.array(chosen)[:, None]).any(axis=1).tolist()
-        todo = [(place, token) for place, token in enumerate(chosen) if token >= 0 and not (complete[place] or ended[place])]
-        for place, token in todo:  # some microseconds each: waking other threads costs more
-            matcher = mask.matchers[place]
-            complete[place] = matcher.consume_token(token) and matcher.is_stopped()
-        return complete
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True)
 
 
 def forbid(logits: Tensor, mask: StepMask) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -77,7 +76,7 @@ class Arrivals:
 
 
 class Owed:
-    """The choice among the logits of a step with grammars: launched when the next step needs it or its result is asked for, so that masks have the time until then."""
+    """The choice among the logits of a step with grammars: launched when the next step is, or when its result is asked for, when the tokens before it are known."""
 
     def __init__(self, choose: Callable[[], Finish], device: torch.device) -> None:
         self._choose: Callable[[], Finish] | None = choose
@@ -210,8 +209,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop weights, pool and buffers."""
-        if self.guided is not None:
-            self.guided.close()
         if self.graphs is not None:
             self.graphs.drop()
         del self.model, self.graphs, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
@@ -295,7 +292,7 @@ class ModelRunner:
         if ran is None:
             self._settle()
             hidden = self._forward(batch)
-        mask = self.guided.start(slots, self.sampling.young(slots, lengths)) if self.guided is not None else None  # filled while the device computes
+        mask = self.guided.masks(slots, self.sampling.young(slots, lengths)) if self.guided is not None else None
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
             self._want_less(items)
@@ -341,17 +338,15 @@ class ModelRunner:
             owed.settle()
 
     def _fetch(self, tokens: Tensor, results: Rows, places: slice | Ints, mask: GuidedStep | None = None) -> Finish:
-        """Begin to copy the tokens at `places` to the host, and then to the grammars; the returned function waits for them and notes them in the results."""
+        """Begin to copy the tokens at `places` to the host; the returned function waits for them and tells results and grammars."""
         host = self.arrivals.begin(tokens, places)
-        complete: Future[list[bool]] | None = None
-        if mask is not None:
-            assert self.guided is not None
-            complete = self.guided.follow(mask, host)
 
         def finish() -> None:
-            results.note_tokens(host(), NO_TOKEN)
-            if mask is not None and complete is not None:
-                _note_ends(mask, complete.result(), results)
+            arrived = host()
+            results.note_tokens(arrived, NO_TOKEN)
+            if mask is not None:
+                assert self.guided is not None
+                _note_ends(mask, self.guided.follow(mask, arrived), results)
 
         return finish
 

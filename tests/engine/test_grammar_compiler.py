@@ -88,7 +88,7 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     size = grammars.vocab_size
     for slot, grammar in ((0, Grammar("regex", "[0-9]+")), (2, None), (3, Grammar("choice", '["a"]'))):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=grammar, stop_token_ids=(1,)), [])
-    mask = slots.start(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
+    mask = slots.masks(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
     logits = torch.zeros(3, size)
     forbid(logits, mask.join())
@@ -96,16 +96,15 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert torch.isfinite(logits[1]).all()
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
     a, seven = (min(by_bytes(tokenizer, lambda b, t=t: b == t, size)) for t in (b"a", b"7"))
-    assert slots.follow(mask, lambda: np.array([a, 0, seven])).result() == [True, False]
-    mask = slots.start(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
+    assert slots.follow(mask, np.array([a, 0, seven])) == [True, False]
+    mask = slots.masks(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
     forbid(logits.zero_(), mask.join())
     assert mask.only_stops.tolist() == [True, False]
     stops = {1, grammars.eos_token_id}
     assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == stops
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size) | stops
-    assert slots.start(np.array([1, 2]), np.zeros(2, dtype=bool)) is None
-    slots.close()
+    assert slots.masks(np.array([1, 2]), np.zeros(2, dtype=bool)) is None
 
 
 def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
@@ -115,7 +114,7 @@ def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[Gr
     for slot in range(5 * USERS_TOGETHER):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=digits), [])
         assert len(grammars.prepare(digits).result().matchers) == min(slot // USERS_TOGETHER + 1, MOST_LEXERS)
-    mask = slots.start(np.arange(5 * USERS_TOGETHER), np.zeros(5 * USERS_TOGETHER, dtype=bool))
+    mask = slots.masks(np.arange(5 * USERS_TOGETHER), np.zeros(5 * USERS_TOGETHER, dtype=bool))
     assert mask is not None
     words = mask.join().words
     assert (words == words[0]).all()  # whichever lexer
@@ -123,24 +122,20 @@ def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[Gr
         slots.release(slot)
     slots.set(0, SamplingParams(max_new_tokens=9, grammar=digits), [])
     assert len(grammars.prepare(digits).result().matchers) == MOST_LEXERS
-    slots.close()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("vocabulary", [32, 33, 5120, 5121])
 def test_forbid_sets_the_bits_that_are_off_whatever_the_width(rows: int, vocabulary: int) -> None:
-    from concurrent.futures import Future
 
     from lmdeploy.engine.guided import StepMask
 
     generator = torch.Generator().manual_seed(rows * vocabulary)
     words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-vocabulary // 32)), generator=generator, dtype=torch.int32)
-    done: Future[None] = Future()
-    done.set_result(None)
     logits = torch.randn(rows + 2, vocabulary, generator=generator)
     expected = logits.clone()
     for place in range(rows):
         bits = np.unpackbits(words[place].numpy().view(np.uint8), bitorder="little")[:vocabulary]
         expected[place + 1][torch.from_numpy(bits == 0)] = float("-inf")
-    forbid(logits, StepMask(np.arange(1, rows + 1), words, done))
+    forbid(logits, StepMask(np.arange(1, rows + 1), words))
     assert torch.equal(logits, expected)

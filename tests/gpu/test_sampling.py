@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -72,10 +71,8 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
 def guided(count: int, vocab: int) -> StepMask:
     """Masks for every other row."""
     words = torch.randint(-(2**31), 2**31, (count // 2, -(-vocab // 32)), generator=torch.Generator().manual_seed(1)).int()
-    done: Future[None] = Future()
-    done.set_result(None)
     places = np.arange(0, count, 2)
-    return StepMask(places, words.pin_memory(), done)
+    return StepMask(places, words.pin_memory())
 
 
 def test_edits_and_masks_wait_for_nothing_and_give_the_tokens_of_the_cpu() -> None:
