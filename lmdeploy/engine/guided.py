@@ -1,13 +1,15 @@
 """Grammar -> token mask, for the slots of one rank: one matcher a slot, advanced with each token that was sampled.
 
-The forward pass of a step is launched before the tokens of the step before have reached the host; only the choice among its logits waits for masks. `follow` takes in
-the tokens of a step as soon as they are known, `StepMask.join` fills the masks of the next one, by the library's own threads, when that choice is to be launched. A
-thread of our own for it would save nothing: it would wait for the interpreter's lock. Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot
-again (after a pre-emption, or when its step is repeated alone) replays its tokens. Slots without a grammar cost one look at an array.
+The forward pass of a step is launched before the tokens of the step before have reached the host; only the choice among its logits waits for masks, in `StepMask.join`.
+`follow` takes in the tokens of a step as soon as they are known, and has the library's threads fill the masks of the step that runs by then, while the host plans the
+next one. Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens.
+Slots without a grammar cost one look at an array.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ Ints = NDArray[np.int64]
 
 #: rows of which the expanded mask is in memory at a time
 ROWS_AT_ONCE = 32
+#: words of a mask that are looked at first: as a rule something is allowed there
+FIRST_WORDS = 64
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
 
@@ -60,6 +64,42 @@ class GuidedStep(StepMask):
     errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
 
+class _Filler:
+    """A thread for one call that gives the interpreter's lock up at once and is long: the library's own."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[Exception | None]] | None] = queue.SimpleQueue()
+        self._entered: queue.SimpleQueue[None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="grammar-masks", daemon=True).start()
+
+    def begin(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Start a call; the returned function waits for it. It is let in first: a thread that wakes up gets the lock from a busy one after 5 ms only."""
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._calls.put((call, done))
+        self._entered.get()
+
+        def wait() -> None:
+            if (error := done.get()) is not None:
+                raise error
+
+        return wait
+
+    def _run(self) -> None:
+        while (todo := self._calls.get()) is not None:
+            call, done = todo
+            self._entered.put(None)
+            try:
+                call()
+            except Exception as e:
+                done.put(e)
+            else:
+                done.put(None)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._calls.put(None)
+
+
 class GuidedSlots:
     """The matchers of a rank's slots."""
 
@@ -73,6 +113,8 @@ class GuidedSlots:
         self._guided = np.zeros(num_slots, dtype=bool)
         self._masks: Tensor | None = None  # made with the first grammar
         self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
+        self._filler: _Filler | None = None  # with the first grammar
+        self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
 
     def set(self, slot: int, params: SamplingParams, generated: list[int]) -> None:
         """Set up `slot`, which has generated these tokens so far; raises ValueError (RequestError) for a grammar that cannot be used."""
@@ -112,8 +154,10 @@ class GuidedSlots:
         """
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
+            self._last = None
             return None
         if self._masks is None:
+            self._filler = _Filler()
             width = -(-self._compiler.vocab_size // 32)
             self._masks = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         guided = slots[rows]
@@ -121,6 +165,7 @@ class GuidedSlots:
         nothing = np.zeros(rows.size, dtype=bool)
         step = GuidedStep(rows, self._masks[: rows.size], matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=nothing)
         step.fill = partial(self._fill, step)
+        self._last = step
         return step
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
@@ -131,12 +176,24 @@ class GuidedSlots:
         for place, token in zip(np.flatnonzero(goes_on).tolist(), chosen[goes_on].tolist(), strict=True):
             matcher = mask.matchers[place]  # some microseconds each: waking other threads costs more
             complete[place] = matcher.consume_token(token) and matcher.is_stopped()
+        last, self._last = self._last, None
+        if last is not None and last is not mask and last.fill is not None:
+            last.fill = partial(self._finish, last, self._begin(last))
         return complete
 
+    def _begin(self, mask: GuidedStep) -> Callable[[], None]:
+        rows, words = list(zip(mask.matchers, range(len(mask.matchers)), strict=True)), mask.words
+        assert self._filler is not None
+        return self._filler.begin(partial(self._executor.unsafe_compute_mask_ptr, rows, words.data_ptr(), words.shape[1] * 4, len(rows)))
+
     def _fill(self, mask: GuidedStep) -> None:
+        self._last = None
+        self._finish(mask, self._begin(mask))
+
+    def _finish(self, mask: GuidedStep, wait: Callable[[], None]) -> None:
         """Masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
+        wait()
         matchers, words = mask.matchers, mask.words
-        self._executor.unsafe_compute_mask_ptr(list(zip(matchers, range(len(matchers)), strict=True)), words.data_ptr(), words.shape[1] * 4, len(matchers))
         bits: NDArray[np.uint32] = words.numpy().view(np.uint32)
         for place, matcher in enumerate(matchers):
             if matcher.is_error():
@@ -146,20 +203,28 @@ class GuidedSlots:
 
     def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32]) -> None:
         """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [G, W]."""
-        place = np.arange(len(bits))
-        end_word, end_bit = divmod(self._compiler.eos_token_id, 32)
-        accepting = (bits[:, end_word] >> np.uint32(end_bit) & 1).astype(bool)
-        word, flag = mask.stops // 32, np.uint32(1) << (mask.stops % 32).astype(np.uint32)
-        columns = range(mask.stops.shape[1])
-        allowed = [accepting | ((bits[place, word[:, i]] & flag[:, i]) != 0) for i in columns]  # some grammars name a stop token themselves
-        for i in columns:
-            bits[place, word[:, i]] &= ~flag[:, i]
-        ends = np.flatnonzero(np.any(allowed, axis=0))  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
-        mask.only_stops[ends] = ~bits[ends].any(axis=1)
-        old = ~mask.young | mask.only_stops
-        for i in columns:
-            bits[place, word[:, i]] |= np.where(allowed[i] & (old | ~mask.own[:, i]), flag[:, i], np.uint32(0))
+        word, flag = mask.stops >> 5, np.uint32(1) << (mask.stops & 31).astype(np.uint32)
+        named = bits[np.arange(len(bits))[:, None], word] & flag != 0  # [G, N] some grammars name a stop token themselves
+        accepting = (named & (mask.stops == self._compiler.eos_token_id)).any(axis=1)
+        # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
+        ends = np.flatnonzero(named.any(axis=1))
+        if not ends.size:
+            return
+        word, flag, allowed = word[ends].T, flag[ends].T, (accepting[:, None] | named)[ends].T  # [N, E]
+        for at, on in zip(word, flag, strict=True):
+            bits[ends, at] &= ~on
+        nothing = np.logical_not(bits[ends, :FIRST_WORDS].any(axis=1))
+        nothing[nothing] = np.logical_not(bits[ends[nothing]].any(axis=1))
+        mask.only_stops[ends] = nothing
+        allowed &= ~mask.young[ends] | nothing | ~mask.own[ends].T
+        for at, on, may in zip(word, flag, allowed, strict=True):
+            bits[ends, at] |= np.where(may, on, np.uint32(0))
         mask.only_stops[list(mask.errors)] = False
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._filler is not None:
+            self._filler.close()
 
 
 def forbid(logits: Tensor, mask: StepMask) -> None:

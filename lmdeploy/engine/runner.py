@@ -209,6 +209,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop weights, pool and buffers."""
+        if self.guided is not None:
+            self.guided.close()
         if self.graphs is not None:
             self.graphs.drop()
         del self.model, self.graphs, self.pictures, self.kv, self.tables, self.sampler, self.sampling, self.batches, self.scratch
