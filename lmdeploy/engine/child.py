@@ -38,10 +38,11 @@ class _Child:
 
     def run(self) -> None:
         """Load, announce, then serve until Stop. An error of the start goes to the parent as its class and its one line."""
-        importlib.import_module("lmdeploy.engine.start")  # torch and all: the parent has still to read its tokenizer
+        importlib.import_module("torch")  # takes long: the parent has still to read its tokenizer
         start = self._inbox.get()
         assert isinstance(start, wire.Start), "the first message is Start"
         log.setup(start.log_level, start.log_format)
+        threading.Thread(target=_wake_device, args=[start.options.get("device_type", "auto")], name="device", daemon=True).start()
         try:
             client = _load(start)
         except Exception as e:
@@ -111,6 +112,16 @@ class _Child:
 def _refusal(request_id: int, index: int, error: LmdeployError) -> EngineOutput:
     code = error.code if isinstance(error, RequestError) else "engine_failed"
     return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=str(error), error_code=code)
+
+
+def _wake_device(device_type: str) -> None:
+    """What a CUDA device takes long for and can do beside imports: its context, and the hash of Triton's files that names compiled kernels. What fails shows later."""
+    import torch
+
+    with contextlib.suppress(Exception):
+        if device_type != "cpu" and torch.cuda.is_available():
+            torch.zeros(1, device="cuda")
+            importlib.import_module("triton.runtime.cache").triton_key()
 
 
 def _load(start: wire.Start) -> EngineThread:
