@@ -172,6 +172,7 @@ def main() -> None:
     )
     engine = build_engine(folder, config)
     loaded = time.perf_counter() - start
+    ahead = common.prepare_ahead(engine)
     ours = measure(engine, spec, args)
     info = engine.info
     engine.close()
@@ -185,7 +186,7 @@ def main() -> None:
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start"
     )
-    print(f"ready in {loaded:.2f} s, peak memory {peak:.2f} GB (RSS)\n")
+    print(f"ready in {loaded:.2f} s, {ahead}, peak memory {peak:.2f} GB (RSS)\n")
     read = common.read_each_step(spec, info.memory.weights, width)
     floors = {f"prefill {args.prompt}": args.prompt / common.prefill_floor(spec, args.prompt, ceilings)}
     figures = {f"prefill {args.prompt}": (ours.prefill, peer and peer.prefill)}

@@ -149,8 +149,9 @@ class StepGraphs:
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
-        # all of them, those of small batches first; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
-        self._ahead = iter([Shape(size, 0) for size in self._sizes] + [Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes])
+        # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
+        shapes = [Shape(size, 0) for size in self._sizes] + [Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes]
+        self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()

@@ -64,6 +64,7 @@ def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
     plain = [shape.decodes for shape in graphs.noted if not shape.tokens]
     assert len(set(graphs.noted)) == len(graphs.noted) and plain == row_buckets(FILLER)
     assert {shape.decodes for shape in graphs.noted if shape.tokens} == {0, FILLER} and not graphs.capture_next()
+    assert graphs.noted[0].tokens and not graphs.noted[0].decodes, "a server's first step is a prompt"
     layout = builder().build(Items.of([PlanItem(0, 0, 30, [], True), PlanItem(1, 5, 1, [], True)]), None).layout
     known = len(graphs.noted)
     assert graphs._shape(layout) in graphs.noted[:known]
