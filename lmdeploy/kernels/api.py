@@ -59,8 +59,8 @@ class Kernels:
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     names: dict[str, str]
     #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
-    #: and v are undefined afterwards. None: call one after the other.
-    rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], None] | None = None
+    #: and v are undefined afterwards. Returns what `attention` writes to out: `out`, or another tensor where that saves a copy. None: call one after the other.
+    rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], Tensor] | None = None
     #: (scores [T, E], normalise, chosen int64 [T, k], weights float32 [T, k]): the k largest of softmax(scores) in falling order, over their sum if `normalise`.
     #: None: torch does it.
     choose_experts: Callable[[Tensor, bool, Tensor, Tensor], None] | None = None

@@ -67,7 +67,7 @@ class TritonSet:
 
     name: str = "triton"
     operators: dict[str, Callable[..., None]] = field(default_factory=dict)
-    rope_attention: Callable[..., None] | None = None
+    rope_attention: Callable[..., Tensor] | None = None
     choose_experts: Callable[..., None] | None = None
     reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
     missing: str = ""

@@ -51,8 +51,8 @@ class Attention:
         for part in self._parts:
             yield from part.tensors()
 
-    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
-        """step.normed [T, M] -> step.attn [T, H D]; the new keys and values are in the cache after it. `project` is the rest."""
+    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> Tensor:
+        """step.normed [T, M] -> [T, H D], as a rule in step.attn; the new keys and values are in the cache after it. `project` is the rest."""
         assert inputs.cos is not None and inputs.sin is not None, "the model computes cos and sin before its layers"
         self.qkv.forward(step.normed, step.qkv)
         if self.norms:
@@ -61,11 +61,11 @@ class Attention:
         kv, meta = inputs.kv[self.index], inputs.attention
         if self.kernels.rope_attention is not None:
             rotary = (inputs.cos, inputs.sin, inputs.q_scale)
-            self.kernels.rope_attention(step.q, step.k, step.v, *rotary, kv, meta, self.scale, self.window, step.attn)
-            return
+            return self.kernels.rope_attention(step.q, step.k, step.v, *rotary, kv, meta, self.scale, self.window, step.attn)
         self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, kv, meta.slot_mapping)
         self.kernels.attention(step.q, step.k, step.v, kv, meta, self.scale, self.window, step.attn)
+        return step.attn
 
-    def project(self, step: StepBuffers) -> None:
-        """step.attn -> step.proj [T, M]; apart from `forward` because the last layer does it for fewer rows."""
-        self.out.forward(step.attn, step.proj)
+    def project(self, attn: Tensor, step: StepBuffers) -> None:
+        """What `forward` gave -> step.proj [T, M]; apart from it because the last layer does this for fewer rows."""
+        self.out.forward(attn, step.proj)

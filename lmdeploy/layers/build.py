@@ -112,15 +112,15 @@ class StepBuffers:
         gate_up, act = scratch.take("gate_up", rows, 2 * width), scratch.take("act", rows, width)
         return cls(residual, normed, proj, qkv, q, k, v, attn, gate_up, act)
 
-    def select(self, scratch: Scratch, shape: StepShape, rows: Tensor) -> StepBuffers:
-        """Buffers for the given rows only, with their attention output and residual copied over.
+    def select(self, scratch: Scratch, shape: StepShape, rows: Tensor, attended: Tensor) -> StepBuffers:
+        """Buffers for the given rows only, with their attention output, which is in `attended`, and residual copied over.
 
         For the last layer: beyond its attention only the rows whose logits are wanted matter. The copies land in
         buffers that are dead by then, q's part of qkv and attn itself.
         """
         count = rows.shape[0]
-        attn = scratch.take("qkv", count, self.attn.shape[1])
-        torch.index_select(self.attn, 0, rows, out=attn)
+        attn = scratch.take("qkv", count, attended.shape[1])
+        torch.index_select(attended, 0, rows, out=attn)
         residual = scratch.take("attn", count, shape.hidden_size)
         torch.index_select(self.residual, 0, rows, out=residual)
         normed, proj = (scratch.take(name, count, shape.hidden_size) for name in ("normed", "proj"))

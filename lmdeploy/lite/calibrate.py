@@ -220,8 +220,7 @@ class LayerStream:
 def _forward(layer: Layer, inputs: ForwardInputs, step: StepBuffers) -> None:
     """step.residual -> step.residual after the layer."""
     layer.input_norm.forward(step.residual, step.normed)
-    layer.attention.forward(inputs, step)
-    layer.attention.project(step)
+    layer.attention.project(layer.attention.forward(inputs, step), step)
     layer.post_norm.add(step.proj, step.residual, step.normed)
     layer.mlp.forward(inputs, step)
     step.residual.add_(step.proj)

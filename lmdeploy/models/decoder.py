@@ -163,19 +163,19 @@ class Decoder:
             step.residual.index_copy_(0, inputs.replaced_rows, inputs.replacements)
         self.layers[0].input_norm.forward(step.residual, step.normed)
         for layer, after in zip(self.layers[:-1], self.layers[1:], strict=True):
-            layer.attention.forward(inputs, step)
-            self._finish_layer(layer, after.input_norm, inputs, step)
+            self._finish_layer(layer, after.input_norm, layer.attention.forward(inputs, step), inputs, step)
         last = self.layers[-1]
-        last.attention.forward(inputs, step)
+        attn = last.attention.forward(inputs, step)
         if not inputs.every_row:
-            step = step.select(inputs.scratch, self.shape, inputs.logit_rows)
+            step = step.select(inputs.scratch, self.shape, inputs.logit_rows, attn)
+            attn = step.attn
         if step.normed.shape[0]:
-            self._finish_layer(last, self.norm, inputs, step)
+            self._finish_layer(last, self.norm, attn, inputs, step)
         return step.normed
 
-    def _finish_layer(self, layer: Layer, next_norm: RMSNorm, inputs: ForwardInputs, step: StepBuffers) -> None:
+    def _finish_layer(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, inputs: ForwardInputs, step: StepBuffers) -> None:
         """All after the attention: output projection, MLP, and the norm that follows (the next layer's, or the final one)."""
-        layer.attention.project(step)
+        layer.attention.project(attn, step)
         layer.post_norm.add(step.proj, step.residual, step.normed)
         layer.mlp.forward(inputs, step)
         next_norm.add(step.proj, step.residual, step.normed)

@@ -39,7 +39,7 @@ def test_selected_rows_are_copies_and_the_new_buffers_do_not_overlap() -> None:
         step = StepBuffers.take(scratch, shape, 9)
         numbered(step.attn, 100)
         numbered(step.residual, 200)
-        few = step.select(scratch, shape, torch.tensor([8, 0, 3]))
+        few = step.select(scratch, shape, torch.tensor([8, 0, 3]), step.attn)
         for buffer in (few.normed, few.proj, few.gate_up, few.act):
             buffer.fill_(-1)
         assert few.attn.shape == (3, shape.num_heads * 8) and few.attn[:, -1].tolist() == [108, 100, 103]

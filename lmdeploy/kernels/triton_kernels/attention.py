@@ -30,21 +30,28 @@ def _suits_cudnn(q: Tensor, kv: KVLayer, meta: AttentionMeta, window: int) -> bo
     return simple and 0 < len(lens) <= MOST_PROMPTS and lens == keys and min(lens) >= SHORTEST_PROMPT and torch.backends.cudnn.is_available()
 
 
-def _whole_prompts(q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, scale: float, out: Tensor) -> None:
-    """cuDNN's attention for each prompt: about twice the rate of the tiles here (benchmark/RESULTS.md)."""
-    start = meta.num_decode
-    for count in meta.query_lens[meta.num_decode :]:
-        rows = slice(start, start + count)
-        heads = [_rounded(part[rows]).transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+def _whole_prompts(q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, scale: float, out: Tensor) -> Tensor:
+    """cuDNN's attention for each prompt: about twice the rate of the tiles here (benchmark/RESULTS.md). Returns where the result is: `out`, or its own tensor."""
+    start, lens = meta.num_decode, meta.query_lens[meta.num_decode :]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        for count in lens:
+            rows = slice(start, start + count)
+            heads = [_rounded(part[rows]).transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
             found = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        out[rows].view(count, q.shape[1], q.shape[2]).copy_(found.squeeze(0)[:, :count].transpose(0, 1))
-        start += count
+            result = found.squeeze(0).transpose(0, 1)[:count].flatten(1)  # laid out as the queries are: a view
+            if count == out.shape[0]:
+                return result
+            out[rows].copy_(result)
+            start += count
+    return out
 
 
 def _rounded(part: Tensor) -> Tensor:
-    """A prompt's heads [n, H, D] with rows of zeros up to a round number; no token sees what comes after it, but NaN there would spoil its sums."""
+    """A prompt's heads [n, H, D] as they are where n is round, else copied and followed by zeros: no token sees what comes after it, but NaN there would spoil
+    its sums."""
     count = part.shape[0]
+    if count % ROUNDED == 0:
+        return part
     whole = part.new_empty((-(-count // ROUNDED) * ROUNDED, *part.shape[1:]))
     whole[:count].copy_(part)
     whole[count:].zero_()
@@ -55,22 +62,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta,
     """Causal attention of the new tokens of each sequence over its cached keys; see `api.Kernels`. q [T, H, D], out [T, H * D]."""
     assert q.shape[2] % 2 == 0 and q.stride(2) == 1 and out.stride(1) == 1 and meta.block_table.stride(1) == 1
     assert kv.key.is_contiguous() and kv.value.is_contiguous()
+    found = _attend(q, k, v, kv, meta, scale, window, out)
+    if found is not out:
+        out.copy_(found)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> Tensor:
+    """`attention`; returns where the result is."""
     if meta.num_decode:
         decode(q, kv, meta, scale, window, out)
     if meta.kv_lens.shape[0] > meta.num_decode:
         if _suits_cudnn(q, kv, meta, window):
-            _whole_prompts(q, k, v, meta, scale, out)
-        else:
-            extend(q, kv, meta, scale, window, out)
+            return _whole_prompts(q, k, v, meta, scale, out)
+        extend(q, kv, meta, scale, window, out)
+    return out
 
 
 def rope_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor
-) -> None:
+) -> Tensor:
     """`rope_write_kv` and `attention`, in one launch where every sequence decodes: see `api.Kernels`."""
     turns_by_signs = kv.rotation is None or q.shape[2] & (q.shape[2] - 1) == 0  # other rotations take more registers than a program of `decode` has
     if turns_by_signs and meta.num_decode == meta.kv_lens.shape[0] == q.shape[0]:
         decode(q, kv, meta, scale, window, out, Rope(k, v, cos, sin, q_scale))
-    else:
-        rope_write_kv(q, k, v, cos, sin, q_scale, kv, meta.slot_mapping)
-        attention(q, k, v, kv, meta, scale, window, out)
+        return out
+    rope_write_kv(q, k, v, cos, sin, q_scale, kv, meta.slot_mapping)
+    return _attend(q, k, v, kv, meta, scale, window, out)

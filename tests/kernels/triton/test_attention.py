@@ -3,8 +3,11 @@ few keys have several; all memory that no sequence wrote is NaN."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +127,32 @@ def test_huge_scores_do_not_overflow() -> None:
     agree(case, factor=10)
 
 
+@pytest.mark.parametrize("lengths", [[32], [21], [32, 5, 16], [1, 1, 21, 32]], ids=str)
+def test_whole_prompts_read_parts_of_qkv_in_place_and_nothing_of_their_neighbours(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """cuDNN's part: who is given to it, from where, and where its result goes."""
+    seen: list[torch.Tensor] = []
+    attend, decoding, total = torch.nn.functional.scaled_dot_product_attention, lengths.count(1), sum(lengths)
+
+    def noted(q: torch.Tensor, *others: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(q)
+        return attend(q, *others, **options).transpose(1, 2).contiguous().transpose(1, 2)  # cuDNN lays its result out as the queries are
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: nullcontext())
+    monkeypatch.setattr(attention, "ROUNDED", 16)
+    qkv = numbers(Shape(4, 2, 16), 1, total, 8, 16)
+    out, meta = torch.full((total, 4 * 16), float("nan")), SimpleNamespace(num_decode=decoding, query_lens=lengths)
+    parts = torch.split(qkv, [4, 2, 2], 1)
+    wanted = out.clone()
+    for start, count in zip(accumulate(lengths, initial=0), lengths, strict=False):
+        if count > 1:
+            q, k, v = (part[start : start + count].transpose(0, 1) for part in parts)
+            wanted[start : start + count] = attend(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(0, 1).flatten(1)
+    found = attention._whole_prompts(*parts, meta, 0.3, out)
+    assert torch.allclose(found, wanted, atol=1e-5, equal_nan=True) and (found is out) == (len(lengths) > 1)
+    assert [q.data_ptr() in range(qkv.data_ptr(), qkv.data_ptr() + qkv.nbytes) for q in seen] == [n % 16 == 0 for n in lengths if n > 1]
+
+
 DECODING = [s for s in MIXED if s.new == 1]
 
 
@@ -144,7 +173,7 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, h
         q, k, v = torch.split(qkv.clone(), [4, 2, 2], 1)
         out = torch.full((rows, 4 * head_dim), float("nan"))
         if kernels is not None:
-            attention.rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, 0.3, 0, out)
+            assert attention.rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, 0.3, 0, out) is out
         else:
             REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta.slot_mapping)
             REFERENCE.attention(q, k, v, layer, case.meta, 0.3, 0, out)
