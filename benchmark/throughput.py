@@ -97,7 +97,7 @@ def main() -> None:
         f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit\n{common.machine()}"
     )
     print(
-        f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; other processes kept {busy:.2f} cores busy at the start; {ahead}\n"
+        f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; others kept {busy:.2f} cores busy at the start; {ahead}\n"
     )
     common.print_table(
         [

@@ -58,6 +58,9 @@ class Kernels:
     #: (x [T, M], gate_up [E, 2F, M], down [E, M, F], expert_ids int64 [T, k], expert_weights float32 [T, k], out [T, M]): sum over the k chosen experts
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     names: dict[str, str]
+    #: (x [T, K], weight [N, K], residual [T, N]) -> whether residual += x @ weight.T was done, rounded once; False, and nothing, where `linear` and
+    #: `add_rms_norm` are as fast, and in sets that are not asked for more (None).
+    linear_add: Callable[[Tensor, Tensor, Tensor], bool] | None = None
     #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
     #: and v are undefined afterwards. Returns what `attention` writes to out: `out`, or another tensor where that saves a copy. None: call one after the other.
     rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], Tensor] | None = None

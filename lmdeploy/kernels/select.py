@@ -69,6 +69,7 @@ class TritonSet:
     operators: dict[str, Callable[..., None]] = field(default_factory=dict)
     rope_attention: Callable[..., Tensor] | None = None
     choose_experts: Callable[..., None] | None = None
+    linear_add: Callable[..., bool] | None = None
     reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
     missing: str = ""
 
@@ -100,7 +101,14 @@ def _triton_for(need: Need) -> TritonSet:
         from lmdeploy.kernels.triton_kernels import triton_set
     except ImportError as error:
         return TritonSet(missing=f"Triton cannot be imported ({error})")
-    return TritonSet(triton_set.NAME, triton_set.OPERATORS, triton_set.ROPE_ATTENTION, triton_set.CHOOSE_EXPERTS, triton_set.reasons_against)
+    return TritonSet(
+        triton_set.NAME,
+        triton_set.OPERATORS,
+        triton_set.ROPE_ATTENTION,
+        triton_set.CHOOSE_EXPERTS,
+        triton_set.LINEAR_ADD,
+        triton_set.reasons_against,
+    )
 
 
 def _report(need: Need, build: NativeBuild | None, triton: TritonSet) -> Report:
@@ -166,7 +174,8 @@ def select(
         functions["linear_silu"] = gated(functions["linear"], functions["silu_mul"])
     together = triton.rope_attention if names["attention"] == names["rope_write_kv"] == triton.name else None
     routing = triton.choose_experts if names["experts"] == triton.name else None
-    return Kernels(**functions, names=names, rope_attention=together, choose_experts=routing)
+    added = triton.linear_add if names["linear"] == triton.name else None
+    return Kernels(**functions, names=names, rope_attention=together, choose_experts=routing, linear_add=added)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,9 @@ class Attention:
         self.kernels.attention(step.q, step.k, step.v, kv, meta, self.scale, self.window, step.attn)
         return step.attn
 
-    def project(self, attn: Tensor, step: StepBuffers) -> None:
-        """What `forward` gave -> step.proj [T, M]; apart from it because the last layer does this for fewer rows."""
+    def project(self, attn: Tensor, step: StepBuffers) -> bool:
+        """What `forward` gave -> step.proj [T, M], or added to step.residual, and then True; apart from it because the last layer does this for fewer rows."""
+        if self.out.add(attn, step.residual):
+            return True
         self.out.forward(attn, step.proj)
+        return False

@@ -89,8 +89,8 @@ class Experts:
             yield self.gate_up
             yield self.down
 
-    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
-        """step.normed [T, M] -> step.proj [T, M]."""
+    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> bool:
+        """step.normed [T, M] -> step.proj [T, M]; False, as it is never added to step.residual here."""
         scores = inputs.scratch.take("router", step.normed.shape[0], self.num_experts)
         self.router.forward(step.normed, scores)
         chosen, weights = self._choose(scores)
@@ -100,6 +100,7 @@ class Experts:
             self.kernels.experts(step.normed, self.gate_up, self.down, chosen, weights, step.proj)
         if self.parallel.size > 1:
             self.parallel.all_reduce(step.proj)
+        return False
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, k] and their weights float32 [T, k] by the router's scores [T, E]."""

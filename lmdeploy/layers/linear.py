@@ -156,3 +156,10 @@ class RowLinear(Linear):
         super().forward(x, out)
         if self.parallel.size > 1:
             self.parallel.all_reduce(out)
+
+    def add(self, x: Tensor, residual: Tensor) -> bool:
+        """residual [T, N] += x @ W.T in the product itself, which saves a pass over both; False, and nothing done, where there is no such product."""
+        weight, product = self.weight, self.kernels.linear_add
+        if product is None or self.parallel.size > 1 or not isinstance(weight, DenseWeight) or weight.bias is not None:
+            return False
+        return product(x, weight.weight, residual)

@@ -39,7 +39,10 @@ class MLP:
         yield from self.gate_up.tensors()
         yield from self.down.tensors()
 
-    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
-        """step.normed [T, M] -> step.proj [T, M]."""
+    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> bool:
+        """step.normed [T, M] -> step.proj [T, M], or added to step.residual, and then True."""
         self.gate_up.gated(step.normed, step.gate_up, step.act)
+        if self.down.add(step.act, step.residual):
+            return True
         self.down.forward(step.act, step.proj)
+        return False

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
-from lmdeploy.layers.build import BuildContext
+from lmdeploy.layers.build import BuildContext, StepBuffers
 
 Tensor = torch.Tensor
 
@@ -34,6 +34,13 @@ class RMSNorm:
     def add(self, x: Tensor, residual: Tensor, out: Tensor) -> None:
         """residual += x, then out = norm(residual). x, residual, out [T, M]."""
         self.kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
+
+    def after(self, step: StepBuffers, added: bool) -> None:
+        """step.normed of the residual after a block: what that gave is in step.proj, or has been added."""
+        if added:
+            self.forward(step.residual, step.normed)
+        else:
+            self.add(step.proj, step.residual, step.normed)
 
     def heads(self, x: Tensor) -> None:
         """Each head of x [T, H, D] in place."""

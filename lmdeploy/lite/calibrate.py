@@ -95,7 +95,7 @@ class Recorder:
         self.paused = False  # True: layers run, nothing is noted (a run that is taken up again)
         self.stats: dict[str, InputStats] = {}
         self._names: dict[int, tuple[str, ...]] = {}  # address of a weight -> its modules
-        self.kernels = replace(kernels, linear=self.linear, linear_silu=gated(self.linear, kernels.silu_mul), experts=self.experts)
+        self.kernels = replace(kernels, linear=self.linear, linear_add=None, linear_silu=gated(self.linear, kernels.silu_mul), experts=self.experts)
 
     def watch(self, prefix: str, layer: Layer) -> None:
         """Forget the last layer and note the weights of this one; names are those below `prefix`."""

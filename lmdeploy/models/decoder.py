@@ -56,8 +56,8 @@ class SmoothingGroup:
 class Block(Module, Protocol):
     """The second half of a layer: a dense MLP or experts."""
 
-    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> None:
-        """step.normed [T, M] -> step.proj [T, M]."""
+    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> bool:
+        """step.normed [T, M] -> step.proj [T, M], or added to step.residual, and then True."""
         ...
 
 
@@ -175,10 +175,8 @@ class Decoder:
 
     def _finish_layer(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, inputs: ForwardInputs, step: StepBuffers) -> None:
         """All after the attention: output projection, MLP, and the norm that follows (the next layer's, or the final one)."""
-        layer.attention.project(attn, step)
-        layer.post_norm.add(step.proj, step.residual, step.normed)
-        layer.mlp.forward(inputs, step)
-        next_norm.add(step.proj, step.residual, step.normed)
+        layer.post_norm.after(step, layer.attention.project(attn, step))
+        next_norm.after(step, layer.mlp.forward(inputs, step))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] of hidden states [R, M]."""

@@ -166,6 +166,23 @@ def test_layers_call_the_kernels_they_are_given(tmp_path: Path) -> None:
     assert calls == layer * 2 + [(131, 64, 7)]
 
 
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_a_product_that_adds_to_the_residual_itself_is_used_where_it_serves(fewest: int, tmp_path: Path) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> bool:
+        if x.shape[0] >= fewest:
+            calls.append((*weight.shape, x.shape[0]))
+            residual.addmm_(x, weight.t())
+        return x.shape[0] >= fewest
+
+    folder = write_llama(tmp_path)
+    found = run_rows(Harness(load_model(folder, kernels=replace(REFERENCE, linear_add=linear_add))), [6])
+    torch.testing.assert_close(found, logits(folder, kernels=REFERENCE)[6:], rtol=1e-5, atol=1e-5)
+    layer, one_row = [(64, 4 * 24, 7), (64, 88, 7)], [(64, 4 * 24, 1), (64, 88, 1)]
+    assert calls == layer * 3 + one_row * (fewest == 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     write_llama(tmp_path)

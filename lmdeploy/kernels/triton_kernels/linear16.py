@@ -232,6 +232,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         REFERENCE.linear(x, weight, bias, out)
 
 
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
+    """residual += x @ weight.T, for rows that are cuBLAS's: it adds what is there before its one rounding. False, and nothing done, for the others."""
+    if x.dtype is torch.float32 or x.shape[0] == 0 or _serves(x, weight, residual):
+        return False
+    torch.addmm(residual, x, weight.t(), out=residual)
+    return True
+
+
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up of x @ weight.T + bias = [gate | up]; as `linear` of the weight. `both` is room for the product where cuBLAS computes it."""
     if x.shape[0] and _serves(x, weight, out):

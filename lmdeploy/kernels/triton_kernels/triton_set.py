@@ -18,7 +18,7 @@ from lmdeploy.kernels.triton_kernels.attention import attention, rope_attention
 from lmdeploy.kernels.triton_kernels.experts import experts
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
 from lmdeploy.kernels.triton_kernels.linear import linear_w8a8
-from lmdeploy.kernels.triton_kernels.linear16 import linear, linear_silu
+from lmdeploy.kernels.triton_kernels.linear16 import linear, linear_add, linear_silu
 from lmdeploy.kernels.triton_kernels.linear_w4 import linear_w4
 from lmdeploy.kernels.triton_kernels.linear_w8 import linear_w8
 from lmdeploy.kernels.triton_kernels.norms import add_rms_norm, head_norm, rms_norm
@@ -31,6 +31,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 ROPE_ATTENTION = rope_attention  # where both of its operators are chosen
 CHOOSE_EXPERTS = choose_experts  # where experts are
+LINEAR_ADD = linear_add  # where `linear` is chosen
 NAME = f"triton {triton.__version__}"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

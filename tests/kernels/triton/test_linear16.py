@@ -68,3 +68,13 @@ def test_gated_products_agree_with_the_reference(rows: int, inner: int, width: i
     wanted = torch.empty(rows, width)
     REFERENCE.linear_silu(x.float(), weight.float(), None if bias is None else bias.float(), torch.empty(rows, 2 * width), wanted)
     close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "serves"), [(70, torch.float16, True), (64, torch.float16, False), (0, torch.float16, False), (70, torch.float32, False)]
+)
+def test_products_that_add_are_for_rows_without_a_kernel_here(rows: int, dtype: torch.dtype, serves: bool) -> None:
+    x, weight, residual = numbers(rows, 64, 0, dtype), numbers(32, 64, 1, dtype), numbers(rows, 32, 2, dtype)
+    found = residual.clone()
+    assert linear16.linear_add(x, weight, found) is serves
+    close(found, residual.float() + x.float() @ weight.float().t()) if serves else torch.testing.assert_close(found, residual, rtol=0, atol=0)
