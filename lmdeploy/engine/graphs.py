@@ -25,6 +25,7 @@ from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, StepLayout
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.sampler import Sampler
 from lmdeploy.log import get_logger
+from lmdeploy.spec import ModelSpec
 
 logger = get_logger(__name__)
 Tensor = torch.Tensor
@@ -32,8 +33,10 @@ Ints = NDArray[np.int64]
 
 #: steps whose inputs may be on their way to the device
 STAGES = 4
-#: tokens of prompts that a graph has room for. A step with more, or with more than MOST_PROMPTS, takes longer on the device than the host needs to launch it
+#: tokens of prompts that a graph has room for, as far as `rows_worth_a_graph`
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+#: seconds that the host needs to launch the kernels of a layer one by one, and multiplications and additions a second of a fast device
+LAYER_LAUNCH, FLOPS = 1.6e-4, 7e14
 #: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py)
 KERNEL_ROWS = (1, 8, 16, 32, 64, 128)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
@@ -44,6 +47,14 @@ def row_buckets(most: int) -> list[int]:
     """Numbers of rows that have a graph: dense where a row more costs much, sparse above."""
     sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, *range(48, 129, 16), *range(160, 257, 32), *range(320, most + 64, 64)]
     return sorted({min(size, most) for size in sizes})
+
+
+def rows_worth_a_graph(spec: ModelSpec) -> int:
+    """Up to how many rows the host launches a step's kernels more slowly than the device runs them. With more, a graph saves nothing, and computes what fills
+    its shape up."""
+    width = spec.moe_intermediate_size * spec.experts_per_token if spec.num_experts else spec.intermediate_size
+    weights = spec.hidden_size * (2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim + 3 * width)
+    return int(LAYER_LAUNCH * FLOPS / (2 * weights))
 
 
 @cache
@@ -141,7 +152,8 @@ class StepGraphs:
         self._tables = tables = builder.tables
         self._sizes = row_buckets(most_rows)
         self._beside = sorted({min(size, most_rows) for size in (*DECODES_BESIDE, most_rows)})
-        self._token_sizes = [size for size in PROMPT_TOKENS if most_rows + size <= builder.scratch.max_rows]
+        most = min(max(rows_worth_a_graph(model.spec), PROMPT_TOKENS[0]), builder.scratch.max_rows)  # one at least, whose kernels are compiled at the start
+        self._mixed = {Shape(beside, tokens) for beside in self._beside for tokens in PROMPT_TOKENS if beside + tokens <= most}
         self._filler = tables.tokens.shape[0] - 1
         largest = self._largest()
         longest = max(sum(shape.lengths()) for shape in largest)
@@ -150,8 +162,7 @@ class StepGraphs:
         self._stage = 0
         self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
-        shapes = [Shape(size, 0) for size in self._sizes] + [Shape(beside, tokens) for beside in self._beside for tokens in self._token_sizes]
-        self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
+        self._ahead = iter(sorted([*(Shape(size, 0) for size in self._sizes), *self._mixed], key=lambda shape: (shape.decodes, shape.tokens)))
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()
@@ -215,16 +226,17 @@ class StepGraphs:
         return shape in self._graphs
 
     def _largest(self) -> list[Shape]:
-        return [Shape(self._sizes[-1], 0), *(Shape(self._sizes[-1], size) for size in self._token_sizes[-1:])]
+        return [Shape(self._sizes[-1], 0), *sorted(self._mixed, key=lambda shape: (shape.rows, shape.decodes))[-1:]]
 
     def _shape(self, layout: StepLayout) -> Shape | None:
         decodes, tokens = layout.num_decode, len(layout.positions) - layout.num_decode
         if not tokens:
             return Shape(self._sizes[bisect_left(self._sizes, decodes)], 0)
-        place = bisect_left(self._token_sizes, tokens)
-        if place == len(self._token_sizes) or len(layout.slots) - decodes > MOST_PROMPTS:
+        place = bisect_left(PROMPT_TOKENS, tokens)
+        if place == len(PROMPT_TOKENS) or len(layout.slots) - decodes > MOST_PROMPTS:
             return None
-        return Shape(self._beside[bisect_left(self._beside, decodes)], self._token_sizes[place])
+        shape = Shape(self._beside[bisect_left(self._beside, decodes)], PROMPT_TOKENS[place])
+        return shape if shape in self._mixed else None
 
     def _send(self, layout: StepLayout, shape: Shape) -> None:
         stage = self._stages[self._stage]

@@ -304,7 +304,9 @@ class ModelRunner:
             return self._take(ran, slots, lengths, sampled, mask)
         assert hidden is not None
         rows = hidden if batch.sample_rows is None else hidden.index_select(0, upload(batch.sample_rows, self.device))
-        return self._sample(self.model.logits(rows), slots, lengths, sampled, mask)
+        logits = torch.empty((rows.shape[0], self.model.spec.vocab_size), dtype=self.dtype, device=self.device)
+        self.model.raw_logits(rows, logits)
+        return self._sample(logits, slots, lengths, sampled, mask)
 
     def _forward(self, batch: StepBatch) -> Tensor:
         inputs = self.batches.inputs(batch.layout)

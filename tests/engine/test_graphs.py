@@ -10,10 +10,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdeploy.engine import graphs as graphs_of_steps
 from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, SlotTables
 from lmdeploy.engine.graphs import Shape, StepGraphs, device_turn, in_shape, lay_out, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
@@ -24,6 +26,7 @@ from lmdeploy.messages import SamplingParams
 CPU = torch.device("cpu")
 FILLER = 8  # a slot with a block of its own, 99
 BLOCK = 4
+SMALL: Any = SimpleNamespace(vocab_size=64, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, num_experts=0)
 
 
 def builder() -> BatchBuilder:
@@ -35,12 +38,15 @@ def builder() -> BatchBuilder:
     return BatchBuilder(tables, [], Scratch(256, torch.float32, CPU), uses_rope_lengths=False)
 
 
+CHUNK, TOKEN = PlanItem(0, 0, 30, [], True), PlanItem(1, 5, 1, [], True)
+
+
 class Captures(StepGraphs):
     """The host's part of it; captures are noted."""
 
     def __init__(self) -> None:
         table, build = SamplingTable(FILLER, 64, CPU), builder()
-        model: Any = SimpleNamespace(spec=SimpleNamespace(vocab_size=64))
+        model: Any = SimpleNamespace(spec=SMALL)
         zeros = torch.zeros
         with (
             mock.patch("torch.zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
@@ -68,6 +74,20 @@ def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
     layout = builder().build(Items.of([PlanItem(0, 0, 30, [], True), PlanItem(1, 5, 1, [], True)]), None).layout
     known = len(graphs.noted)
     assert graphs._shape(layout) in graphs.noted[:known]
+
+
+def test_prompts_have_graphs_as_long_as_the_device_is_done_before_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = SimpleNamespace(hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336, num_experts=0)
+    experts = SimpleNamespace(**{**vars(large), "num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 14336})
+    rows = [graphs_of_steps.rows_worth_a_graph(spec) for spec in (SMALL, large, experts)]
+    assert rows[0] > 100_000 and 200 < rows[1] < 400 and 100 < rows[2] < 200
+    monkeypatch.setattr(graphs_of_steps, "rows_worth_a_graph", lambda spec: 70)
+    graphs = Captures()
+    while graphs.capture_next():
+        pass
+    assert [shape for shape in graphs.noted if shape.tokens] == [Shape(0, 64)]  # 8 + 64 rows are too many
+    shapes = [graphs._shape(builder().build(Items.of(items), None).layout) for items in ([CHUNK], [CHUNK, TOKEN], [TOKEN])]
+    assert shapes == [Shape(0, 64), None, Shape(1, 0)]
 
 
 def test_a_step_whose_graph_cannot_be_made_runs_without_one() -> None:
