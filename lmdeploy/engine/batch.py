@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 class SlotTables:
     """What a rank knows of the sequence in each slot: its tokens, its blocks, its length for a dynamic rope."""
 
-    def __init__(self, num_slots: int, session_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, session_len: int, block_size: int, device: torch.device, *, keeps_rope_lengths: bool = True) -> None:
         self.width, self.block_size, self.device = session_len + 1, block_size, device
+        self._keeps_rope_lengths = keeps_rope_lengths
         self.max_blocks = -(-session_len // block_size) + 1
         # zero_() rather than zeros(): the pages must be resident before the memory bill is written
         self.tokens = torch.empty((num_slots, self.width), dtype=torch.int32, device=device).zero_()
@@ -48,28 +50,33 @@ class SlotTables:
         """Bytes on the device."""
         return self.tokens.nbytes + self.blocks.nbytes
 
-    def set(self, new: NewSequence) -> None:
-        """Forget what `new.slot` held and put the sequence there, without blocks."""
+    def set(self, new: NewSequence, ids: Ints | None = None) -> None:
+        """Forget what `new.slot` held and put the sequence there, without blocks. `ids`: its tokens, where the caller has them as an array already."""
         count = len(new.token_ids)
         assert 0 < count < self.width, f"slot {new.slot}: {count} tokens do not fit session_len {self.width - 1}"
-        self.tokens[new.slot, :count].copy_(upload(np.array(new.token_ids, dtype=np.int32), self.device))
+        numbers = np.array(new.token_ids, dtype=np.int32) if ids is None else ids.astype(np.int32)
+        self.tokens[new.slot, :count].copy_(torch.from_numpy(numbers), non_blocking=True)  # has been read when the call returns, as in `upload`
         self.num_blocks[new.slot] = 0
-        self.rope_lengths[new.slot].fill_(new.rope_length or count)
+        if self._keeps_rope_lengths:
+            self.rope_lengths[new.slot].fill_(new.rope_length or count)
 
     def append_blocks(self, new: Iterable[tuple[int, list[int]]]) -> None:
         """Append (slot, blocks) to the slots' block tables, in one copy to the device."""
-        places: list[int] = []
+        places: list[range] = []
         numbers: list[int] = []
         for slot, blocks in new:
             if blocks:
                 start = self.num_blocks[slot]
                 end = self.num_blocks[slot] = start + len(blocks)
                 assert end <= self.max_blocks, f"slot {slot}: {end} blocks, the table has {self.max_blocks}"
-                places += range(slot * self.max_blocks + start, slot * self.max_blocks + end)
+                places.append(range(slot * self.max_blocks + start, slot * self.max_blocks + end))
                 numbers += blocks
-        if numbers:
-            both = upload(np.array([places, numbers], dtype=np.int64), self.device)
-            self.blocks.view(-1).index_copy_(0, both[0], both[1].int())
+        table = self.blocks.view(-1)
+        if len(places) == 1:  # a prompt alone: straight to its place
+            table[places[0].start : places[0].stop].copy_(torch.from_numpy(np.array(numbers, dtype=np.int32)), non_blocking=True)
+        elif numbers:
+            both = upload(np.array([list(chain.from_iterable(places)), numbers], dtype=np.int64), self.device)
+            table.index_copy_(0, both[0], both[1].int())
 
 
 @dataclass(frozen=True, slots=True)

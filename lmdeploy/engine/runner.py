@@ -169,10 +169,11 @@ class ModelRunner:
 
     def _make_tables(self, session_len: int, spare: int) -> None:
         spec = self.model.spec
-        self.tables = SlotTables(self.max_batch_size + spare, session_len, self.kv.block_size, self.device)
+        depends = spec.rope.depends_on_length
+        self.tables = SlotTables(self.max_batch_size + spare, session_len, self.kv.block_size, self.device, keeps_rope_lengths=depends)
         self.sampling = SamplingTable(self.max_batch_size, spec.vocab_size, self.device)
         self.sampler = Sampler(self.sampling, self.tables.tokens)
-        self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=spec.rope.depends_on_length)
+        self.batches = BatchBuilder(self.tables, self.kv.layers, self.scratch, uses_rope_lengths=depends)
         self._wants: list[SamplingParams | None] = [None] * self.max_batch_size  # of slots that want more than tokens
         self._wanting = np.zeros(self.max_batch_size, dtype=bool)  # which these are
         self._broken: dict[int, str] = {}
@@ -267,9 +268,10 @@ class ModelRunner:
         slot, params, vocab = new.slot, new.sampling, self.model.spec.vocab_size
         self._broken.pop(slot, None)
         try:
-            if not 0 <= min(new.token_ids) <= max(new.token_ids) < vocab:
+            ids = np.fromiter(new.token_ids, dtype=np.int64, count=len(new.token_ids))  # looked at as an array: a prompt's first token waits for this
+            if not 0 <= ids.min() <= ids.max() < vocab:
                 raise ValueError(f"the prompt has token ids outside the vocabulary 0..{vocab - 1}")
-            self.tables.set(new)
+            self.tables.set(new, ids)
             self.sampling.set(slot, params, new.prompt_len)
             self.pictures.set(slot, new.pictures, new.prompt_len)
             if self.guided is not None:

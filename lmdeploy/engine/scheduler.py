@@ -172,6 +172,8 @@ class Scheduler:
     def _schedule_running(self, budget: int) -> Items:
         """Items for running sequences, oldest first."""
         running = self._running
+        if not running:
+            return Items.of(())
         items, missing = running.shares(budget)
         for i in np.flatnonzero(missing > 0).tolist():
             if i >= len(running) or not self._make_room(running[i], missing.item(i)):
