@@ -34,9 +34,11 @@ Ints = NDArray[np.int64]
 #: steps whose inputs may be on their way to the device
 STAGES = 4
 #: tokens of prompts that a graph has room for, as far as `rows_worth_a_graph`
-PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-#: seconds that the host needs to launch the kernels of a layer one by one, and multiplications and additions a second of a fast device
-LAYER_LAUNCH, FLOPS = 1.6e-4, 7e14
+PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+#: seconds that the host needs to launch the kernels of a layer one by one (measured: 0.35 ms), and multiplications and additions a second of a fast device
+LAYER_LAUNCH, FLOPS = 4e-4, 7e14
+#: longer prompts are computed once for each multiple of this while there is no work: libraries make plans for lengths, and load code when it is first needed
+LENGTHS = 512
 #: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py)
 KERNEL_ROWS = (1, 8, 16, 32, 64, 128)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
@@ -163,6 +165,7 @@ class StepGraphs:
         self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter(sorted([*(Shape(size, 0) for size in self._sizes), *self._mixed], key=lambda shape: (shape.decodes, shape.tokens)))
+        self._lengths = iter(range(LENGTHS, min(builder.scratch.max_rows, tables.width - 1) + 1, LENGTHS))
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()
@@ -201,13 +204,24 @@ class StepGraphs:
             self._try_out(Shape(size, 0))
 
     @torch.inference_mode()
-    def capture_next(self) -> bool:
-        """Capture a shape that no step has needed yet; False when there is none left."""
+    def prepare_next(self) -> bool:
+        """Capture a shape that no step has needed yet, or compute a prompt that no graph has room for; False when there is none left."""
         shape = next((shape for shape in self._ahead if shape not in self._graphs), None)
-        if shape is None:
-            return False
-        self._capture(shape)
-        return True
+        if shape is not None:
+            self._capture(shape)
+            return True
+        layouts = (self._prompt(length) for length in self._lengths)
+        layout = next((layout for layout in layouts if self._shape(layout) is None), None)
+        if layout is not None:
+            self._model.forward(self._builder.inputs(layout))
+            if self._tables.device.type == "cuda":  # one at a time: work may come
+                torch.cuda.synchronize(self._tables.device)
+        return layout is not None
+
+    def _prompt(self, length: int) -> StepLayout:
+        """A step of one prompt that is nobody's."""
+        positions, slot, ends = np.arange(length), np.full(length, self._filler), np.array([0, length])
+        return StepLayout(positions, slot, slot[:1], ends[1:], ends, positions[-1:], np.zeros(0, dtype=np.int64), 0)
 
     def _capture(self, shape: Shape) -> bool:
         """Have a graph of that shape; False where it could not be made, for lack of memory as a rule: such steps are launched kernel by kernel."""

@@ -191,11 +191,11 @@ class ModelRunner:
         self.graphs = self._make_graphs() if self.graphed and awake else None
 
     def prepare_ahead(self) -> bool:
-        """Capture a graph that no step has needed yet; True while there are more."""
+        """Capture a graph that no step has needed yet, or compute what comes without one; True while there are more."""
         if self.graphs is None:
             return False
         with device_turn(self.device):
-            return self.graphs.capture_next()
+            return self.graphs.prepare_next()
 
     def set_layout(self, layout: KVLayout) -> None:
         """Other key centres, in an empty pool."""
