@@ -79,7 +79,7 @@ def main() -> None:
         dtype=args.dtype,
         session_len=longest,
         max_batch_size=args.max_batch_size,
-        cache_max_entry_count=args.max_batch_size * (longest // 64 + 2),
+        cache_max_entry_count=min(args.max_batch_size * (longest // 64 + 2), sum((i + o) // 64 + 3 for i, o in pairs)),
         enable_prefix_caching=False,
         random_weights=args.random_weights,
         head_bits=args.head_bits,

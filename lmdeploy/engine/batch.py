@@ -25,6 +25,8 @@ Tensor = torch.Tensor
 
 #: prompts that a CUDA graph has room for beside sequences with one token
 MOST_PROMPTS = 16
+#: steps whose inputs may be on their way to the device
+STAGES = 4
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -132,6 +134,10 @@ class BatchBuilder:
 
     def __init__(self, tables: SlotTables, kv: list[KVLayer], scratch: Scratch, *, uses_rope_lengths: bool) -> None:
         self.tables, self.kv, self.scratch, self.uses_rope_lengths = tables, kv, scratch, uses_rope_lengths
+        # pinned: pageable memory of this size is copied while the host waits
+        most, pinned = 3 * scratch.max_rows + 3 * len(tables.num_blocks) + 1, tables.device.type == "cuda"
+        self._stages = [torch.empty(most, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES if pinned else 1)]
+        self._stage = 0
         self._find_places = places_kernel(tables.device.type) or _find_places
 
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
@@ -162,8 +168,12 @@ class BatchBuilder:
     def inputs(self, layout: StepLayout) -> ForwardInputs:
         """The step on the device, in one copy."""
         parts = (layout.positions, layout.token_slots, layout.slots, layout.ends, layout.query_start, layout.rows)
-        device = upload(np.concatenate(parts), self.tables.device)
-        places = Places(*torch.split(device, [len(part) for part in parts]))
+        sizes = [len(part) for part in parts]
+        stage = self._stages[self._stage][: sum(sizes)]
+        self._stage = (self._stage + 1) % len(self._stages)
+        np.concatenate(parts, out=stage.numpy())
+        device = stage.to(self.tables.device, non_blocking=True, copy=True)
+        places = Places(*torch.split(device, sizes))
         return self.on_device(places, np.diff(layout.query_start).tolist(), layout.ends.tolist(), layout.num_decode)
 
     def on_device(self, places: Places, query_lens: list[int], kv_lens: list[int], num_decode: int) -> ForwardInputs:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, StepLayout
+from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, StepLayout
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.sampler import Sampler
 from lmdeploy.log import get_logger
@@ -31,8 +31,6 @@ logger = get_logger(__name__)
 Tensor = torch.Tensor
 Ints = NDArray[np.int64]
 
-#: steps whose inputs may be on their way to the device
-STAGES = 4
 #: tokens of prompts that a graph has room for, as far as `rows_worth_a_graph`
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 #: seconds that the host needs to launch the kernels of a layer one by one (measured: 0.35 ms), and multiplications and additions a second of a fast device
@@ -42,7 +40,7 @@ LENGTHS = 512
 #: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py)
 KERNEL_ROWS = (1, 8, 16, 32, 64, 128)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
-DECODES_BESIDE = (0, 16, 64, 128)
+DECODES_BESIDE = (0, 16, 64, 128, 256)
 
 
 def row_buckets(most: int) -> list[int]:

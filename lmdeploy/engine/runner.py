@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
+from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.graphs import STAGES, Ran, StepGraphs, device_turn
+from lmdeploy.engine.graphs import Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim

@@ -41,7 +41,7 @@ def test_a_batch_equals_its_definition_token_by_token(raw: list[tuple[int, int, 
     items = [PlanItem(slot, start, count, [], sample) for slot, start, count, sample, _ in raw]
     everything = [all_rows for *_, all_rows in raw]
     tables = tables_with(items)
-    builder = BatchBuilder(tables, [], Scratch(64, torch.float32, CPU), uses_rope_lengths=True)
+    builder = BatchBuilder(tables, [], Scratch(640, torch.float32, CPU), uses_rope_lengths=True)
     batch = builder.build(Items.of(items), everything)
     ordered = sorted(range(len(items)), key=lambda i: items[i].num_tokens > 1)
     assert batch.order.tolist() == ordered and list(batch.items) == [items[i] for i in ordered]
@@ -76,7 +76,7 @@ def test_a_batch_equals_its_definition_token_by_token(raw: list[tuple[int, int, 
 
 def test_types_are_those_of_the_contract() -> None:
     items = [PlanItem(0, 0, 5, [], True), PlanItem(1, 3, 1, [], True)]
-    builder = BatchBuilder(tables_with(items), [], Scratch(64, torch.float32, CPU), uses_rope_lengths=False)
+    builder = BatchBuilder(tables_with(items), [], Scratch(640, torch.float32, CPU), uses_rope_lengths=False)
     inputs = builder.inputs(builder.build(Items.of(items), None).layout)
     meta = inputs.attention
     assert {inputs.token_ids.dtype, inputs.positions.dtype, inputs.logit_rows.dtype, meta.slot_mapping.dtype} == {torch.int64}
