@@ -59,6 +59,15 @@ def test_a_mixture_of_all_kinds_gives_the_same(eager: Engine, graphed: Engine) -
     assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
 
 
+def test_what_is_made_ready_while_there_is_no_work_changes_nothing(model_folder: Path) -> None:
+    engine, params = engine_on("cuda", model_folder), [KINDS["greedy"]] * len(PROMPTS)
+    before = run(engine, params, PROMPTS)  # its prefixes stay in the cache
+    while engine.prepare_ahead():
+        pass
+    assert run(engine, params, PROMPTS) == before
+    engine.close()
+
+
 @pytest.mark.parametrize("policy", [0, 8, "k8v4", 4, 16])
 def test_every_policy_runs_in_graphs(policy: int | str, model_folder: Path) -> None:
     params = [SamplingParams(max_new_tokens=24, ignore_eos=True)] * len(PROMPTS)

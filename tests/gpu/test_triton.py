@@ -99,9 +99,12 @@ def tiles_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("lengths", [[(700, 700)], [(300, 1), (4700, 1), (512, 512), (1500, 1500)]], ids=["alone", "beside decoding"])
+@pytest.mark.parametrize(
+    "lengths", [[(700, 700)], [(1024, 1024)], [(300, 1), (4700, 1), (512, 512), (1500, 1500)]], ids=["alone", "alone in place", "beside decoding"]
+)
 def test_whole_prompts(lengths: list[tuple[int, int]], head_dim: int, dtype: torch.dtype) -> None:
     case = paged_case(FORMATS["16"], Shape(16, 4, head_dim, 64, dtype, "cuda"), sequences(lengths))
+    case.q, case.key, case.value = torch.split(torch.cat([case.q, case.key, case.value], 1), [16, 4, 4], 1)  # parts of one buffer, as in a step
     assert attention._suits_cudnn(case.q, case.layer, case.meta, 0)
     agree(case)
 

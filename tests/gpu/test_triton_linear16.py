@@ -55,6 +55,15 @@ def test_gated_products_agree_with_float32(rows: int, inner: int, width: int) ->
     assert (out.float() - wanted).abs().max() <= STEP[torch.bfloat16] * wanted.abs().max()
 
 
+@pytest.mark.parametrize("rows", [129, 700, 4096])
+@pytest.mark.parametrize(("inner", "outer", "dtype"), [(2048, 2048, torch.bfloat16), (14336, 4096, torch.bfloat16), (172, 72, torch.float16)])
+def test_products_that_add_agree_with_float32(rows: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    (x, weight, _), residual = made(rows, inner, outer, dtype), torch.randn(rows, outer, device=DEVICE).to(dtype)
+    wanted = residual.float() + x.float() @ weight.float().T
+    assert linear16.linear_add(x, weight, residual)
+    assert (residual.float() - wanted).abs().max() <= STEP[dtype] * wanted.abs().max()
+
+
 @pytest.mark.parametrize(("inner", "outer"), SHAPES[:8])
 def test_a_row_has_the_same_bits_whatever_the_others_of_its_bucket(inner: int, outer: int) -> None:
     x, weight, _ = made(64, inner, outer, torch.bfloat16)
