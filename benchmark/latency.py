@@ -42,10 +42,10 @@ def prompts(spec: ModelSpec, batch: int, length: int) -> list[list[int]]:
 
 def run_batch(engine: Engine, inputs: list[list[int]], new_tokens: int, first_id: int) -> tuple[float, float]:
     """(seconds to every first token, seconds to the last token) of a batch submitted at once."""
+    start = time.perf_counter()
     for i, ids in enumerate(inputs):
         sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         engine.add(EngineRequest(request_id=first_id + i, token_ids=ids, sampling=sampling))
-    start = time.perf_counter()
     waiting, first = len(inputs), 0.0
     seen: set[int] = set()
     while engine.has_work:
