@@ -44,6 +44,8 @@ def tokens(outputs: list[EngineOutput]) -> list[int]:
     [
         ({"prompt": []}, "the prompt is empty", "empty_prompt"),
         ({"prompt": [5, 97]}, r"prompt: token id 97 is not in the vocabulary \(0..96\)", "invalid_value"),
+        ({"prompt": [5, -1]}, r"prompt: token id -1 is not in the vocabulary \(0..96\)", "invalid_value"),
+        ({"prompt": [5, 1 << 70]}, r"prompt: token id 1180591620717411303424 is not in the vocabulary", "invalid_value"),
         ({"prompt": [5, -1]}, "prompt: token id -1", "invalid_value"),
         (
             {"prompt": [1] * 48},
