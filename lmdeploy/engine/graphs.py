@@ -33,8 +33,11 @@ Ints = NDArray[np.int64]
 
 #: tokens of prompts that a graph has room for, as far as `rows_worth_a_graph`
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
-#: seconds that the host needs to launch the kernels of a layer one by one (measured: 0.35 ms), and multiplications and additions a second of a fast device
-LAYER_LAUNCH, FLOPS = 4e-4, 7e14
+#: seconds that the host needs to launch the kernels of a layer one by one (measured: 0.35 ms; a step's beginning takes longer than a graph's, too), and
+#: multiplications and additions a second of a fast device
+LAYER_LAUNCH, FLOPS = 7e-4, 7e14
+#: rows for which cuBLAS chooses a bad product on an H200: gate and up of a 7B model take 269 us, those of 456 rows 157
+SLOW_ROWS = 448
 #: longer prompts are computed once for each multiple of this while there is no work: libraries make plans for lengths, and load code when it is first needed
 LENGTHS = 512
 #: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py)
@@ -46,7 +49,7 @@ DECODES_BESIDE = (0, 16, 64, 128, 256)
 def row_buckets(most: int) -> list[int]:
     """Numbers of rows that have a graph: dense where a row more costs much, sparse above."""
     sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, *range(48, 129, 16), *range(160, 257, 32), *range(320, most + 64, 64)]
-    return sorted({min(size, most) for size in sizes})
+    return sorted({most, *(min(size, most) for size in sizes if size != SLOW_ROWS)})
 
 
 def rows_worth_a_graph(spec: ModelSpec) -> int:
@@ -153,16 +156,18 @@ class StepGraphs:
         self._sizes = row_buckets(most_rows)
         self._beside = sorted({min(size, most_rows) for size in (*DECODES_BESIDE, most_rows)})
         most = min(max(rows_worth_a_graph(model.spec), PROMPT_TOKENS[0]), builder.scratch.max_rows)  # one at least, whose kernels are compiled at the start
-        self._mixed = {Shape(beside, tokens) for beside in self._beside for tokens in PROMPT_TOKENS if beside + tokens <= most}
+        self._room = {beside: [tokens for tokens in PROMPT_TOKENS if SLOW_ROWS != beside + tokens <= most] for beside in self._beside}  # for prompts
+        mixed = [Shape(beside, tokens) for beside, sizes in self._room.items() for tokens in sizes]
+        shapes = [*(Shape(size, 0) for size in self._sizes), *mixed]
+        self._largest = [shapes[len(self._sizes) - 1], *sorted(mixed, key=lambda shape: (shape.rows, shape.decodes))[-1:]]
         self._filler = tables.tokens.shape[0] - 1
-        largest = self._largest()
-        longest = max(sum(shape.lengths()) for shape in largest)
+        longest = max(sum(shape.lengths()) for shape in shapes)
         self._inputs = torch.zeros(longest, dtype=torch.int64, device=tables.device)
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
-        self._logits = torch.zeros((max(shape.sequences for shape in largest), model.spec.vocab_size), dtype=dtype, device=tables.device)
+        self._logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
-        self._ahead = iter(sorted([*(Shape(size, 0) for size in self._sizes), *self._mixed], key=lambda shape: (shape.decodes, shape.tokens)))
+        self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
         self._lengths = iter(range(LENGTHS, min(builder.scratch.max_rows, tables.width - 1) + 1, LENGTHS))
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._refused: set[Shape] = set()
@@ -196,7 +201,7 @@ class StepGraphs:
 
     def warm_up(self) -> None:
         """Capture the largest steps, whose memory all others share, and try out the smaller ones that have kernels of their own: no request waits for a compiler."""
-        for shape in self._largest():
+        for shape in self._largest:
             self._captured(shape)
         for size in sorted({self._sizes[bisect_left(self._sizes, min(rows, self._sizes[-1]))] for rows in KERNEL_ROWS}):
             self._try_out(Shape(size, 0))
@@ -237,18 +242,14 @@ class StepGraphs:
             logger.warning("no graph of %s: %s: %s", shape, type(e).__name__, str(e).splitlines()[0])
         return shape in self._graphs
 
-    def _largest(self) -> list[Shape]:
-        return [Shape(self._sizes[-1], 0), *sorted(self._mixed, key=lambda shape: (shape.rows, shape.decodes))[-1:]]
-
     def _shape(self, layout: StepLayout) -> Shape | None:
         decodes, tokens = layout.num_decode, len(layout.positions) - layout.num_decode
         if not tokens:
             return Shape(self._sizes[bisect_left(self._sizes, decodes)], 0)
-        place = bisect_left(PROMPT_TOKENS, tokens)
-        if place == len(PROMPT_TOKENS) or len(layout.slots) - decodes > MOST_PROMPTS:
-            return None
-        shape = Shape(self._beside[bisect_left(self._beside, decodes)], PROMPT_TOKENS[place])
-        return shape if shape in self._mixed else None
+        beside = self._beside[bisect_left(self._beside, decodes)]
+        sizes = self._room[beside]
+        place = bisect_left(sizes, tokens)
+        return None if place == len(sizes) or len(layout.slots) - decodes > MOST_PROMPTS else Shape(beside, sizes[place])
 
     def _send(self, layout: StepLayout, shape: Shape) -> None:
         stage = self._stages[self._stage]
