@@ -35,6 +35,8 @@ PLACES = {
 }
 SORT = {"chosen": I64, "order": I32, "tiles": I32, "pairs": "i32", "most": "i32"}
 GROUPED = {"x": BF16, "weight": BF16, "out": BF16, "order": I32, "tiles": I32, **dict.fromkeys(("N", "K", "x_row", "most", "choices"), "i32")}
+GATE_UP_1 = {"x": BF16, "weight": BF16, "chosen": I64, "hidden": BF16, "N": "i32", "K": "i32"}
+DOWN_1 = {"hidden": BF16, "weight": BF16, "chosen": I64, "shares": "*fp32", "out": BF16, "N": "i32", "K": "i32", "choices": "i32"}
 SUM = {"parts": BF16, "weights": "*fp32", "out": BF16, "width": "i32", "choices": "i32"}
 ROUTE = {"scores": BF16, "chosen": I64, "weights": "*fp32", "score_row": "i32"}
 CASES = {
@@ -47,8 +49,11 @@ CASES = {
     "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
     "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
     "sort by expert": (experts._sort_kernel, SORT, {"COUNT": 128, "BINS": 128, "BM": 16, "BLOCK": 1024}, 3),
-    "experts of one token": (experts._product_kernel, GROUPED, {"SILU": True, "ALONE": True, "BM": 16, "BN": 64, "BK": 128}, 3),
-    "experts of many tokens": (experts._product_kernel, GROUPED, {"SILU": True, "ALONE": False, "BM": 64, "BN": 128, "BK": 64}, 3),
+    "experts of few tokens": (experts._product_kernel, GROUPED, {"SILU": False, "BM": 16, "BN": 64, "BK": 128}, 4),
+    "experts of many tokens": (experts._product_kernel, GROUPED, {"SILU": True, "BM": 64, "BN": 128, "BK": 64}, 3),
+    "gate and up of one token": (experts._gate_up_of_one_kernel, GATE_UP_1, {"WHOLE": True, "BN": 2, "BK": 4096}, 3),
+    "gate and up of a long token": (experts._gate_up_of_one_kernel, GATE_UP_1, {"WHOLE": False, "BN": 4, "BK": 1024}, 3),
+    "down of one token": (experts._down_of_one_kernel, DOWN_1, {"PLACES": 8, "BN": 4, "BK": 256}, 3),
     "sum over choices": (experts._sum_kernel, SUM, {"BLOCK": 1024}, 3),
     "choice of experts": (routing._choose_kernel, ROUTE, {"COUNT": 128, "CHOICES": 8, "NORMALISE": True, "BINS": 128, "PLACES": 8}, 3),
 }

@@ -10,10 +10,10 @@ from lmdeploy.kernels.reference import REFERENCE
 experts = pytest.importorskip("lmdeploy.kernels.triton_kernels.experts", reason="triton is not installed")
 
 Tensor = torch.Tensor
-#: rows, experts, choices, model width, inner width: one row, ragged edges of tiles in all directions, one expert only, every choice of BM, more pairs than a
-#: program of the sort looks at together
-SHAPES = [(1, 5, 2, 24, 36), (1, 1, 1, 40, 130), (3, 8, 2, 72, 20), (7, 128, 8, 40, 24), (16, 6, 3, 130, 68), (40, 3, 3, 64, 72), (24, 3, 2, 64, 20), (70, 1, 1, 20, 12),
-          (200, 4, 2, 36, 150), (400, 2, 2, 16, 8), (1100, 40, 2, 8, 12)]  # fmt: skip
+#: rows, experts, choices, model width, inner width: one row, ragged edges of tiles in all directions, one expert only, every tile, more pairs
+#: than a program of the sort looks at together
+SHAPES = [(1, 5, 2, 24, 36), (1, 12, 9, 12, 140), (1, 1, 1, 40, 130), (3, 8, 2, 72, 20), (7, 128, 8, 40, 24), (16, 6, 3, 130, 68),
+          (40, 3, 3, 64, 72), (24, 3, 2, 64, 20), (70, 1, 1, 20, 12), (200, 4, 2, 36, 150), (1100, 40, 2, 8, 12), (2600, 5, 2, 8, 12)]  # fmt: skip
 STEP = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 
@@ -44,6 +44,12 @@ def test_experts_agree_with_the_reference(shape: tuple[int, int, int, int, int],
     close(run(*inputs), *inputs)
 
 
+def test_one_row_may_be_longer_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "WHOLE_ROWS", 512)
+    inputs = made(1, 3, 2, 1040, 6, torch.float16)
+    close(run(*inputs), *inputs)
+
+
 @pytest.mark.parametrize("expert", [0, 3, 4])
 def test_all_tokens_may_choose_one_expert_and_the_same_twice(expert: int) -> None:
     x, gate_up, down, ids, weights = made(37, 5, 2, 24, 20, torch.float16)
@@ -54,8 +60,20 @@ def test_all_tokens_may_choose_one_expert_and_the_same_twice(expert: int) -> Non
 def test_every_bucket_of_pairs_is_met() -> None:
     """The shapes above use every tile there is."""
     for dtype in STEP:
-        used = {experts._shape(rows * choices, count, dtype) for rows, count, choices, _, _ in SHAPES}
-        assert used == {experts._shape(pairs, 1, dtype) for pairs in range(300)}
+        used = {experts._shape(rows * choices, count, dtype, True) for rows, count, choices, _, _ in SHAPES if rows > 1}
+        assert used == {experts._shape(pairs, 1, dtype, True) for pairs in range(300)}
+
+
+@pytest.mark.parametrize(("count", "pairs", "height"), [(5, 2, 16), (128, 800, 16), (3, 5000, 64), (1, 3000, 128)])
+def test_every_pair_is_in_one_tile_of_its_expert(count: int, pairs: int, height: int) -> None:
+    chosen = torch.randint(0, count, (pairs, 1), generator=torch.Generator().manual_seed(pairs))
+    order, tiles = experts._sorted(chosen, count, height)
+    seen: list[int] = []
+    for expert, first, end in tiles.T.tolist():
+        if expert >= 0:
+            assert 0 < end - first <= height and (chosen[order[first:end].long()] == expert).all()
+            seen += order[first:end].tolist()
+    assert sorted(seen) == list(range(pairs)) and set(tiles[0].tolist()) <= {-1, *range(count)}
 
 
 def test_a_row_has_the_same_bits_whatever_the_others_choose() -> None:
