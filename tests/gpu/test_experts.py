@@ -60,7 +60,7 @@ def wanted(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
 def test_experts_agree_with_float32(name: str, dtype: torch.dtype) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     gate_up, down = made(name, dtype)
-    for rows in (1, 2, 8, 64, 256, 1200) if dtype is not torch.float32 else (1, 8, 64):
+    for rows in (1, 8, 64, 256, 1200) if dtype is not torch.float32 else (1, 8, 64):
         x, (ids, weights) = torch.randn(rows, gate_up.shape[2], device=DEVICE).to(dtype), routed(name, rows)
         if rows == 64:
             ids[:] = ids[0]  # all of them choose the same
