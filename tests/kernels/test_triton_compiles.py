@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from lmdeploy.kernels.triton_kernels import activation, experts, linear16, norms, places, routing  # noqa: E402
+from lmdeploy.kernels.triton_kernels import activation, experts, linear16, linear_w4_mid, norms, places, routing  # noqa: E402
 
 BF16, I64, I32 = "*bf16", "*i64", "*i32"
 ROW = {"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "N": "i32", "K": "i32"}
@@ -39,6 +39,12 @@ GATE_UP_1 = {"x": BF16, "weight": BF16, "chosen": I64, "hidden": BF16, "N": "i32
 DOWN_1 = {"hidden": BF16, "weight": BF16, "chosen": I64, "shares": "*fp32", "out": BF16, "N": "i32", "K": "i32", "choices": "i32"}
 SUM = {"parts": BF16, "weights": "*fp32", "out": BF16, "width": "i32", "choices": "i32"}
 ROUTE = {"scores": BF16, "chosen": I64, "weights": "*fp32", "score_row": "i32"}
+W4 = {
+    **{"x": BF16, "sums": "*fp32", "qweight": "*i16", "scales": "*fp16", "zeros": "*u8", "bias": BF16, "out": BF16, "parts": "*fp32", "arrived": I32},
+    **dict.fromkeys(("T", "N", "pitch", "padded", "out_row", "groups", "splits", "steps"), "i32"),
+}
+MID = {"QUARTER": 32, "PER": 1, "HAS_BIAS": True, "SPLIT": True, "ASM": True, "BM": 64, "BN": 128, "BAND": 8, "AHEAD": 2, "STAGES": 3}
+PARTED = {"x": "*i64", "out": BF16, "sums": "*fp32", "tiles": "i32", "x_row": "i32", "padded": "i32"}
 CASES = {
     "one row": (linear16._row_kernel, ROW, {"SILU": False, "HAS_BIAS": True, "WHOLE": True, "BN": 4, "BK": 2048}, 3),
     "one row with silu": (linear16._row_kernel, ROW, {"SILU": True, "HAS_BIAS": False, "WHOLE": True, "BN": 2, "BK": 4096}, 3),
@@ -47,6 +53,8 @@ CASES = {
     "64 rows with silu": (linear16._rows_kernel, ROWS, {"SILU": True, "HAS_BIAS": True, "SPLIT": 1, "BM": 64, "BN": 64, "BK": 128}, 4),
     "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "BLOCK": 4096}, 3),
     "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
+    "4-bit weights": (linear_w4_mid._mid_kernel, W4, MID, 3),
+    "quarters of rows": (linear_w4_mid._part_kernel, PARTED, {"QUARTER": 32, "BT": 8}, 3),
     "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
     "sort by expert": (experts._sort_kernel, SORT, {"COUNT": 128, "BINS": 128, "BM": 16, "BLOCK": 1024}, 3),
     "experts of few tokens": (experts._product_kernel, GROUPED, {"SILU": False, "BM": 16, "BN": 64, "BK": 128}, 4),
@@ -74,3 +82,6 @@ def test_kernels_compile(case: str, capability: int) -> None:
     assert compiled.asm["ptx"].count("griddepcontrol.wait") == int(hopper and "PDL" in constants)
     if hopper:
         assert compiled.metadata.shared <= 227 << 10
+    if kernel is linear_w4_mid._mid_kernel:  # from shared memory to the registers of tensor cores, with no other order of threads between
+        loads = [line for line in compiled.asm["ttgir"].splitlines() if "local_load" in line and "xi16" in line]
+        assert loads and all("dot_op<{opIdx = 0" in line for line in loads)

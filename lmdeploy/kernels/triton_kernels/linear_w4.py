@@ -7,16 +7,15 @@ is multiplied by the group's scale. So no weight is rounded.
 
 Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel
 before has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups; `linear_w4_row.py` takes one row where weight
-rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even and odd inputs are parted beforehand. From MANY_ROWS on, weights are written
-out in 16 bits, a bounded number of rows at a time, for cuBLAS.
+rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even and odd inputs are parted beforehand, and from MANY_ROWS on `linear_w4_mid.py`
+does. From MID_ROWS on, weights are written out in 16 bits, a bounded number of rows at a time, for cuBLAS.
 
-A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128; where a sum is
-split among programs, the last one adds the parts in one order.
+A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192;
+where a sum is split among programs, the last one adds the parts in one order.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -24,21 +23,22 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.reference import linear as linear_dense
-from lmdeploy.kernels.triton_kernels import linear, linear_w4_row
+from lmdeploy.kernels.triton_kernels import linear, linear_w4_mid, linear_w4_row
+from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
 
 #: Inputs whose numbers are multiplied together: a group, or the part of one that is a power of two; below the smaller one the general kernel serves.
 TILE, SMALLEST_TILE = 128, 32
-#: Rows up to which memory, and up to which tensor cores fed from registers, are the fastest way.
-FEW_ROWS, MANY_ROWS = 16, 128
+#: Rows up to which memory, up to which `_many_kernel`, and up to which `linear_w4_mid.py` is the fastest way.
+FEW_ROWS, MANY_ROWS, MID_ROWS = 16, 64, 192
 #: Numbers of a weight that are written out at once: 128 MiB.
 MOST_NUMBERS = 1 << 26
 #: Numbers of a weight that is worth wide tiles of 33 to 64 rows.
 LARGE = 1 << 25
-#: Sums that a launch splits at most; inputs that a program of `_part_kernel` parts.
-MOST_SUMS, PART = 1 << 16, 512
+#: Inputs that a program of `_part_kernel` parts.
+PART = 512
 
 
 @triton.jit
@@ -155,32 +155,6 @@ def _parted(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _finish(
-    total: tl.tensor, out: tl.tensor, bias: tl.tensor, parts: tl.tensor, arrived: tl.tensor, cols: tl.tensor, rows: tl.tensor, T: tl.tensor, N: tl.tensor,
-    out_row: tl.tensor, split: tl.tensor, splits: tl.tensor, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-) -> None:  # fmt: skip
-    """out[rows, cols] = total [BN, BM] + bias. With SPLIT a program has a part of the sum: the last one to arrive adds all of them, in their order."""
-    place = out + rows[None, :].to(tl.int64) * out_row + cols[:, None]
-    mask = (cols < N)[:, None] & (rows < T)[None, :]
-    more = tl.zeros_like(total)
-    if HAS_BIAS:
-        more += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
-    if SPLIT:
-        part = parts + rows[None, :] * N + cols[:, None]
-        tl.store(part + split * (T * N), total, mask=mask)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
-            tl.debug_barrier()
-            total = tl.zeros_like(total)
-            for other in range(splits):
-                total += tl.load(part + other * (T * N), mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(place, (total + more).to(out.dtype.element_ty), mask=mask)
-            tl.store(arrived, 0)
-    else:
-        tl.store(place, (total + more).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _few_products(packed: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: tl.tensor, dtype: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
     """[G, BN, BM] of packed [G, BN, HALF] and words [G, HALF, BM]: the sums of a tile, scaled. In bfloat16 tensor cores sum x too, which costs less than
     128 + zero taken from each number: it is taken from the sum. (1024 would cost float16 too many bits.)"""
@@ -195,12 +169,6 @@ def _few_products(packed: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: t
         low, high = _numbers(packed, zero[:, :, None], dtype, ASM)
         part = tl.dot(high, odd, tl.dot(low, even))
     return part * scale.to(tl.float32)[:, :, None]
-
-
-@triton.jit
-def _ask(pointers: tl.tensor) -> tl.tensor:
-    """Ask L2 for lines that will be read."""
-    return tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
@@ -222,7 +190,7 @@ def _once_kernel(
     after_previous(PDL)
     words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
     total = _few_products(packed, tl.load(words_at, mask=(rows < T)[None, None, :], other=0), scale, zero, out.dtype.element_ty, ASM)
-    _finish(tl.sum(total, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    finish(tl.sum(total, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
 
 
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
@@ -241,7 +209,7 @@ def _few_kernel(
     row = tl.minimum(cols, N - 1).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        _ask(qweight + row[:, None] * pitch + split * steps * (W * HALF) + tl.arange(0, AHEAD)[None, :] * 128)
+        ask(qweight + row[:, None] * pitch + split * steps * (W * HALF) + tl.arange(0, AHEAD)[None, :] * 128)
         tl.extra.cuda.gdc_wait()
     bytes_at = qweight + row[None, :, None] * pitch + tile[:, None, None] * HALF + inputs[None, None, :]
     words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
@@ -256,7 +224,7 @@ def _few_kernel(
         at = group + ((tile + tl.minimum(step + 1, steps - 1) * W) // PER)[:, None]
         next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
         acc += _few_products(packed, tl.load(words_at + step * (W * HALF), mask=live, other=0), scale, zero, out.dtype.element_ty, ASM)
-    _finish(tl.sum(acc, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    finish(tl.sum(acc, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
 
 
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
@@ -293,7 +261,7 @@ def _many_kernel(
         low, high = _numbers(packed, zero[:, None], dtype, ASM)
         part = tl.dot(high, tl.trans(odd), tl.dot(low, tl.trans(even)))
         acc += part * scale.to(tl.float32)[:, None]
-    _finish(acc, out, bias, parts, arrived + pid, cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    finish(acc, out, bias, parts, arrived + pid, cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
 
 
 @triton.jit
@@ -347,14 +315,6 @@ def _share(wanted: int, tiles: int) -> int:
     return wanted
 
 
-def _splits(programs: int, tiles: int, most: int) -> int:
-    """Programs that share a sum, so that there are at most `most`, each with four tiles or more."""
-    splits = 1
-    while splits < 8 and programs * splits * 2 <= most and tiles % (splits * 2) == 0 and tiles >= splits * 8:
-        splits *= 2
-    return splits
-
-
 def _once(rows: int, outer: int, tiles: int) -> _Launch | None:
     """What was fastest on an H200 for the weights of a 1.8B and a 7B model: `_once_kernel` for the smaller ones."""
     height, columns, most = (8, 32, 384) if rows <= 8 else (16, 16, 256)
@@ -367,26 +327,20 @@ def _few(rows: int, outer: int, tiles: int) -> _Launch:
     """`_few_kernel` for the others. The largest weights leave no room for the next kernel's programs: two warps a program, and one kernel after the other."""
     huge = outer >= 24576
     if rows <= 8:
-        splits = 4 if tiles >= 64 else 1
-        launch = _Launch(8, 64, 2, 2, 3, splits, overlaps=False) if huge else _Launch(8, 32, 4, 4, 3, splits)
+        count = 4 if tiles >= 64 else 1
+        launch = _Launch(8, 64, 2, 2, 3, count, overlaps=False) if huge else _Launch(8, 32, 4, 4, 3, count)
     else:
-        splits = _splits(triton.cdiv(outer, 64), tiles, 264)
-        launch = _Launch(16, 64, 2, 2, 3, splits) if huge else _Launch(16, 64, 4, 4, 2, splits)
+        count = count_splits(triton.cdiv(outer, 64), tiles, 264)
+        launch = _Launch(16, 64, 2, 2, 3, count) if huge else _Launch(16, 64, 4, 4, 2, count)
     warps = _share(launch.warps, tiles)
-    return launch._replace(tiles=warps, warps=warps, splits=_share(splits, tiles // warps))
+    return launch._replace(tiles=warps, warps=warps, splits=_share(count, tiles // warps))
 
 
 def _many(rows: int, outer: int, tiles: int, large: bool) -> _Launch:
-    """`_many_kernel` by three heights."""
-    height = 32 if rows <= 32 else 64 if rows <= 64 else 128
+    """`_many_kernel` by two heights."""
+    height = 32 if rows <= 32 else 64
     columns, warps = (128, 8) if large and height == 64 else (64, 4)
-    return _Launch(height, columns, 1, warps, 2 if height == 128 else 3, _splits(triton.cdiv(outer, columns) * triton.cdiv(rows, height), tiles, 384))
-
-
-@functools.cache
-def _arrivals(device: torch.device) -> Tensor:
-    """How many programs of each sum that is split have done their part. Zero between launches, which therefore must follow each other on one stream."""
-    return torch.zeros(MOST_SUMS, dtype=torch.int32, device=device)
+    return _Launch(height, columns, 1, warps, 3, count_splits(triton.cdiv(outer, columns) * triton.cdiv(rows, height), tiles, 384))
 
 
 def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -397,8 +351,10 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: T
         linear.linear_w4(x, qweight, scales, zeros, bias, out)
     elif tile == TILE and linear_w4_row.serves(x, scales.shape[0]):
         linear_w4_row.multiply(x, (qweight, scales, zeros), bias, out)
-    elif rows > MANY_ROWS:
+    elif rows > MID_ROWS or (rows > MANY_ROWS and tile < linear_w4_mid.SMALLEST_TILE):
         _written_out(x, (qweight, scales, zeros), tile, bias, out)
+    elif rows > MANY_ROWS:
+        linear_w4_mid.multiply(x, (qweight, scales, zeros), tile, bias, out)
     elif rows:
         _in_registers(x, (qweight, scales, zeros), tile, bias, out)
 
@@ -424,7 +380,7 @@ def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, b
         _part_kernel[(rows, triton.cdiv(inner // 2, PART))](words, source, inner // 2, words.stride(0), BT=PART, **shared)
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
     arguments = (
-        source, *weight, out if bias is None else bias, out, parts, _arrivals(x.device), rows, outer, inner // 2, source.stride(0), out.stride(0), groups,
+        source, *weight, out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 2, source.stride(0), out.stride(0), groups,
         launch.splits,
     )  # fmt: skip
     shared |= {"PER": inner // groups // tile, "HAS_BIAS": bias is not None, "SPLIT": launch.splits > 1, "ASM": x.is_cuda, "num_warps": launch.warps}

@@ -9,6 +9,7 @@ from lmdeploy.kernels.reference import REFERENCE
 
 row = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4_row", reason="triton is not installed")
 w4 = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4", reason="triton is not installed")
+mid = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4_mid", reason="triton is not installed")
 
 Tensor = torch.Tensor
 #: inputs, outputs, group: split sums of whole tiles, several warps and steps, split sums, groups below and above a tile, groups that are no power of two, one tile
@@ -34,7 +35,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert (found.float() - wanted.float()).abs().max() <= 2e-3 * wanted.float().abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 17, 70])
+@pytest.mark.parametrize("rows", [1, 8, 9, 17, 70, 130])
 @pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
 def test_it_agrees_with_the_reference(rows: int, inner: int, outer: int, group: int) -> None:
     x, parts, bias = activations(rows, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
@@ -47,7 +48,7 @@ def test_it_agrees_with_the_reference(rows: int, inner: int, outer: int, group: 
 
 @pytest.mark.parametrize(("inner", "outer", "group"), SHAPES[:6])
 def test_many_rows_are_multiplied_by_weights_that_are_written_out(inner: int, outer: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4, "MANY_ROWS", 2)
+    monkeypatch.setattr(w4, "MID_ROWS", 2)
     monkeypatch.setattr(w4, "MOST_NUMBERS", 10 * inner)
     x, parts, bias = activations(3, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
     for extra in (bias, None):
@@ -86,6 +87,43 @@ def test_a_row_has_the_same_bits_among_few_and_among_many(inner: int, outer: int
     assert torch.equal(few, together[5 : 5 + first])
 
 
+@pytest.mark.parametrize(("least", "most"), [(17, 31), (33, 60), (65, 120), (129, 190)])
+def test_a_row_has_the_same_bits_among_its_number_of_rows_and_among_more(least: int, most: int) -> None:
+    x, parts = activations(most, 2048), weight(2048, 40, 128)
+    together, fewer = torch.empty(most, 40, dtype=x.dtype), torch.empty(least, 40, dtype=x.dtype)
+    w4.linear_w4(x, *parts, None, together)
+    w4.linear_w4(x[:least], *parts, None, fewer)
+    assert torch.equal(fewer, together[:least])
+
+
+def test_groups_without_a_scale_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are kept in units of the present group's scale, which may be zero: for the first group, for others, for all of a row."""
+    monkeypatch.setattr(w4, "MANY_ROWS", 16)
+    x, (qweight, scales, zeros) = activations(20, 1024), weight(1024, 40, 128)
+    scales[0, 0] = scales[1, 3] = scales[2, -1] = 0
+    scales[3] = 0
+    scales[4] = -scales[4]
+    found, wanted = torch.empty(20, 40, dtype=x.dtype), torch.empty(20, 40, dtype=x.dtype)
+    w4.linear_w4(x, qweight, scales, zeros, None, found)
+    REFERENCE.linear_w4(x, qweight, scales, zeros, None, wanted)
+    close(found, wanted)
+    assert not found[:, 3].abs().gt(1e-6).any()
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(20, 2), (70, 1)])
+def test_tiles_of_the_result_that_are_smaller_than_it(rows: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of rows and of columns, in bands of columns, whole sums and split ones."""
+    monkeypatch.setattr(w4, "MANY_ROWS", 16)
+    monkeypatch.setattr(mid, "_launch", lambda *sizes: mid._Launch(16, 16, 3, splits))
+    monkeypatch.setattr(mid, "BAND", 2)
+    x, parts, bias = activations(rows, 512), weight(512, 72, 128), activations(1, 72)[0].contiguous()
+    found, wanted = (torch.full((rows, 72), float("nan"), dtype=x.dtype) for _ in range(2))
+    w4.linear_w4(x, *parts, bias, found)
+    REFERENCE.linear_w4(x, *parts, bias, wanted)
+    close(found, wanted)
+    assert not w4.arrivals(torch.device("cpu")).any()
+
+
 @pytest.mark.parametrize(("rows", "inner"), [(3, 8192), (12, 2048)])
 def test_weights_that_are_streamed(rows: int, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those are that `_once_kernel` leaves alone for their size; one of the two sums is split."""
@@ -95,7 +133,7 @@ def test_weights_that_are_streamed(rows: int, inner: int, monkeypatch: pytest.Mo
     w4.linear_w4(x, *parts, bias, found)
     REFERENCE.linear_w4(x, *parts, bias, wanted)
     close(found, wanted)
-    assert not w4._arrivals(torch.device("cpu")).any()
+    assert not w4.arrivals(torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize(("inner", "outer", "group"), [(128, 16, 128), (2048, 40, 128), (1536, 33, 256), (2176, 17, 128), (4096, 48, 128)])
@@ -123,7 +161,7 @@ def test_the_weights_of_known_models_take_the_kernel_that_was_fastest() -> None:
 
 def test_split_sums_leave_their_counters_at_zero() -> None:
     w4.linear_w4(activations(1, 4096), *weight(4096, 40, 128), None, torch.empty(1, 40, dtype=torch.float16))
-    assert not w4._arrivals(torch.device("cpu")).any()
+    assert not w4.arrivals(torch.device("cpu")).any()
 
 
 def test_other_types_take_the_general_kernel() -> None:
