@@ -40,7 +40,15 @@ DOWN_1 = {"hidden": BF16, "weight": BF16, "chosen": I64, "shares": "*fp32", "out
 SUM = {"parts": BF16, "weights": "*fp32", "out": BF16, "width": "i32", "choices": "i32"}
 ROUTE = {"scores": BF16, "chosen": I64, "weights": "*fp32", "score_row": "i32"}
 W4 = {
-    "x": BF16, "sums": "*fp32", "qweight": "*i16", "scales": "*fp16", "zeros": "*u8", "bias": BF16, "out": BF16, "parts": "*fp32", "arrived": I32,
+    "x": BF16,
+    "sums": "*fp32",
+    "qweight": "*i16",
+    "scales": "*fp16",
+    "zeros": "*u8",
+    "bias": BF16,
+    "out": BF16,
+    "parts": "*fp32",
+    "arrived": I32,
     **dict.fromkeys(("T", "N", "pitch", "padded", "out_row", "groups", "splits", "steps"), "i32"),
 }
 MID = {"QUARTER": 32, "PER": 1, "HAS_BIAS": True, "SPLIT": True, "ASM": True, "BM": 64, "BN": 128, "BAND": 8, "AHEAD": 2, "STAGES": 3}
