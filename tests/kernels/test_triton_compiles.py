@@ -51,7 +51,7 @@ W4 = {
     "arrived": I32,
     **dict.fromkeys(("T", "N", "pitch", "padded", "out_row", "groups", "splits", "steps"), "i32"),
 }
-MID = {"QUARTER": 32, "PER": 1, "HAS_BIAS": True, "SPLIT": True, "ASM": True, "BM": 64, "BN": 128, "BAND": 8, "AHEAD": 2, "STAGES": 3}
+MID = {"QUARTER": 32, "PER": 1, "HAS_BIAS": True, "SPLIT": True, "ASM": True, "BM": 64, "BN": 128, "BAND": 8, "AHEAD": 2, "DEEP": 8, "STAGES": 3}
 PARTED = {"x": "*i64", "out": BF16, "sums": "*fp32", "tiles": "i32", "x_row": "i32", "padded": "i32"}
 CASES = {
     "one row": (linear16._row_kernel, ROW, {"SILU": False, "HAS_BIAS": True, "WHOLE": True, "BN": 4, "BK": 2048}, 3),

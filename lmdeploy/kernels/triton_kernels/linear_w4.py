@@ -8,7 +8,7 @@ is multiplied by the group's scale. So no weight is rounded.
 Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel
 before has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups; `linear_w4_row.py` takes one row where weight
 rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even and odd inputs are parted beforehand, and from MANY_ROWS on `linear_w4_mid.py`
-does. From MID_ROWS on, weights are written out in 16 bits, a bounded number of rows at a time, for cuBLAS.
+does, as far as it pays. For still more rows weights are written out in 16 bits, a bounded number of weight rows at a time, for cuBLAS.
 
 A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192;
 where a sum is split among programs, the last one adds the parts in one order.
@@ -31,8 +31,8 @@ Tensor = torch.Tensor
 
 #: Inputs whose numbers are multiplied together: a group, or the part of one that is a power of two; below the smaller one the general kernel serves.
 TILE, SMALLEST_TILE = 128, 32
-#: Rows up to which memory, up to which `_many_kernel`, and up to which `linear_w4_mid.py` is the fastest way.
-FEW_ROWS, MANY_ROWS, MID_ROWS = 16, 64, 192
+#: Rows up to which memory, and up to which `_many_kernel` is the fastest way.
+FEW_ROWS, MANY_ROWS = 16, 64
 #: Numbers of a weight that are written out at once: 128 MiB.
 MOST_NUMBERS = 1 << 26
 #: Numbers of a weight that is worth wide tiles of 33 to 64 rows.
@@ -351,12 +351,12 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: T
         linear.linear_w4(x, qweight, scales, zeros, bias, out)
     elif tile == TILE and linear_w4_row.serves(x, scales.shape[0]):
         linear_w4_row.multiply(x, (qweight, scales, zeros), bias, out)
-    elif rows > MID_ROWS or (rows > MANY_ROWS and tile < linear_w4_mid.SMALLEST_TILE):
-        _written_out(x, (qweight, scales, zeros), tile, bias, out)
-    elif rows > MANY_ROWS:
+    elif 0 < rows <= MANY_ROWS:
+        _in_registers(x, (qweight, scales, zeros), tile, bias, out)
+    elif rows and linear_w4_mid.serves(rows, scales.shape[0], x.shape[1], tile):
         linear_w4_mid.multiply(x, (qweight, scales, zeros), tile, bias, out)
     elif rows:
-        _in_registers(x, (qweight, scales, zeros), tile, bias, out)
+        _written_out(x, (qweight, scales, zeros), tile, bias, out)
 
 
 def _words(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products of 65 to 192 rows with 4-bit weights, out^T = W x^T.
+"""Products of 65 to 128 rows, and of more with large weights, in 4 bits, out^T = W x^T.
 
 A tile of a weight goes from shared memory to the registers from which tensor cores take it, and becomes 16-bit floats there. For that, an element of two
 bytes has four numbers, and number i of all elements of a tile makes a product of its own, with the inputs of those numbers: x is rearranged once, into the
@@ -26,8 +26,8 @@ SMALLEST_TILE = 64
 TILES = 8
 #: Lines of each weight row that L2 is asked for ahead of time. (What lies behind a weight's end may be asked for too: nothing is read.)
 AHEAD = 2
-#: Tiles that L2 is asked for ahead of their turn.
-DEEP = tl.constexpr(8)
+#: Rows that one tile of the result holds, rows up to which several pay where a weight has at least LARGE numbers.
+TILE_ROWS, MOST_ROWS, LARGE = 128, 192, 1 << 25
 #: Columns of tiles that are computed together for all rows.
 BAND = 8
 #: A group's scale that is zero is replaced by this: its sum is nothing beside any other, and the quotient of scales stays finite.
@@ -85,10 +85,10 @@ def _mid_kernel(
     x: tl.tensor, sums: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
     T: tl.tensor, N: tl.tensor, pitch: tl.tensor, padded: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor, steps: tl.tensor,
     QUARTER: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, AHEAD: tl.constexpr, DEEP: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """BM rows and BN columns, a tile of QUARTER elements of each weight row a step. x and sums: what `_part_kernel` made, of `padded` rows. L2 is asked
-    for the first lines of each weight row before the kernel before has ended, and then DEEP tiles ahead."""
+    for the first lines of each weight row before the kernel before has ended, and then for what lies DEEP tiles ahead."""
     pid, split = tl.program_id(0), tl.program_id(1)
     down = tl.cdiv(T, BM)
     first = (pid // (BAND * down)) * BAND  # programs that run together share columns and rows in the L2 cache
@@ -114,7 +114,7 @@ def _mid_kernel(
         following = tl.minimum(step + 1, steps - 1)
         scale, zero, total = tl.where(next_scale == 0.0, TINY, next_scale), next_zero, next_sum
         packed = tl.load(packed_at + step * QUARTER)
-        if PDL:
+        if DEEP:
             ask(qweight + row * pitch + (tile + tl.minimum(step + DEEP, steps - 1)) * QUARTER)
         next_at = at + (tile + following) // PER
         next_scale, next_zero, next_sum = _scales_at(scales + next_at, ASM), _zeros_at(zeros + next_at, ASM), tl.load(sums_at + following * padded)
@@ -150,21 +150,27 @@ def _part_kernel(
 
 
 class _Launch(NamedTuple):
-    """Tile of the result, stages, programs that share a sum."""
+    """Tile of the result, stages, programs that share a sum, tiles that L2 is asked for ahead of their turn."""
 
     rows: int
     columns: int
     stages: int
     splits: int
+    deep: int = 0
+
+
+def serves(rows: int, outer: int, inner: int, tile: int) -> bool:
+    """Whether this is faster than weights that are written out for cuBLAS, for 65 rows and more."""
+    return tile >= SMALLEST_TILE and (rows <= TILE_ROWS or (rows <= MOST_ROWS and outer * inner >= LARGE))
 
 
 def _launch(rows: int, outer: int, tiles: int) -> _Launch:
     """What was fastest on an H200 for the weights of a 1.8B and a 7B model."""
-    if rows > 128:
+    if rows > TILE_ROWS:
         return _Launch(64, 128, 3, count_splits(triton.cdiv(outer, 128) * triton.cdiv(rows, 64), tiles, 384))
     if outer >= 24576:
         return _Launch(128, 128, 2, 1)
-    return _Launch(128, 64, 3, count_splits(triton.cdiv(outer, 64), tiles, 256))
+    return _Launch(128, 64, 3, count_splits(triton.cdiv(outer, 64), tiles, 256), deep=8)
 
 
 def _words(x: Tensor) -> Tensor:
@@ -186,6 +192,6 @@ def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: 
     _mid_kernel[(across * down, launch.splits)](
         parted, sums, weight[0].view(torch.int16), weight[1], weight[2], out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 4,
         padded, out.stride(0), groups, launch.splits, steps, QUARTER=quarter, PER=tiles // groups, HAS_BIAS=bias is not None, SPLIT=launch.splits > 1,
-        ASM=x.is_cuda, BM=launch.rows, BN=launch.columns, BAND=BAND, AHEAD=AHEAD, STAGES=launch.stages, PDL=pdl, launch_pdl=pdl,
-        num_warps=4,
+        ASM=x.is_cuda, BM=launch.rows, BN=launch.columns, BAND=BAND, AHEAD=AHEAD, DEEP=launch.deep if pdl else 0, STAGES=launch.stages,
+        PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip

@@ -35,7 +35,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert (found.float() - wanted.float()).abs().max() <= 2e-3 * wanted.float().abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 17, 70, 130])
+@pytest.mark.parametrize("rows", [1, 8, 9, 17, 70])
 @pytest.mark.parametrize(("inner", "outer", "group"), SHAPES)
 def test_it_agrees_with_the_reference(rows: int, inner: int, outer: int, group: int) -> None:
     x, parts, bias = activations(rows, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
@@ -48,7 +48,8 @@ def test_it_agrees_with_the_reference(rows: int, inner: int, outer: int, group: 
 
 @pytest.mark.parametrize(("inner", "outer", "group"), SHAPES[:6])
 def test_many_rows_are_multiplied_by_weights_that_are_written_out(inner: int, outer: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4, "MID_ROWS", 2)
+    monkeypatch.setattr(w4, "MANY_ROWS", 2)
+    monkeypatch.setattr(mid, "TILE_ROWS", 2)
     monkeypatch.setattr(w4, "MOST_NUMBERS", 10 * inner)
     x, parts, bias = activations(3, inner), weight(inner, outer, group), activations(1, outer)[0].contiguous()
     for extra in (bias, None):
@@ -88,12 +89,23 @@ def test_a_row_has_the_same_bits_among_few_and_among_many(inner: int, outer: int
 
 
 @pytest.mark.parametrize(("least", "most"), [(17, 31), (33, 60), (65, 120), (129, 190)])
-def test_a_row_has_the_same_bits_among_its_number_of_rows_and_among_more(least: int, most: int) -> None:
+def test_a_row_has_the_same_bits_among_its_number_of_rows_and_among_more(least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mid, "LARGE", 1)
     x, parts = activations(most, 2048), weight(2048, 40, 128)
     together, fewer = torch.empty(most, 40, dtype=x.dtype), torch.empty(least, 40, dtype=x.dtype)
     w4.linear_w4(x, *parts, None, together)
     w4.linear_w4(x[:least], *parts, None, fewer)
     assert torch.equal(fewer, together[:least])
+
+
+def test_a_large_weight_and_more_rows_than_a_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mid, "LARGE", 72 * 512)
+    assert mid.serves(130, 72, 512, 128) and not mid.serves(130, 71, 512, 128) and not mid.serves(193, 72, 512, 128) and not mid.serves(70, 72, 512, 32)
+    x, parts, bias = activations(130, 512), weight(512, 72, 128), activations(1, 72)[0].contiguous()
+    found, wanted = (torch.full((130, 72), float("nan"), dtype=x.dtype) for _ in range(2))
+    w4.linear_w4(x, *parts, bias, found)
+    REFERENCE.linear_w4(x, *parts, bias, wanted)
+    close(found, wanted)
 
 
 def test_groups_without_a_scale_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
