@@ -49,6 +49,11 @@ class DenseWeight:
         """out [T, N / 2] = silu(first half) * second half of the product; `both` [T, N] is room for it."""
         kernels.linear_silu(x, self.weight, self.bias, both, out)
 
+    @property
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        """The weight as `kernels.api.NormedProducts` wants it."""
+        return (self.weight,)
+
     def memory(self) -> Iterator[torch.Tensor]:
         """Weight and bias."""
         yield self.weight

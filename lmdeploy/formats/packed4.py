@@ -56,6 +56,11 @@ class Packed4:
         self.matmul(x, both, kernels)
         kernels.silu_mul(both, out)
 
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The weight as `kernels.api.NormedProducts` wants it; nothing where inputs must be put in another order first."""
+        return (self.qweight, self.scales, self.zeros) if self.order is None else ()
+
     def memory(self) -> Iterator[Tensor]:
         """Every tensor that is kept."""
         yield from (t for t in (self.qweight, self.scales, self.zeros, self.bias, self.order) if t is not None)

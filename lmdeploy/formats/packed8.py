@@ -60,6 +60,11 @@ class Packed8:
         self.matmul(x, both, kernels)
         kernels.silu_mul(both, out)
 
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The weight as `kernels.api.NormedProducts` wants it: nothing, they know no 8 bits."""
+        return ()
+
     def memory(self) -> Iterator[Tensor]:
         """Every tensor that is kept."""
         yield from (t for t in (self.qweight, self.scales, self.bias) if t is not None)

@@ -65,6 +65,11 @@ class WeightFormat(Protocol):
         """out [T, N / 2] = silu(first half) * second half of the product; `both` [T, N] is room for it."""
         ...
 
+    @property
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        """The weight as `kernels.api.NormedProducts` wants it; empty where it is none that they know."""
+        ...
+
     def memory(self) -> Iterator[torch.Tensor]:
         """Every tensor that is kept."""
         ...

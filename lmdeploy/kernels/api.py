@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,33 @@ from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
+
+
+class Before(NamedTuple):
+    """What the inputs of a product lack: row t is to be divided by the root of squares[t] / width + eps. Squares are whole numbers of 2^-32."""
+
+    squares: Tensor  # int64
+    eps: float
+
+
+class After(NamedTuple):
+    """Where a product's result goes: residual [T, N] += result, rounded; squares[t] += the row's squares; the result is residual * weight [N]."""
+
+    residual: Tensor
+    weight: Tensor
+    squares: Tensor  # int64
+
+
+@dataclass(frozen=True, slots=True)
+class NormedProducts:
+    """Products of few rows with the RMSNorms around them inside. A weight is (numbers,) in 16 bits or (qweight, scales, zeros) as for `linear_w4`."""
+
+    #: (weight, N) -> up to how many rows `product` takes; 0: it does not serve this weight
+    rows_served: Callable[[tuple[Tensor, ...], int], int]
+    #: (T, K) -> whether `after` is worth its while inside; else a product and `add_rms_norm` are faster
+    adds: Callable[[int, int], bool]
+    #: (x [T, K], weight, bias | None, out [T, N], silu, before | None, after | None): out = x @ W.T + bias, with `silu` as `linear_silu`; K is the norm's width
+    product: Callable[[Tensor, tuple[Tensor, ...], Tensor | None, Tensor, bool, Before | None, After | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +95,5 @@ class Kernels:
     #: (scores [T, E], normalise, chosen int64 [T, k], weights float32 [T, k]): the k largest of softmax(scores) in falling order, over their sum if `normalise`.
     #: None: torch does it.
     choose_experts: Callable[[Tensor, bool, Tensor, Tensor], None] | None = None
+    #: Products with norms inside, where a set has them; None: norms are operators of their own.
+    normed: NormedProducts | None = None

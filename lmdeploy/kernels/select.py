@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lmdeploy.kernels.api import Kernels
+from lmdeploy.kernels.api import Kernels, NormedProducts
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
 from lmdeploy.kernels.reference import REFERENCE, dequantising, dequantising_w8, gated
@@ -70,6 +70,7 @@ class TritonSet:
     rope_attention: Callable[..., Tensor] | None = None
     choose_experts: Callable[..., None] | None = None
     linear_add: Callable[..., bool] | None = None
+    normed: NormedProducts | None = None
     reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
     missing: str = ""
 
@@ -107,6 +108,7 @@ def _triton_for(need: Need) -> TritonSet:
         triton_set.ROPE_ATTENTION,
         triton_set.CHOOSE_EXPERTS,
         triton_set.LINEAR_ADD,
+        triton_set.NORMED_PRODUCTS,
         triton_set.reasons_against,
     )
 
@@ -175,7 +177,8 @@ def select(
     together = triton.rope_attention if names["attention"] == names["rope_write_kv"] == triton.name else None
     routing = triton.choose_experts if names["experts"] == triton.name else None
     added = triton.linear_add if names["linear"] == triton.name else None
-    return Kernels(**functions, names=names, rope_attention=together, choose_experts=routing, linear_add=added)
+    normed = triton.normed if all(names[operator] == triton.name for operator in ("linear", "linear_silu", "linear_w4", "add_rms_norm")) else None
+    return Kernels(**functions, names=names, rope_attention=together, choose_experts=routing, linear_add=added, normed=normed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.inputs import ForwardInputs
+from lmdeploy.kernels.api import Before
 from lmdeploy.layers.build import BuildContext, Module, StepBuffers
 from lmdeploy.layers.linear import QKVLinear, RowLinear
 from lmdeploy.layers.norm import RMSNorm
@@ -51,10 +52,17 @@ class Attention:
         for part in self._parts:
             yield from part.tensors()
 
-    def forward(self, inputs: ForwardInputs, step: StepBuffers) -> Tensor:
-        """step.normed [T, M] -> [T, H D], as a rule in step.attn; the new keys and values are in the cache after it. `project` is the rest."""
+    def normed_rows(self) -> int:
+        """Up to how many rows the norms around it can be part of its products; 0: none."""
+        return min(self.qkv.normed_rows(), self.out.normed_rows())
+
+    def forward(self, inputs: ForwardInputs, step: StepBuffers, before: Before | None = None) -> Tensor:
+        """step.normed [T, M], as `before` says -> [T, H D], as a rule in step.attn; the new keys and values are in the cache after it. `project` is the rest."""
         assert inputs.cos is not None and inputs.sin is not None, "the model computes cos and sin before its layers"
-        self.qkv.forward(step.normed, step.qkv)
+        if before is None:
+            self.qkv.forward(step.normed, step.qkv)
+        else:
+            self.qkv.normed(step.normed, step.qkv, before=before)
         if self.norms:
             self.norms[0].heads(step.q)
             self.norms[1].heads(step.k)

@@ -46,3 +46,7 @@ class MLP:
             return True
         self.down.forward(step.act, step.proj)
         return False
+
+    def normed_rows(self) -> int:
+        """Up to how many rows the norms around it can be part of its products; 0: none."""
+        return min(self.gate_up.normed_rows(silu=True), self.down.normed_rows())

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
+from lmdeploy.kernels.api import After, Before
 from lmdeploy.layers.build import BuildContext, StepBuffers
+from lmdeploy.layers.linear import Linear
 
 Tensor = torch.Tensor
 
@@ -41,6 +43,15 @@ class RMSNorm:
             self.forward(step.residual, step.normed)
         else:
             self.add(step.proj, step.residual, step.normed)
+
+    def inside(self, linear: Linear, x: Tensor, step: StepBuffers, squares: Tensor) -> Before | None:
+        """step.residual += linear(x); step.normed is its norm but for what is returned, which the next product makes up for."""
+        if not linear.adds(x):
+            linear.forward(x, step.proj)
+            self.add(step.proj, step.residual, step.normed)
+            return None
+        linear.normed(x, step.normed, after=After(step.residual, self.weight, squares))
+        return Before(squares, self.eps)
 
     def heads(self, x: Tensor) -> None:
         """Each head of x [T, H, D] in place."""

@@ -17,6 +17,7 @@ from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.weight_format import Part
 from lmdeploy.inputs import ForwardInputs
+from lmdeploy.kernels.api import Before
 from lmdeploy.layers.attention import Attention, AttentionNames
 from lmdeploy.layers.build import BuildContext, Module, StepBuffers, StepShape, reload
 from lmdeploy.layers.embedding import Embedding
@@ -85,6 +86,8 @@ class Decoder:
         self.head = self._build_head()
         self.rope = build_rope(spec.rope, ctx.device)
         self.shape = StepShape.of(ctx, dense_mlp=any(isinstance(layer.mlp, MLP) for layer in self.layers))
+        self.normed_rows = 0  # up to how many rows norms are done by the products around them; known once loaded
+        self._zeros, self._places = torch.empty(0), list[Tensor]()  # room for their squares
         self.weight_bytes = 0  # known once loaded: a bias is what the file has
 
     def build_layer(self, index: int) -> Layer:
@@ -123,7 +126,13 @@ class Decoder:
         self._check_tied(source)
         repeated = (f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ()
         source.finish(ignore=(*repeated, *self.ctx.formats.unused))
+        self.normed_rows = min((self._normed_rows(layer) for layer in self.layers), default=0)
+        self._zeros = torch.zeros(2 * len(self.layers), self.normed_rows, dtype=torch.int64, device=self.ctx.device)
+        self._places = list(self._zeros)
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+    def _normed_rows(self, layer: Layer) -> int:
+        return min(layer.attention.normed_rows(), layer.mlp.normed_rows()) if isinstance(layer.mlp, MLP) else 0
 
     def _check_tied(self, source: WeightSource) -> None:
         """A file may repeat a tied head, but another one than the table contradicts config.json: using either would be a guess."""
@@ -162,10 +171,15 @@ class Decoder:
             assert inputs.replacements is not None
             step.residual.index_copy_(0, inputs.replaced_rows, inputs.replacements)
         self.layers[0].input_norm.forward(step.residual, step.normed)
-        for layer, after in zip(self.layers[:-1], self.layers[1:], strict=True):
-            self._finish_layer(layer, after.input_norm, layer.attention.forward(inputs, step), inputs, step)
+        squares, before = self._squares(step.residual.shape[0]), None
+        for index, (layer, after) in enumerate(zip(self.layers[:-1], self.layers[1:], strict=True)):
+            attn = layer.attention.forward(inputs, step, before)
+            if squares is None:
+                self._finish_layer(layer, after.input_norm, attn, inputs, step)
+            else:
+                before = self._finish_few_rows(layer, after.input_norm, attn, step, squares[2 * index], squares[2 * index + 1])
         last = self.layers[-1]
-        attn = last.attention.forward(inputs, step)
+        attn = last.attention.forward(inputs, step, before)
         if not inputs.every_row:
             step = step.select(inputs.scratch, self.shape, inputs.logit_rows, attn)
             attn = step.attn
@@ -177,6 +191,20 @@ class Decoder:
         """All after the attention: output projection, MLP, and the norm that follows (the next layer's, or the final one)."""
         layer.post_norm.after(step, layer.attention.project(attn, step))
         next_norm.after(step, layer.mlp.forward(inputs, step))
+
+    def _finish_few_rows(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, step: StepBuffers, middle: Tensor, end: Tensor) -> Before | None:
+        """The same with both norms in the products around them; `middle` and `end` are room for their rows' squares."""
+        assert isinstance(layer.mlp, MLP)
+        before = layer.post_norm.inside(layer.attention.out, attn, step, middle)
+        layer.mlp.gate_up.normed(step.normed, step.act, silu=True, before=before)
+        return next_norm.inside(layer.mlp.down, step.act, step, end)
+
+    def _squares(self, rows: int) -> list[Tensor] | None:
+        """Zeros for the rows' squares at every norm but the first and the last two; None where norms are operators of their own."""
+        if not 0 < rows <= self.normed_rows:
+            return None
+        self._zeros.zero_()
+        return self._places
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] of hidden states [R, M]."""

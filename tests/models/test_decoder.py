@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from lmdeploy.checkpoint.random_source import RandomSource
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.choose import choose_formats
+from lmdeploy.kernels.api import NormedProducts
 from lmdeploy.kernels.reference import REFERENCE, gated
 from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.registry import build_model
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec
 from tests.helpers import LLAMA_CONFIG, Harness, llama_tensors, load_model, write_folder, write_internlm2, write_llama
+from tests.kernels import normed_plain
 
 TOKENS = [5, 17, 99, 3, 42, 8, 77]
 
@@ -181,6 +183,34 @@ def test_a_product_that_adds_to_the_residual_itself_is_used_where_it_serves(fewe
     torch.testing.assert_close(found, logits(folder, kernels=REFERENCE)[6:], rtol=1e-5, atol=1e-5)
     layer, one_row = [(64, 4 * 24, 7), (64, 88, 7)], [(64, 4 * 24, 1), (64, 88, 1)]
     assert calls == layer * 3 + one_row * (fewest == 1)
+
+
+@pytest.mark.parametrize("rows", [[6], [0, 3, 4], list(range(7)), []])
+@pytest.mark.parametrize("longest", [1000, 90, 0])  # inputs of products that add: all, the down product alone, none
+def test_norms_inside_products_change_nothing(tmp_path: Path, rows: list[int], longest: int) -> None:
+    """Also beside a bias, and where fewer rows are finished than begun."""
+    tensors, generator = llama_tensors(LLAMA_CONFIG), torch.Generator().manual_seed(1)
+    for layer in range(2):
+        for name, size in (("q", 4 * 24), ("k", 2 * 24), ("v", 2 * 24), ("o", 64)):
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = torch.randn(size, generator=generator)
+    write_folder(tmp_path, {**LLAMA_CONFIG, "attention_bias": True}, tensors)
+    calls: list[int] = []
+
+    def product(x: torch.Tensor, *rest: Any) -> None:
+        calls.append(x.shape[0])
+        normed_plain.product(x, *rest)
+
+    apart, inside = (
+        load_model(tmp_path),
+        load_model(tmp_path, kernels=replace(REFERENCE, normed=NormedProducts(lambda weight, outer: 7, lambda count, inner: inner <= longest, product))),
+    )
+    assert apart.normed_rows == 0 and inside.normed_rows == 7
+    wanted, found = run_rows(Harness(apart), rows), run_rows(harness := Harness(inside), rows)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    count = 2 * {1000: 4, 90: 3, 0: 1}[longest]  # twice; of the first layer output, gate_up and down, of the second qkv
+    assert calls == [7] * count
+    harness.step([(1, [*TOKENS, 9])])  # a row more than they take
+    assert len(calls) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

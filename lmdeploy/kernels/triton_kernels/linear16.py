@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.api import After, Before
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.triton_kernels import deferred
 from lmdeploy.kernels.triton_kernels.activation import silu_mul
+from lmdeploy.kernels.triton_kernels.deferred import added, inverse, note_squares
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -37,9 +40,16 @@ def _dot(tile: tl.tensor, x: tl.tensor, BN: tl.constexpr, BK: tl.constexpr) -> t
 
 
 @triton.jit
+def _left(residual: tl.tensor, gain: tl.tensor, cols: tl.tensor, N: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """What is added to the only row, and the weights of the norm after it."""
+    return tl.load(residual + cols, mask=cols < N, other=0.0), tl.load(gain + cols, mask=cols < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _row_kernel(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, N: tl.tensor, K: tl.tensor,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor, N: tl.tensor, K: tl.tensor,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ) -> None:  # fmt: skip
     """BN numbers of the only row. The first tile, WHOLE: all weights, is in registers before the kernel before has ended, and each further one is a step ahead."""
     cols, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -50,6 +60,10 @@ def _row_kernel(
         at_up = at + N.to(tl.int64) * K
         up = tl.load(at_up, mask=inside, other=0.0)
     after_previous(PDL)
+    if BEFORE:
+        factor = inverse(before, tl.arange(0, 1), 1, K, eps)
+    if AFTER and WHOLE:
+        old, weighs = _left(residual, gain, cols, N)
     if WHOLE:
         part = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         total = tl.sum(tile.to(tl.float32) * part, 1)
@@ -70,12 +84,22 @@ def _row_kernel(
         total = tl.sum(acc, 1)
         if SILU:
             total_up = tl.sum(acc_up, 1)
+    if AFTER and not WHOLE:  # not before the loop, where registers decide how many programs run
+        old, weighs = _left(residual, gain, cols, N)
+    if BEFORE:
+        total *= factor
+        if SILU:
+            total_up *= factor
     if HAS_BIAS:
         total += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
         if SILU:
             total_up += tl.load(bias + N + cols, mask=cols < N, other=0.0).to(tl.float32)
     if SILU:
         total = total / (1.0 + tl.exp(-total)) * total_up
+    if AFTER:
+        total = added(residual + cols, old, total, cols < N)
+        note_squares(squares, tl.arange(0, 1), tl.sum((total * total)[None, :], 1), tl.arange(0, 1) == 0)
+        total *= weighs
     tl.store(out + cols, total.to(out.dtype.element_ty), mask=cols < N)
 
 
@@ -122,7 +146,8 @@ def _joined(
 @triton.jit(do_not_specialize=["T"])
 def _rows_kernel(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrivals: tl.tensor,
-    T: tl.tensor, N: tl.tensor, K: tl.tensor, x_row: tl.tensor, out_row: tl.tensor,
+    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor,
+    T: tl.tensor, N: tl.tensor, K: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ) -> None:  # fmt: skip
     """BN columns of all rows (program 0) and one part of K (program 1); sums [BN, BM] are the result turned."""
@@ -140,6 +165,12 @@ def _rows_kernel(
     cols, rows, k = tile * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
     at = weight + tl.where(cols < N, cols, 0).to(tl.int64)[:, None] * K + k[None, :]
     at_x = x + rows[None, :] * x_row + k[:, None]
+    mask = (cols < N)[:, None] & (rows < T)[None, :]
+    if BEFORE:
+        factor = inverse(before, rows, T, K, eps)
+    if AFTER:
+        residual += rows[None, :] * N + cols[:, None]
+        old, weighs = tl.load(residual, mask=mask, other=0.0), tl.load(gain + cols, mask=cols < N, other=0.0).to(tl.float32)
     acc, up = tl.zeros((BN, BM), dtype=tl.float32), tl.zeros((BN, BM), dtype=tl.float32)
     for start in range(first, end, BK):
         inside = start + k < end
@@ -151,13 +182,21 @@ def _rows_kernel(
     if SPLIT > 1:
         acc, here = _joined(acc, parts, arrivals, SPLIT, BM, BN)
     if here:
+        if BEFORE:
+            acc *= factor[None, :]
+            if SILU:
+                up *= factor[None, :]
         if HAS_BIAS:
             acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
             if SILU:
                 up += tl.load(bias + N + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
         if SILU:
             acc = acc / (1.0 + tl.exp(-acc)) * up
-        tl.store(out + rows[None, :] * out_row + cols[:, None], acc.to(out.dtype.element_ty), mask=(cols < N)[:, None] & (rows < T)[None, :])
+        if AFTER:
+            acc = added(residual, old, acc, mask)
+            note_squares(squares, rows, tl.sum(acc * acc, 0), rows < T)
+            acc *= weighs[:, None]
+        tl.store(out + rows[None, :] * out_row + cols[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 
 class _Shape(NamedTuple):
@@ -186,31 +225,33 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 @cache
-def _chip_serves(device: torch.device) -> bool:
+def _chipserves(device: torch.device) -> bool:
     """Triton's interpreter (tensors of the CPU), or a chip with Hopper's launches and shared memory: on others cuBLAS is as fast."""
     return device.type == "cpu" or (
         overlaps(device) and triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"] >= SHARED_BYTES
     )
 
 
-def _serves(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether the kernels here compute the product."""
     (rows, inner), dtype = x.shape, x.dtype
     if rows > MAX_ROWS or inner % 8 or dtype not in (torch.bfloat16, torch.float16) or not (weight.dtype is out.dtype is dtype):
         return False
     plain = x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous() and out.stride(1) == 1
-    return plain and (x.data_ptr() | weight.data_ptr()) % 16 == 0 and _chip_serves(x.device)
+    return plain and (x.data_ptr() | weight.data_ptr()) % 16 == 0 and _chipserves(x.device)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, silu: bool) -> None:
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, silu: bool, before: Before | None = None, after: After | None = None) -> None:
+    """The product of up to MAX_ROWS rows that `serves` allows."""
     (rows, inner), outer = x.shape, out.shape[1]
+    norms, flags = deferred.arguments(x, before, after)
     pdl, some_bias = overlaps(x.device), x if bias is None else bias
-    common = {"SILU": silu, "HAS_BIAS": bias is not None, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4, "enable_fp_fusion": True}
+    common = {"SILU": silu, "HAS_BIAS": bias is not None, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4, "enable_fp_fusion": True} | flags
     if rows == 1:
         whole = inner <= WHOLE_ROWS
         depth = int(triton.next_power_of_2(inner)) if whole else 1024
         width = 2 if silu and depth > WHOLE_ROWS // 2 else 4
-        _row_kernel[(triton.cdiv(outer, width),)](x, weight, some_bias, out, outer, inner, WHOLE=whole, BN=width, BK=max(8, depth), **common)
+        _row_kernel[(triton.cdiv(outer, width),)](x, weight, some_bias, out, *norms, outer, inner, WHOLE=whole, BN=width, BK=max(8, depth), **common)
         return
     shape = _shape(rows, outer, inner, silu)
     tiles = triton.cdiv(outer, COLUMNS)
@@ -219,22 +260,22 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, silu: b
         parts = torch.empty(tiles * shape.split * shape.BM * COLUMNS, dtype=torch.float32, device=x.device)
         arrivals = _arrivals(x.device)
     _rows_kernel[(tiles, shape.split)](
-        x, weight, some_bias, out, parts, arrivals, rows, outer, inner, x.stride(0), out.stride(0),
+        x, weight, some_bias, out, parts, arrivals, *norms, rows, outer, inner, x.stride(0), out.stride(0),
         SPLIT=shape.split, BM=shape.BM, BN=COLUMNS, BK=shape.BK, num_stages=shape.stages, **common,
     )  # fmt: skip
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ weight.T + bias. Neither weight nor bias may be the work of kernels just before: they are read ahead of time."""
-    if x.shape[0] and _serves(x, weight, out):
-        _launch(x, weight, bias, out, silu=False)
+    if x.shape[0] and serves(x, weight, out):
+        launch(x, weight, bias, out, silu=False)
     else:
         REFERENCE.linear(x, weight, bias, out)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
     """residual += x @ weight.T, for rows that are cuBLAS's: it adds what is there before its one rounding. False, and nothing done, for the others."""
-    if x.dtype is torch.float32 or x.shape[0] == 0 or _serves(x, weight, residual):
+    if x.dtype is torch.float32 or x.shape[0] == 0 or serves(x, weight, residual):
         return False
     torch.addmm(residual, x, weight.t(), out=residual)
     return True
@@ -242,8 +283,8 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up of x @ weight.T + bias = [gate | up]; as `linear` of the weight. `both` is room for the product where cuBLAS computes it."""
-    if x.shape[0] and _serves(x, weight, out):
-        _launch(x, weight, bias, out, silu=True)
+    if x.shape[0] and serves(x, weight, out):
+        launch(x, weight, bias, out, silu=True)
     else:
         REFERENCE.linear(x, weight, bias, both)
         silu_mul(both, out)

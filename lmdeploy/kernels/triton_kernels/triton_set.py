@@ -21,6 +21,7 @@ from lmdeploy.kernels.triton_kernels.linear import linear_w8a8
 from lmdeploy.kernels.triton_kernels.linear16 import linear, linear_add, linear_silu
 from lmdeploy.kernels.triton_kernels.linear_w4 import linear_w4
 from lmdeploy.kernels.triton_kernels.linear_w8 import linear_w8
+from lmdeploy.kernels.triton_kernels.normed import NORMED
 from lmdeploy.kernels.triton_kernels.norms import add_rms_norm, head_norm, rms_norm
 from lmdeploy.kernels.triton_kernels.routing import choose_experts
 
@@ -32,6 +33,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
 ROPE_ATTENTION = rope_attention  # where both of its operators are chosen
 CHOOSE_EXPERTS = choose_experts  # where experts are
 LINEAR_ADD = linear_add  # where `linear` is chosen
+NORMED_PRODUCTS = NORMED  # where all that they replace are chosen
 NAME = f"triton {triton.__version__}"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
