@@ -210,6 +210,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop weights, pool and buffers."""
+        self._owed = None
         if self.guided is not None:
             self.guided.close()
         if self.graphs is not None:

@@ -460,9 +460,9 @@ RUNS = " ".join("`" * length for length in range(1, 700))  # no two of the same 
 
 @pytest.mark.parametrize("text", [RUNS, "`" * 20000, "` " * 10000, "``` `` ` " * 3000, "<" * 20000, "~~~\n" * 5000])
 def test_no_answer_makes_the_page_slow(text: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()  # whatever else runs
     ui_chat.bubbles([Exchange("q", answer=text)])
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_memory_counts_answered_exchanges() -> None:
