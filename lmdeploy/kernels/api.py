@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 
 class Before(NamedTuple):
-    """What the inputs of a product lack: row t is to be divided by the root of squares[t] / width + eps. Squares are whole numbers of 2^-32."""
+    """What the inputs of a product lack: row t is to be divided by the root of squares[t] / width + eps. Squares are whole numbers of 2^-24."""
 
     squares: Tensor  # int64
     eps: float

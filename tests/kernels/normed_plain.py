@@ -8,7 +8,7 @@ from lmdeploy.kernels.api import After, Before
 from lmdeploy.kernels.reference import dequantise_w4
 
 Tensor = torch.Tensor
-UNIT = 2.0**32
+UNIT = 2.0**24
 
 
 def dense(weight: tuple[Tensor, ...]) -> Tensor:
@@ -31,6 +31,6 @@ def product(
     if after is not None:
         after.residual.add_(total.to(out.dtype))
         total = after.residual.float()
-        after.squares[: x.shape[0]] += (total.double().pow(2).sum(1) * UNIT).long()
+        after.squares[: x.shape[0]] += (total.double().pow(2).sum(1) * UNIT + 0.5).long()
         total = total * after.weight.float()
     out.copy_(total)

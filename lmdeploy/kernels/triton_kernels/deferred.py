@@ -2,7 +2,8 @@
 
 `after` stands for the end of a product whose result is added to the residual: the sum is rounded and stored, the sum times the norm's weight is stored as the
 next product's input, and the sum's squares are added up for each row. `before` stands for a product of such an input: its results are multiplied by what
-those squares say. Squares are added as whole numbers of 2^-32, so that a row's sum does not depend on the order in which programs end.
+those squares say. Squares are added as whole numbers of 2^-24, so that a row's sum does not depend on the order in which programs end; there is room for rows of
+4,096 numbers whose root mean square is 11,000, and one of 0.001 is right to a thousandth.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from lmdeploy.kernels.api import After, Before
 
 Tensor = torch.Tensor
-UNIT = tl.constexpr(4294967296.0)
+UNIT = tl.constexpr(16777216.0)
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def added(residual: tl.tensor, old: tl.tensor, total: tl.tensor, mask: tl.tensor
 @triton.jit
 def note_squares(squares: tl.tensor, rows: tl.tensor, sums: tl.tensor, mask: tl.tensor) -> None:
     """Add this program's sums of squares to those of the rows."""
-    tl.atomic_add(squares + rows, (sums * UNIT).to(tl.int64), mask=mask, sem="relaxed")
+    tl.atomic_add(squares + rows, (sums * UNIT + 0.5).to(tl.int64), mask=mask, sem="relaxed")
 
 
 def arguments(unused: Tensor, before: Before | None, after: After | None) -> tuple[tuple[Any, ...], dict[str, bool]]:

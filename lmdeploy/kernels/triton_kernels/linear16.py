@@ -225,7 +225,7 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 @cache
-def _chipserves(device: torch.device) -> bool:
+def _chip_serves(device: torch.device) -> bool:
     """Triton's interpreter (tensors of the CPU), or a chip with Hopper's launches and shared memory: on others cuBLAS is as fast."""
     return device.type == "cpu" or (
         overlaps(device) and triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"] >= SHARED_BYTES
@@ -238,7 +238,7 @@ def serves(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     if rows > MAX_ROWS or inner % 8 or dtype not in (torch.bfloat16, torch.float16) or not (weight.dtype is out.dtype is dtype):
         return False
     plain = x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous() and out.stride(1) == 1
-    return plain and (x.data_ptr() | weight.data_ptr()) % 16 == 0 and _chipserves(x.device)
+    return plain and (x.data_ptr() | weight.data_ptr()) % 16 == 0 and _chip_serves(x.device)
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, silu: bool, before: Before | None = None, after: After | None = None) -> None:

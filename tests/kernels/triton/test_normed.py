@@ -76,6 +76,17 @@ def test_direct_products_of_several_steps(monkeypatch: pytest.MonkeyPatch, dtype
     check_after(dtype, inner, 32, 3)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 8000.0])
+def test_rows_of_any_size_that_models_have_are_normalised(scale: float) -> None:
+    """Massive activations, and hardly any: the squares' whole numbers neither overflow nor vanish."""
+    x, weight, _ = made(torch.bfloat16, 3, 512, 2048)
+    residual, gain = (torch.randn(3, 2048, generator=torch.Generator().manual_seed(9)) * scale).to(x.dtype), torch.ones(2048, dtype=x.dtype)
+    after = After(residual, gain, torch.zeros(3, dtype=torch.int64))
+    normed.product((x.float() * 1e-6).to(x.dtype), weight, None, torch.empty(3, 2048, dtype=x.dtype), False, None, after)
+    exact = after.residual.double().pow(2).sum(1)
+    assert ((after.squares / normed_plain.UNIT - exact).abs() <= 2e-3 * exact).all() and (after.squares > 0).all()
+
+
 def test_a_row_has_the_same_bits_among_others() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x, weight, bias = made(dtype, 8, 1024, 32)
