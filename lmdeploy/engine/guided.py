@@ -90,8 +90,8 @@ class _Filler:
             self._entered.put(None)
             try:
                 call()
-            except Exception as e:
-                done.put(e)
+            except BaseException as e:  # a panic of the library is no Exception; whoever waits must hear of it
+                done.put(RuntimeError(f"the grammar library failed: {type(e).__name__}: {e}"))
             else:
                 done.put(None)
 
@@ -115,6 +115,11 @@ class GuidedSlots:
         self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
         self._filler: _Filler | None = None  # with the first grammar
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
+
+    @property
+    def used(self) -> bool:
+        """Whether any slot has a grammar."""
+        return bool(self._users)
 
     def set(self, slot: int, params: SamplingParams, generated: list[int]) -> None:
         """Set up `slot`, which has generated these tokens so far; raises ValueError (RequestError) for a grammar that cannot be used."""

@@ -297,7 +297,7 @@ class ModelRunner:
         if ran is None:
             self._settle()
             hidden = self._forward(batch)
-        mask = self.guided.masks(slots, self.sampling.young(slots, lengths)) if self.guided is not None else None
+        mask = self.guided.masks(slots, self.sampling.young(slots, lengths)) if self.guided is not None and self.guided.used else None
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
             self._want_less(items)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmdeploy.engine.grammar_compiler import MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
-from lmdeploy.engine.guided import GuidedSlots, forbid
+from lmdeploy.engine.guided import GuidedSlots, _Filler, forbid
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 from lmdeploy.text.tokenizer import Tokenizer
@@ -122,6 +122,21 @@ def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[Gr
         slots.release(slot)
     slots.set(0, SamplingParams(max_new_tokens=9, grammar=digits), [])
     assert len(grammars.prepare(digits).result().matchers) == MOST_LEXERS
+
+
+def test_a_library_that_panics_leaves_nobody_waiting() -> None:
+    class Panic(BaseException):
+        """As Rust's panics are."""
+
+    def panics() -> None:
+        raise Panic("index out of bounds")
+
+    filler, done = _Filler(), []
+    with pytest.raises(RuntimeError, match="Panic: index out of bounds"):
+        filler.begin(panics)()
+    filler.begin(lambda: done.append(1))()
+    assert done == [1], "and the thread goes on"
+    filler.close()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
