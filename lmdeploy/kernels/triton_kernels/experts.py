@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.triton_kernels.linear16 import row_dot
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -24,12 +25,6 @@ BLOCK = 1024
 WHOLE_ROWS = 4096
 #: columns of down that a program of one token computes, and the most numbers of weights that it holds at a time
 COLUMNS, HELD = 4, 8192
-
-
-@triton.jit
-def _dot(tile: tl.tensor, x: tl.tensor, BN: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
-    """[BN, BK] times [BK], summed as far as a thread can alone: [BN, BK / 8]."""
-    return tl.sum(tl.reshape(tile.to(tl.float32) * x[None, :], (BN, BK // 8, 8)), 2)
 
 
 @triton.jit
@@ -53,8 +48,8 @@ def _gate_up_of_one_kernel(
             more = (start + BK + k < K)[None, :]
             tile_next, up_next = tl.load(at + (start + BK), mask=more, other=0.0), tl.load(at_up + (start + BK), mask=more, other=0.0)
             part = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            acc += _dot(tile, part, BN, BK)
-            acc_up += _dot(up, part, BN, BK)
+            acc += row_dot(tile, part, BN, BK)
+            acc_up += row_dot(up, part, BN, BK)
             tile, up = tile_next, up_next
         total, total_up = tl.sum(acc, 1), tl.sum(acc_up, 1)
     total = total / (1.0 + tl.exp(-total)) * total_up

@@ -34,7 +34,7 @@ WHOLE_ROWS = 4096
 
 
 @triton.jit
-def _dot(tile: tl.tensor, x: tl.tensor, BN: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
+def row_dot(tile: tl.tensor, x: tl.tensor, BN: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
     """[BN, BK] times [BK], summed as far as a thread can alone: [BN, BK / 8]."""
     return tl.sum(tl.reshape(tile.to(tl.float32) * x[None, :], (BN, BK // 8, 8)), 2)
 
@@ -75,11 +75,11 @@ def _row_kernel(
             more = (start + BK + k < K)[None, :]
             tile_next = tl.load(at + (start + BK), mask=more, other=0.0)
             part = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            acc += _dot(tile, part, BN, BK)
+            acc += row_dot(tile, part, BN, BK)
             tile = tile_next
             if SILU:
                 up_next = tl.load(at_up + (start + BK), mask=more, other=0.0)
-                acc_up += _dot(up, part, BN, BK)
+                acc_up += row_dot(up, part, BN, BK)
                 up = up_next
         total = tl.sum(acc, 1)
         if SILU:
