@@ -96,7 +96,7 @@ def test_layers_in_a_graph_give_the_bits_of_calls_one_by_one(rows: int) -> None:
         for _ in range(layers):
             routing.choose_experts(x @ router, True, ids, weights)
             experts.experts(x, gate_up, down, ids, weights, out)
-            x.add_(out)
+            x.copy_(torch.nn.functional.layer_norm(x + out, (width,)))  # else it grows without end
             if wait:
                 torch.cuda.synchronize()
 
@@ -110,7 +110,7 @@ def test_layers_in_a_graph_give_the_bits_of_calls_one_by_one(rows: int) -> None:
         chain(True)
         expected = x.clone()
         graph.replay()
-        assert torch.equal(x, expected)
+        assert x.isfinite().all() and torch.equal(x, expected)
 
 
 def test_the_choice_of_experts_is_that_of_torch() -> None:
