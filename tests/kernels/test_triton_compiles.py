@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from lmdeploy.kernels.triton_kernels import activation, experts, linear16, linear_direct, linear_w4_mid, norms, places, routing  # noqa: E402
+from lmdeploy.kernels.triton_kernels import activation, experts, linear16, linear_direct, linear_w4, linear_w4_mid, linear_w4_row, norms, places, routing  # noqa: E402
 
 BF16, I64, I32 = "*bf16", "*i64", "*i32"
 NORMS = {"before": I64, "eps": "fp32", "residual": BF16, "gain": BF16, "squares": I64}
@@ -53,6 +53,9 @@ W4 = {
     "arrived": I32,
     **dict.fromkeys(("T", "N", "pitch", "padded", "out_row", "groups", "splits", "steps"), "i32"),
 }
+FEW = {**W4, **ROW, "words": I32, "qweight": "*u8", "word_row": "i32", "x_row": "i32"}
+ONE = {**FEW, "x": I64, "qweight": I32, "words": "i32", "tiles": "i32"}
+INSIDE = {"HALF": 64, "PER": 1, "ASM": True, "BEFORE": False, "AFTER": False, "SILU": False}
 MID = {"QUARTER": 32, "PER": 1, "HAS_BIAS": True, "SPLIT": True, "ASM": True, "BM": 64, "BN": 128, "BAND": 8, "AHEAD": 2, "DEEP": 8, "STAGES": 3}
 PARTED = {"x": "*i64", "out": BF16, "sums": "*fp32", "tiles": "i32", "x_row": "i32", "padded": "i32"}
 CASES = {
@@ -73,6 +76,21 @@ CASES = {
     "small weight, four steps": (linear_direct._direct_kernel, DIRECT, {"BEFORE": True, "ASM": True, "STEPS": 4, "U": 8, "W": 4}, 3),
     "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "BLOCK": 4096}, 3),
     "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
+    "small 4-bit weight before a norm": (linear_w4._once_kernel, FEW, {**INSIDE, "AFTER": True, "SPLIT": True, "TILES": 16, "BM": 8, "BN": 32}, 1),
+    "4-bit weight after a norm": (linear_w4._few_kernel, FEW, {**INSIDE, "BEFORE": True, "SILU": True, "W": 4, "BM": 16, "BN": 64, "AHEAD": 4, "STAGES": 2}, 3),
+    "4-bit weight between norms": (
+        linear_w4._many_kernel,
+        FEW,
+        {**INSIDE, "BEFORE": True, "AFTER": True, "HAS_BIAS": True, "SPLIT": True, "PARTED": 64, "BM": 64, "BN": 64, "BAND": 8, "STAGES": 3},
+        3,
+    ),
+    "4-bit weight and silu": (linear_w4._many_kernel, FEW, {**INSIDE, "SILU": True, "PARTED": 64, "BM": 32, "BN": 64, "BAND": 8, "STAGES": 3}, 3),
+    "long 4-bit rows between norms": (
+        linear_w4_row._row_kernel,
+        ONE,
+        {"BEFORE": True, "AFTER": True, "PER": 1, "ONCE": False, "ASM": True, "R": 16, "G": 16},
+        3,
+    ),
     "4-bit weights": (linear_w4_mid._mid_kernel, W4, MID, 3),
     "quarters of rows": (linear_w4_mid._part_kernel, PARTED, {"QUARTER": 32, "BT": 8}, 3),
     "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),

@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.api import After, Before, Served
 from lmdeploy.kernels.reference import linear as linear_dense
-from lmdeploy.kernels.triton_kernels import linear, linear_w4_mid, linear_w4_row
-from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish
+from lmdeploy.kernels.triton_kernels import deferred, linear, linear_w4_mid, linear_w4_row
+from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish, surroundings, weight_rows
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -174,13 +175,14 @@ def _few_products(packed: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: t
 @triton.jit(do_not_specialize=["T", "splits"])
 def _once_kernel(
     words: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
+    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor,
     T: tl.tensor, N: tl.tensor, pitch: tl.tensor, word_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor,
     HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ) -> None:  # fmt: skip
     """All rows, BN columns and TILES tiles of K, whose weights are all on their way to registers before the kernel before has ended."""
-    split = tl.program_id(1)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    block, split = tl.program_id(0), tl.program_id(1)
+    cols = weight_rows(block, N, SILU, BN)
     rows, inputs = tl.arange(0, BM), tl.arange(0, HALF)
     tile = split * TILES + tl.arange(0, TILES)
     row = tl.minimum(cols, N - 1).to(tl.int64)
@@ -188,22 +190,27 @@ def _once_kernel(
     at = row[None, :] * groups + (tile // PER)[:, None]
     scale, zero = tl.load(scales + at), tl.load(zeros + at)
     after_previous(PDL)
+    around = surroundings(before, eps, residual, gain, cols, rows, T, N, pitch * 2, BEFORE, AFTER)
     words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
     total = _few_products(packed, tl.load(words_at, mask=(rows < T)[None, None, :], other=0), scale, zero, out.dtype.element_ty, ASM)
-    finish(tl.sum(total, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    finish(
+        tl.sum(total, axis=0), out, bias, parts, arrived + block, around, residual, squares, cols, rows, block, T, N, out_row, split, splits,
+        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU, 0,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
 def _few_kernel(
     words: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
+    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor,
     T: tl.tensor, N: tl.tensor, pitch: tl.tensor, word_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor, steps: tl.tensor,
     HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """All rows and BN columns: a tile [W, BN, HALF bytes] a step, of which each warp has its own [BN, HALF]. L2 is asked for AHEAD lines of each weight
     row before the kernel before has ended."""
-    split = tl.program_id(1)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    block, split = tl.program_id(0), tl.program_id(1)
+    cols = weight_rows(block, N, SILU, BN)
     rows, inputs = tl.arange(0, BM), tl.arange(0, HALF)
     tile = split * steps * W + tl.arange(0, W)
     row = tl.minimum(cols, N - 1).to(tl.int64)
@@ -211,6 +218,7 @@ def _few_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         ask(qweight + row[:, None] * pitch + split * steps * (W * HALF) + tl.arange(0, AHEAD)[None, :] * 128)
         tl.extra.cuda.gdc_wait()
+    around = surroundings(before, eps, residual, gain, cols, rows, T, N, pitch * 2, BEFORE, AFTER)
     bytes_at = qweight + row[None, :, None] * pitch + tile[:, None, None] * HALF + inputs[None, None, :]
     words_at = words + rows[None, None, :] * word_row + tile[:, None, None] * HALF + inputs[None, :, None]
     live = (rows < T)[None, None, :]
@@ -224,15 +232,19 @@ def _few_kernel(
         at = group + ((tile + tl.minimum(step + 1, steps - 1) * W) // PER)[:, None]
         next_scale, next_zero = tl.load(scales + at), tl.load(zeros + at)
         acc += _few_products(packed, tl.load(words_at + step * (W * HALF), mask=live, other=0), scale, zero, out.dtype.element_ty, ASM)
-    finish(tl.sum(acc, axis=0), out, bias, parts, arrived + tl.program_id(0), cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    finish(
+        tl.sum(acc, axis=0), out, bias, parts, arrived + block, around, residual, squares, cols, rows, block, T, N, out_row, split, splits,
+        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU, 0,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
 def _many_kernel(
     x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
+    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor,
     T: tl.tensor, N: tl.tensor, pitch: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor, steps: tl.tensor,
     HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr, PARTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """BM rows and BN columns, a tile [BN, HALF bytes] a step. x: the even inputs of each tile, then its odd ones."""
     after_previous(PDL)
@@ -241,7 +253,8 @@ def _many_kernel(
     first = (pid // (BAND * down)) * BAND  # programs that run together share columns and rows in the L2 cache
     band = tl.minimum(BAND, tl.cdiv(N, BN) - first)
     local = pid % (BAND * down)
-    cols = (first + local % band) * BN + tl.arange(0, BN)
+    block = first + local % band
+    cols = weight_rows(block, N, SILU, BN)
     rows = (local // band) * BM + tl.arange(0, BM)
     inputs = tl.arange(0, HALF)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -261,7 +274,11 @@ def _many_kernel(
         low, high = _numbers(packed, zero[:, None], dtype, ASM)
         part = tl.dot(high, tl.trans(odd), tl.dot(low, tl.trans(even)))
         acc += part * scale.to(tl.float32)[:, None]
-    finish(acc, out, bias, parts, arrived + pid, cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    around = surroundings(before, eps, residual, gain, cols, rows, T, N, pitch * 2, BEFORE, AFTER)  # after the loop, which needs the registers
+    finish(
+        acc, out, bias, parts, arrived + pid, around, residual, squares, cols, rows, block, T, N, out_row, split, splits,
+        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU, PARTED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -306,6 +323,19 @@ class _Launch(NamedTuple):
     stages: int
     splits: int
     overlaps: bool = True
+
+
+class Inside(NamedTuple):
+    """What a product does beside multiplying: SiLU of its first half times the second one, and the norms around it (`deferred.py`). `parted`: x is, already,
+    as products with SiLU or a norm after them leave it."""
+
+    silu: bool = False
+    before: Before | None = None
+    after: After | None = None
+    parted: bool = False
+
+
+NOTHING = Inside()
 
 
 def _share(wanted: int, tiles: int) -> int:
@@ -364,27 +394,29 @@ def _words(x: Tensor) -> Tensor:
     return (x if x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0 and x.stride(1) == 1 else x.contiguous()).view(torch.int32)
 
 
-def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:
+def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor, inside: Inside = NOTHING) -> None:
     """Weights become 16-bit floats in the programs that multiply them."""
     (rows, inner), (outer, groups), half = x.shape, weight[1].shape, tile // 2
-    tiles, source, once = inner // tile, _words(x), None
+    tiles, source, once = inner // tile, x, None
     if rows <= FEW_ROWS:
         once = _once(rows, outer, tiles)
         launch = once or _few(rows, outer, tiles)
+        source = _words(x)
     else:
         launch = _many(rows, outer, tiles, outer * inner >= LARGE)
     pdl = launch.overlaps and overlaps(x.device)
     shared = {"HALF": half, "PDL": pdl, "launch_pdl": pdl}
-    if rows > FEW_ROWS:
-        words, source = source, torch.empty(rows, inner, dtype=x.dtype, device=x.device)
+    if rows > FEW_ROWS and not inside.parted:
+        words, source = _words(x), torch.empty(rows, inner, dtype=x.dtype, device=x.device)
         _part_kernel[(rows, triton.cdiv(inner // 2, PART))](words, source, inner // 2, words.stride(0), BT=PART, **shared)
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
+    norms, flags = deferred.arguments(out, inside.before, inside.after)
     arguments = (
-        source, *weight, out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 2, source.stride(0), out.stride(0), groups,
+        source, *weight, out if bias is None else bias, out, parts, arrivals(x.device), *norms, rows, outer, inner // 2, source.stride(0), out.stride(0), groups,
         launch.splits,
     )  # fmt: skip
     shared |= {"PER": inner // groups // tile, "HAS_BIAS": bias is not None, "SPLIT": launch.splits > 1, "ASM": x.is_cuda, "num_warps": launch.warps}
-    shared |= {"BM": launch.rows, "BN": launch.columns}
+    shared |= {"BM": launch.rows, "BN": launch.columns, "SILU": inside.silu} | flags
     across, steps = triton.cdiv(outer, launch.columns), tiles // launch.tiles // launch.splits
     if once:
         _once_kernel[(across, launch.splits)](*arguments, TILES=launch.tiles, **shared)
@@ -392,7 +424,28 @@ def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, b
         ahead = min(4, triton.next_power_of_2(max(1, steps * launch.tiles * half // 128) + 1) // 2)
         _few_kernel[(across, launch.splits)](*arguments, steps, W=launch.tiles, AHEAD=ahead, STAGES=launch.stages, **shared)
     else:
+        shared["PARTED"] = half if inside.silu or inside.after else 0
         _many_kernel[(across * triton.cdiv(rows, launch.rows), launch.splits)](*arguments, steps, BAND=8, STAGES=launch.stages, **shared)
+
+
+def serves_norms(weight: tuple[Tensor, Tensor, Tensor]) -> Served:
+    """Up to how many rows `multiply` takes, and the tile by which it parts the columns of more than FEW_ROWS."""
+    tile = _tile(weight)
+    return Served(MANY_ROWS, tile) if weight[2].dtype is torch.uint8 and tile >= SMALLEST_TILE else Served(0)
+
+
+def _tile(weight: tuple[Tensor, Tensor, Tensor]) -> int:
+    group = 2 * weight[0].shape[1] // weight[1].shape[1]
+    return min(group & -group, TILE)
+
+
+def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor, inside: Inside) -> None:
+    """out = x @ W.T + bias of as many rows as `serves_norms` says, in bfloat16, with SiLU and norms inside. Above FEW_ROWS rows what these leave in `out` is parted."""
+    tile = _tile(weight)
+    if tile == TILE and not inside.silu and linear_w4_row.serves(x, weight[1].shape[0]):
+        linear_w4_row.multiply(x, weight, bias, out, inside.before, inside.after)
+    else:
+        _in_registers(x, weight, tile, bias, out, inside)
 
 
 def _written_out(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:

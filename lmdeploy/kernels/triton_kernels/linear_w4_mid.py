@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish
+from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish, surroundings
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -126,7 +126,11 @@ def _mid_kernel(
         acc = tl.dot(_quarter(packed, 1, "shr.u32 a, $1, 4", "mov.b32 a, $1", dtype, ASM), tl.trans(x1), acc)
         acc = tl.dot(_quarter(packed, 2, "shr.u32 a, $1, 8", "shr.u32 a, $1, 4", dtype, ASM), tl.trans(x2), acc)
         acc = tl.dot(_quarter(packed, 3, "shr.u32 a, $1, 12", "shr.u32 a, $1, 8", dtype, ASM), tl.trans(x3), acc)
-    finish(acc * unit[:, None], out, bias, parts, arrived + pid, cols, rows, T, N, out_row, split, splits, HAS_BIAS, SPLIT)
+    around = surroundings(out, 0.0, out, out, cols, rows, T, N, N, False, False)
+    finish(
+        acc * unit[:, None], out, bias, parts, arrived + pid, around, out, out, cols, rows, pid, T, N, out_row, split, splits,
+        HAS_BIAS, SPLIT, False, False, False, 0,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles"])

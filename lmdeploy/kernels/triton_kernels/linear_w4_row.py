@@ -11,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.api import After, Before
+from lmdeploy.kernels.triton_kernels import deferred
+from lmdeploy.kernels.triton_kernels.deferred import added, inverse, note_squares
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 Tensor = torch.Tensor
@@ -86,8 +89,10 @@ def _sums(
 @triton.jit
 def _row_kernel(
     x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor,
+    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor,
     N: tl.tensor, words: tl.tensor, groups: tl.tensor, tiles: tl.tensor,
-    PER: tl.constexpr, HAS_BIAS: tl.constexpr, ONCE: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, ONCE: tl.constexpr,
+    FP16: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ) -> None:  # fmt: skip
     """R numbers of the row. x: int64 words of 4 inputs; qweight: int32 words of 8. ONCE: a chunk of G tiles is all of K."""
     cols = tl.program_id(0) * R + tl.arange(0, R)
@@ -100,6 +105,10 @@ def _row_kernel(
     at = row[None, :] * groups + (tile // PER)[:, None]
     scale, zero = tl.load(scales + at, mask=inside, other=0.0), tl.load(zeros + at, mask=inside, other=0)
     after_previous(PDL)
+    if BEFORE:
+        factor = inverse(before, tl.arange(0, 1), 1, words * 8, eps)
+    if AFTER:
+        old, weighs = tl.load(residual + cols, mask=cols < N, other=0.0), tl.load(gain + cols, mask=cols < N, other=0.0).to(tl.float32)
     if ONCE:
         acc = _sums(packed, scale, zero, tl.load(x_at, mask=inside, other=0), tl.load(x_at + 1, mask=inside, other=0), G, R, FP16, ASM)
     else:
@@ -114,8 +123,14 @@ def _row_kernel(
             acc += _sums(packed, scale, zero, left, right, G, R, FP16, ASM)
             packed, scale, zero = packed_next, scale_next, zero_next
     total = tl.sum(tl.sum(acc, 2), 0)
+    if BEFORE:
+        total *= factor
     if HAS_BIAS:
         total += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
+    if AFTER:
+        total = added(residual + cols, old, total, cols < N)
+        note_squares(squares, tl.arange(0, 1), tl.sum((total * total)[None, :], 1), tl.arange(0, 1) == 0)
+        total *= weighs
     tl.store(out + cols, total.to(out.dtype.element_ty), mask=cols < N)
 
 
@@ -126,13 +141,16 @@ def serves(x: Tensor, outer: int) -> bool:
     return x.shape[0] == 1 and aligned and inner >= outer and (inner <= CHUNK * 128 or outer >= ENOUGH * COLUMNS)
 
 
-def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """out [1, N] = x [1, K] @ W.T + bias, groups being multiples of 128."""
+def multiply(
+    x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor, before: Before | None = None, after: After | None = None
+) -> None:
+    """out [1, N] = x [1, K] @ W.T + bias, groups being multiples of 128, with the norms around it (`deferred.py`)."""
     qweight, scales, zeros = weight
     inner, (outer, groups) = x.shape[1], scales.shape
     pdl = overlaps(x.device)
+    norms, flags = deferred.arguments(out, before, after)
     _row_kernel[(triton.cdiv(outer, COLUMNS),)](
-        x[0].view(torch.int64), qweight.view(torch.int32), scales, zeros, x if bias is None else bias, out, outer, inner // 8, groups, inner // 128,
-        PER=inner // groups // 128, HAS_BIAS=bias is not None, ONCE=inner <= CHUNK * 128, FP16=x.dtype is torch.float16, ASM=x.is_cuda,
+        x[0].view(torch.int64), qweight.view(torch.int32), scales, zeros, x if bias is None else bias, out, *norms, outer, inner // 8, groups, inner // 128,
+        **flags, PER=inner // groups // 128, HAS_BIAS=bias is not None, ONCE=inner <= CHUNK * 128, FP16=x.dtype is torch.float16, ASM=x.is_cuda,
         PDL=pdl, launch_pdl=pdl, R=COLUMNS, G=CHUNK, num_warps=4,
     )  # fmt: skip
