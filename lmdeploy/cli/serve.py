@@ -1,6 +1,7 @@
 """`lmdeploy serve api_server`: one model over HTTP.
 
-The port is taken before the model is loaded, so a used one costs no waiting. The engine runs in a process of its own.
+The port is taken before the model is loaded, so a used one costs no waiting. The engine runs in a process of its own, which is started as soon as the
+options are known to be right: it needs most of the time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy import log
 from lmdeploy.cli.flags import (
@@ -24,7 +25,13 @@ from lmdeploy.cli.flags import (
     template_config,
 )
 from lmdeploy.cli.startup import EMBEDDED, advised, describe
+from lmdeploy.config import ChatTemplateConfig, EngineConfig
+from lmdeploy.engine.launching import Launched, launch
+from lmdeploy.serving.opening import reserve_port, supervision_of
 from lmdeploy.serving.options import ServerConfig
+
+if TYPE_CHECKING:
+    from lmdeploy.frontend import Frontend
 
 #: flags of the public surface that the server cannot obey yet: name -> its neutral values
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -58,16 +65,14 @@ def run_api_server(args: argparse.Namespace) -> int:
     """Take the port, load the model, tell what it takes, serve until Ctrl-C or SIGTERM."""
     server, engine, template = server_config(args), engine_config(args), template_config(args)
     log.setup(server.log_level, server.log_format)
-    from lmdeploy.frontend import Frontend
-    from lmdeploy.serving.opening import reserve_port, supervision_of
-
     sock = reserve_port(server)
     try:
-        if args.model_path is None:
-            print(EMBEDDED, flush=True)
-        with ThreadPoolExecutor(1) as importer, advised(args.model_path, engine):
-            importer.submit(importlib.import_module, "lmdeploy.serving.server")  # takes long, and so does the model
-            frontend = Frontend.open(args.model_path, engine, template, separate_process=True, model_name=server.model_name, supervision=supervision_of(server))
+        launched = launch(engine.device_type)  # before all other imports, which are done while the child imports torch
+        try:
+            frontend = _open(args.model_path, server, engine, template, launched)
+        except BaseException:
+            launched.end()
+            raise
     except BaseException:
         sock.close()
         raise
@@ -76,3 +81,14 @@ def run_api_server(args: argparse.Namespace) -> int:
 
     run_server(frontend, server, sock)
     return 0
+
+
+def _open(model_path: str | None, server: ServerConfig, engine: EngineConfig, template: ChatTemplateConfig | None, launched: Launched) -> Frontend:
+    from lmdeploy.frontend import Frontend
+
+    if model_path is None:
+        print(EMBEDDED, flush=True)
+    supervision = supervision_of(server, launched)
+    with ThreadPoolExecutor(1) as importer, advised(model_path, engine):
+        importer.submit(importlib.import_module, "lmdeploy.serving.server")  # takes long, and so does the model
+        return Frontend.open(model_path, engine, template, separate_process=True, model_name=server.model_name, supervision=supervision)

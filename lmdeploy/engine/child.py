@@ -16,14 +16,16 @@ import socket
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmdeploy import log
-from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
-from lmdeploy.engine import wire
-from lmdeploy.engine.client import EngineThread
+from lmdeploy.engine import wake, wire
 from lmdeploy.errors import EngineError, LmdeployError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineOutput, EngineRequest, StepOutputs
+
+if TYPE_CHECKING:
+    from lmdeploy.engine.client import EngineThread
 
 logger = get_logger(__name__)
 
@@ -31,18 +33,22 @@ logger = get_logger(__name__)
 class _Child:
     """The engine's side. A reader thread fills the inbox from the start on, so that a dead parent is seen while loading too."""
 
-    def __init__(self, channel: wire.Channel[wire.ToChild]) -> None:
-        self._channel = channel
+    def __init__(self, channel: wire.Channel[wire.ToChild], device_type: str) -> None:
+        self._channel, self._device_type = channel, device_type
         self._inbox: queue.SimpleQueue[wire.ToChild] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="parent-reader", daemon=True).start()
 
     def run(self) -> None:
         """Load, announce, then serve until Stop. An error of the start goes to the parent as its class and its one line."""
-        importlib.import_module("torch")  # takes long: the parent has still to read its tokenizer
+        wake.begin(self._device_type)
+        importlib.import_module("torch")  # takes long, and the parent has still to import and to find the model
+        wake.go_on(self._device_type)
+        importlib.import_module("lmdeploy.engine.start")
+        gc.freeze()  # the modules' objects stay
+        gc.enable()
         start = self._inbox.get()
         assert isinstance(start, wire.Start), "the first message is Start"
         log.setup(start.log_level, start.log_format)
-        threading.Thread(target=_wake_device, args=[start.options.get("device_type", "auto")], name="device", daemon=True).start()
         try:
             client = _load(start)
         except Exception as e:
@@ -114,17 +120,9 @@ def _refusal(request_id: int, index: int, error: LmdeployError) -> EngineOutput:
     return EngineOutput(request_id=request_id, index=index, finish_reason="error", error=str(error), error_code=code)
 
 
-def _wake_device(device_type: str) -> None:
-    """What a CUDA device takes long for and can do beside imports: its context, and the hash of Triton's files that names compiled kernels. What fails shows later."""
-    import torch
-
-    with contextlib.suppress(Exception):
-        if device_type != "cpu" and torch.cuda.is_available():
-            torch.zeros(1, device="cuda")
-            importlib.import_module("triton.runtime.cache").triton_key()
-
-
 def _load(start: wire.Start) -> EngineThread:
+    from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
+    from lmdeploy.engine.client import EngineThread
     from lmdeploy.engine.start import build_engine
 
     config_class = PytorchEngineConfig if start.backend == "pytorch" else TurbomindEngineConfig
@@ -136,9 +134,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry of the child process."""
     parser = argparse.ArgumentParser(prog="lmdeploy-engine")
     parser.add_argument("--fd", type=int, required=True, help="the child's end of the socket pair")
-    fd = parser.parse_args(arguments).fd
+    parser.add_argument("--device", default="auto", help="which type of device to make ready")
+    words = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _Child(wire.to_parent(socket.socket(fileno=fd))).run()
+    _Child(wire.to_parent(socket.socket(fileno=words.fd)), words.device).run()
 
 
 if __name__ == "__main__":

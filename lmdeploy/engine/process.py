@@ -12,20 +12,18 @@ import itertools
 import logging
 import queue
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 from lmdeploy import errors, log
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine import wire
 from lmdeploy.engine.client import Listener
+from lmdeploy.engine.launching import Launched, launch
 from lmdeploy.errors import EngineError, LmdeployError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, Order, StepOutputs
@@ -44,33 +42,6 @@ MAX_PINGS = 8
 STOP_SECONDS = 5.0
 #: an order, such as reading new weights, may take so long without a sign of life
 ORDER_SECONDS = 900.0
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A child that was started, and our end of the pair."""
-
-    process: subprocess.Popen[bytes]
-    channel: wire.Channel[wire.ToParent]
-
-
-def launch() -> Launched:
-    """Start a child; it waits for `wire.Start`."""
-    ours, theirs = socket.socketpair()
-    try:
-        child = subprocess.Popen([*child_command(), "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return Launched(child, wire.to_child(ours))
-
-
-def child_command() -> list[str]:
-    """The program of the child: it imports the same package as we do, and nothing from the current folder."""
-    root = str(Path(__file__).resolve().parents[2])
-    return [sys.executable, "-c", f"import sys; r = {root!r}; sys.path[:1] = [] if r in sys.path[1:] else [r]; from lmdeploy.engine.child import main; main()"]
 
 
 class EngineProcess:
@@ -93,7 +64,7 @@ class EngineProcess:
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
-        launched = launched or launch()
+        launched = launched or launch(config.device_type)
         self._child, self._channel = launched.process, launched.channel
         self._outbox: queue.SimpleQueue[wire.ToChild | None] = queue.SimpleQueue()
         try:

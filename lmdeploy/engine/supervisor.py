@@ -17,7 +17,8 @@ from pathlib import Path
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.client import Listener
-from lmdeploy.engine.process import EngineProcess, Launched, launch
+from lmdeploy.engine.launching import Launched, launch
+from lmdeploy.engine.process import EngineProcess
 from lmdeploy.errors import EngineError, LmdeployError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import SLEEPING, EngineOutput, EngineRequest, EngineStats, FinishReason, Order, StepOutputs
@@ -36,10 +37,14 @@ MIN_START_SECONDS, START_FACTOR = 300.0, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """`stall_seconds` without a sign of life = the engine hangs (None: see `process`); `max_restarts` in ten minutes, then it is given up."""
+    """`stall_seconds` without a sign of life = the engine hangs (None: see `process`); `max_restarts` in ten minutes, then it is given up.
+
+    `launched`: the first process, where the caller has started it; he ends it when it was not taken over.
+    """
 
     stall_seconds: float | None = None
     max_restarts: int = 5
+    launched: Launched | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ class SupervisedEngine:
         self._standing = Standing()
         self._closing = threading.Event()
         self._launched: Launched | None = None  # a process that does not serve yet
-        self._engine = self._open(config)
+        self._engine = self._open(config, launched=self._supervision.launched)
         self._launched = None
         self.info = self._engine.info
         # the next process has the same geometry, or does not start: what callers were told stays true
@@ -171,12 +176,12 @@ class SupervisedEngine:
 
     # ------------------------------------------------------------------ inside
 
-    def _open(self, config: EngineConfig, limit: float | None = None) -> EngineProcess:
+    def _open(self, config: EngineConfig, limit: float | None = None, launched: Launched | None = None) -> EngineProcess:
         """A process that has loaded the model, within `limit` seconds (how long the first start may take is its watcher's to judge)."""
         with self._lock:
             if self._closing.is_set():
                 raise EngineError("the engine was closed")
-            launched = self._launched = launch()
+            launched = self._launched = launched or launch(config.device_type)
         timer = threading.Timer(limit or 0, launched.process.kill)
         timer.daemon = True
         try:

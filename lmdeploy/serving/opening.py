@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from typing import TYPE_CHECKING
 
-from lmdeploy.engine.supervisor import Supervision
+from lmdeploy.engine.launching import Launched
 from lmdeploy.errors import ConfigError
 from lmdeploy.serving.keys import KeyRing
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.tracing import check_endpoint
+
+if TYPE_CHECKING:
+    from lmdeploy.engine.supervisor import Supervision
 
 
 def read_certificate(config: ServerConfig) -> ssl.SSLContext | None:
@@ -67,6 +71,8 @@ def url_of(sock: socket.socket, config: ServerConfig) -> str:
     return f"{'https' if config.ssl else 'http'}://{host}:{port}"
 
 
-def supervision_of(config: ServerConfig) -> Supervision:
-    """When the engine counts as hung, and how often it is restarted."""
-    return Supervision(config.engine_stall_seconds, config.max_engine_restarts)
+def supervision_of(config: ServerConfig, launched: Launched | None = None) -> Supervision:
+    """When the engine counts as hung, and how often it is restarted; `launched`: its first process, where there is one."""
+    from lmdeploy.engine.supervisor import Supervision  # the engine's own imports, which the port need not wait for
+
+    return Supervision(config.engine_stall_seconds, config.max_engine_restarts, launched)

@@ -19,8 +19,10 @@ import psutil
 import pytest
 
 from lmdeploy.cli.flags import FlagParser, engine_config
+from lmdeploy.cli.main import main
 from lmdeploy.cli.serve import add_api_server_flags, server_config
 from lmdeploy.cli.terminal import PROMPT
+from lmdeploy.engine import launching
 from lmdeploy.errors import ConfigError
 from lmdeploy.serving.keys import KeyRing
 
@@ -205,3 +207,24 @@ def test_every_line_of_a_json_log_is_json(tmp_path: Path) -> None:
 def test_flags_that_cannot_be_obeyed_are_errors(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="not available"):
         server_config(parsed(*words))
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem", "processes"),
+    [(["/nonexistent"], "/nonexistent", 1), (["--cap", "python"], "capability", 1), (["--chat-template", "/nonexistent.json"], "/nonexistent.json", 0)],
+)
+def test_a_start_that_fails_leaves_no_engine(
+    flags: list[str], problem: str, processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine's process is started before the model is looked at, but not for options that are wrong in themselves."""
+    started: list[launching.Launched] = []
+
+    def launch(device_type: str) -> launching.Launched:
+        started.append(launching.launch(device_type))
+        return started[-1]
+
+    monkeypatch.setattr("lmdeploy.cli.serve.launch", launch)
+    assert main(["serve", "api_server", "--server-port", "0", *flags]) == 2
+    assert problem in capsys.readouterr().err.splitlines()[-1]
+    assert len(started) == processes
+    assert not any(psutil.pid_exists(s.process.pid) for s in started)

@@ -18,7 +18,7 @@ HANG, CRASH, NO_MEMORY, DEVICE_LOST, DEVICE_ASSERT = 5001, 5002, 5003, 5004, 500
 
 
 def command() -> list[str]:
-    """In place of `process.child_command`."""
+    """In place of `launching.child_command`."""
     return [sys.executable, str(Path(__file__).resolve())]
 
 

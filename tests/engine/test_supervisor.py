@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 
 from lmdeploy.config import TurbomindEngineConfig
-from lmdeploy.engine import process, wire
+from lmdeploy.engine import launching, wire
 from lmdeploy.engine.process import EngineProcess
 from lmdeploy.engine.supervisor import Standing, SupervisedEngine, Supervision
 from lmdeploy.errors import CheckpointError, EngineError
@@ -48,7 +48,7 @@ def start(model_folder: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "child_command", broken_child.command)
+    monkeypatch.setattr(launching, "child_command", broken_child.command)
 
 
 def harmful(request_id: int, token: int) -> EngineRequest:
@@ -195,7 +195,7 @@ def test_a_restart_that_never_gets_ready_counts_as_failed(start: Start, monkeypa
     monkeypatch.setattr("lmdeploy.engine.supervisor.MIN_START_SECONDS", 1.0)
     monkeypatch.setattr("lmdeploy.engine.supervisor.START_FACTOR", 0.0)
     engine, inbox = start(max_restarts=1)
-    monkeypatch.setattr(process, "child_command", lambda: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(launching, "child_command", lambda: [sys.executable, "-c", "import time; time.sleep(600)"])
     os.kill(engine.pid, signal.SIGKILL)
     until(lambda: engine.failure is not None)
     assert "loading" in (engine.failure or "") and "signal 9" in (engine.failure or "")
@@ -266,12 +266,12 @@ def test_an_engine_that_took_new_weights_asleep_answers_after_a_crash(start: Sta
 
 def test_a_process_that_cannot_be_made_counts_as_a_failed_start(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, inbox = start()
-    real, failures = process.launch, iter([OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread")])
+    real, failures = launching.launch, iter([OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread")])
 
-    def sometimes() -> process.Launched:
+    def sometimes(device_type: str) -> launching.Launched:
         for failure in failures:
             raise failure
-        return real()
+        return real(device_type)
 
     monkeypatch.setattr("lmdeploy.engine.supervisor.launch", sometimes)
     monkeypatch.setattr("lmdeploy.engine.supervisor.MAX_DELAY_SECONDS", 0.0)
@@ -283,7 +283,7 @@ def test_a_process_that_cannot_be_made_counts_as_a_failed_start(start: Start, mo
 
 
 def test_when_no_process_can_be_made_at_all_what_waits_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never() -> process.Launched:
+    def never(device_type: str) -> launching.Launched:
         raise OSError(12, "Cannot allocate memory")
 
     engine, inbox = start(max_restarts=2)

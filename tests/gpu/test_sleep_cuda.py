@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmdeploy.config import EngineConfig, TurbomindEngineConfig
-from lmdeploy.engine import process
+from lmdeploy.engine import launching
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.start import build_engine
 from lmdeploy.engine.supervisor import SupervisedEngine
@@ -71,7 +71,7 @@ def test_sleep_gives_device_memory_back_and_waking_is_quick(config: EngineConfig
 
 
 def test_a_lost_device_is_seen_and_the_engine_replaced(config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "child_command", broken_child.command)
+    monkeypatch.setattr(launching, "child_command", broken_child.command)
     folder = write_llama(tmp_path / "a", vocab_size=5200)
     engine, inbox = SupervisedEngine(folder, config.replace(cache_max_entry_count=64)), Inbox()
     engine.start(inbox)
