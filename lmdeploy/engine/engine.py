@@ -17,7 +17,7 @@ from lmdeploy.engine.executor.contract import Executor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.engine.preparing import Preparing
-from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
+from lmdeploy.engine.scheduler import Fill, Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, StepOutputs
@@ -40,6 +40,7 @@ class Engine:
         rope_depends_on_length: bool,
         run_ahead: int = 0,
         grammars: GrammarCompiler | None = None,
+        fill: Fill | None = None,
     ) -> None:
         assert run_ahead in (0, 1), f"run_ahead={run_ahead}"
         info = executor.info
@@ -51,6 +52,7 @@ class Engine:
             session_len=info.session_len,
             enable_prefix_caching=enable_prefix_caching,
             rope_depends_on_length=rope_depends_on_length,
+            fill=fill,
         )
         self._executor = executor
         self._scheduler = Scheduler(limits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,18 +83,21 @@ class Running:
             self._order = np.array([seq.slot for seq in self._sequences], dtype=np.int64)
         return self._order
 
-    def shares(self, budget: int) -> tuple[Items, Ints]:
-        """What each sequence computes next within a budget of tokens, perhaps 0 of them, in order of arrival; and how many blocks that takes."""
+    def shares(self, budget_of: Callable[[int, int], int]) -> tuple[Items, Ints, int]:
+        """What each sequence computes next, perhaps no token, in order of arrival; how many blocks that takes; and the budget that was kept to, which
+        `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
         order = self._standing()
         table = self._table[order]
         pending, computed = table[:, PENDING], table[:, COMPUTED]
         known = table[:, KNOWN] + pending
         todo = known - computed
         todo[(pending > 0) & (known >= table[:, LIMIT])] = 0  # complete as soon as the results in flight are seen
+        ones = int(np.count_nonzero(todo == 1))
+        budget = budget_of(ones, int(todo.sum()) - ones)
         counts = _shared_out(todo, budget)
         ends = computed + counts
         sample = (ends == known) & (table[:, SAMPLES] > 0)
-        return Items(order, computed, counts, sample, {}), -(-ends // self._block_size) - table[:, BLOCKS]
+        return Items(order, computed, counts, sample, {}), -(-ends // self._block_size) - table[:, BLOCKS], budget
 
     def next_of(self, seq: Sequence, num_tokens: int) -> Items:
         """The next tokens of one sequence, of which the rank knows nothing: all its blocks are new."""

@@ -2,7 +2,8 @@
 
 One rule: `num_computed` of every sequence catches up with its `num_tokens`, within `max_prefill_token_num` tokens a step and
 `max_batch_size` slots; running sequences first, then waiting ones, both in order of arrival. There is no prefill and no decode
-phase. When blocks run out, the sequence that arrived last loses its own and is computed again later, so the oldest always
+phase. Where few prompts come to answers that are being written, a step is filled up only as far as that costs little (`Fill`).
+When blocks run out, the sequence that arrived last loses its own and is computed again later, so the oldest always
 progresses. `schedule` may be called again before the result of the last plan is known (see `Sequence`).
 """
 
@@ -26,6 +27,22 @@ from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishRe
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """Tokens of prompts beside so many answers that get their next token, ascending, while no more than `most` tokens of prompts could be computed.
+
+    Up to a number of rows a step costs hardly more than reading the weights: prompts that are spread over such steps take less time in all, and make no answer
+    wait long. Many prompts are computed at once instead: what they fill up with soon outweighs it.
+    """
+
+    beside: tuple[tuple[int, int], ...]
+    most: int
+
+
+#: waiting requests that are counted, at most; more are many
+COUNTED = 32
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """The resolved numbers that bound a schedule; defaults live in EngineConfig."""
 
@@ -36,6 +53,7 @@ class SchedulerLimits:
     session_len: int
     enable_prefix_caching: bool
     rope_depends_on_length: bool
+    fill: Fill | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -152,8 +170,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before results are seen."""
-        budget = self.limits.max_prefill_token_num
-        items = self._schedule_running(budget)
+        items, budget = self._schedule_running()
         new = self._schedule_waiting(budget - int(items.counts.sum())) if self._waiting else []
         if new:
             items = items.joined([item for _, item in new])
@@ -169,12 +186,24 @@ class Scheduler:
         self._flights.append(_Flight(plan, self._running.epochs(items)))
         return plan
 
-    def _schedule_running(self, budget: int) -> Items:
-        """Items for running sequences, oldest first."""
+    def _budget(self, decodes: int, unread: int) -> int:
+        """Tokens of a step, of which `decodes` running sequences take one each; the prompts of others still have `unread`."""
+        fill, most = self.limits.fill, self.limits.max_prefill_token_num
+        if fill is None or not decodes:
+            return most
+        if self._waiting and self._running.has_room:
+            if len(self._waiting) > COUNTED:
+                return most
+            unread += sum(seq.num_tokens - seq.num_computed for _, seq in self._waiting if not seq.ended)
+        tokens = next((tokens for answers, tokens in fill.beside if decodes <= answers), most)
+        return min(most, decodes + tokens) if unread <= fill.most else most
+
+    def _schedule_running(self) -> tuple[Items, int]:
+        """Items for running sequences, oldest first, and the step's budget."""
         running = self._running
         if not running:
-            return Items.of(())
-        items, missing = running.shares(budget)
+            return Items.of(()), self._budget(0, 0)
+        items, missing, budget = running.shares(self._budget)
         for i in np.flatnonzero(missing > 0).tolist():
             if i >= len(running) or not self._make_room(running[i], missing.item(i)):
                 break  # it, or one before it, was the last one, and had to go
@@ -184,7 +213,7 @@ class Scheduler:
             items.new_blocks[seq.slot] = new
         items = items.take(np.flatnonzero(items.counts[: len(running)]))  # pre-emption shortens the list from its end
         running.count_as_computed(items)
-        return items
+        return items, budget
 
     def _schedule_waiting(self, budget: int) -> list[tuple[NewSequence, Items]]:
         """Start waiting sequences in order of arrival while budget, slots and blocks last."""

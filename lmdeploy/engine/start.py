@@ -26,6 +26,7 @@ from lmdeploy.engine.kv_cache import KVLayout
 from lmdeploy.engine.memory import free_bytes, hold_steady
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.engine.scheduler import Fill
 from lmdeploy.engine.sizing import SEE_PLAN, choose_format, gib, pool_request, unset_limits
 from lmdeploy.engine.weights import Facts, Weights
 from lmdeploy.errors import ConfigError
@@ -45,6 +46,9 @@ from lmdeploy.spec import ModelSpec, RopeSpec
 from lmdeploy.vision.spec import VisionSpec, load_vision_spec
 
 logger = get_logger(__name__)
+#: For 16-bit weights that every token reads. Of the 7B shape on an H200 (measured): 256 rows take 38 % longer than 64, 320 86 %; sums of both numbers are sizes
+#: of graphs. With 64 answers and a prompt whenever one ends, all took 4 % less time so and the slowest tokens a third (simulated from measured steps).
+FILL = Fill(((64, 192), (128, 128), (1 << 30, 512)), 4096)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -170,6 +174,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         enable_prefix_caching=resolved.enable_prefix_caching,
         rope_depends_on_length=spec.rope.depends_on_length,
         grammars=grammars,
+        fill=FILL if device.type == "cuda" and not spec.quantization and config.model_format != "fp8" and not spec.num_experts else None,
         run_ahead=int(graphed),  # the next step is launched before the tokens of this one are seen
     )
 

@@ -13,6 +13,7 @@ import msgspec
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.scheduler import Fill
 from lmdeploy.errors import RequestError
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 from tests.engine.fake_rank import FakeRank, draw, key_chain, next_key
@@ -98,12 +99,20 @@ class EngineMachine(RuleBasedStateMachine):
         session_len=st.integers(10, 40),
         caching=st.booleans(),
         rope=st.booleans(),
+        fill=st.none()
+        | st.builds(lambda few, tokens, most: Fill(((few, tokens), (few + 2, 1)), most), st.integers(1, 3), st.integers(1, 6), st.integers(1, 30)),
     )
-    def build(self, num_blocks: int, block_size: int, max_batch_size: int, budget: int, session_len: int, caching: bool, rope: bool) -> None:
+    def build(self, num_blocks: int, block_size: int, max_batch_size: int, budget: int, session_len: int, caching: bool, rope: bool, fill: Fill | None) -> None:
         self.rank = FakeRank(num_blocks, block_size, max_batch_size, session_len, vocab_size=VOCAB, rope_depends_on_length=rope)
         self.rank.poison, self.rank.bad_draw = POISON, BAD_DRAW
         self.engine = Engine(
-            self.rank, max_prefill_token_num=budget, max_waiting=1000, enable_prefix_caching=caching, rope_depends_on_length=rope, run_ahead=self.run_ahead
+            self.rank,
+            max_prefill_token_num=budget,
+            max_waiting=1000,
+            enable_prefix_caching=caching,
+            rope_depends_on_length=rope,
+            run_ahead=self.run_ahead,
+            fill=fill,
         )
         self.requests: dict[int, EngineRequest] = {}
         self.answers: dict[tuple[int, int], Answer] = {}

@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.prefix_cache import RootKey
+from lmdeploy.engine.scheduler import Fill
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
 from tests.engine.fake_rank import FakeRank, expected_tokens, key_chain
 from tests.engine.machine import EngineMachine
@@ -16,7 +17,7 @@ from tests.engine.machine import EngineMachine
 PROMPT = list(range(1, 14))  # three full blocks of 4 and one token
 
 
-def build(rank: FakeRank, *, budget: int = 64, caching: bool = True, run_ahead: int = 0) -> Engine:
+def build(rank: FakeRank, *, budget: int = 64, caching: bool = True, run_ahead: int = 0, fill: Fill | None = None) -> Engine:
     return Engine(
         rank,
         max_prefill_token_num=budget,
@@ -24,6 +25,7 @@ def build(rank: FakeRank, *, budget: int = 64, caching: bool = True, run_ahead: 
         enable_prefix_caching=caching,
         rope_depends_on_length=rank.rope_depends_on_length,
         run_ahead=run_ahead,
+        fill=fill,
     )
 
 
@@ -63,6 +65,43 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget_beside_running_answer
         engine.step()
     chunks = [[(item.num_tokens, item.sample) for item in plan.items] for plan in rank.plans[1:]]
     assert chunks == [[(1, True), (7, False)], [(1, True), (7, False)], [(1, True), (6, True)], [(1, True), (1, True)]]
+
+
+def test_few_prompts_fill_the_steps_of_running_answers_up_and_many_are_computed_at_once() -> None:
+    """Of 15 tokens at most; also those of prompts that have begun and of those that wait."""
+    rank = FakeRank(num_blocks=64, max_batch_size=8)
+    engine = build(rank, fill=Fill(((1, 6), (2, 4)), 15))
+    engine.add(request(1, [5, 6], max_new_tokens=12))
+    engine.step()
+    engine.add(request(2, list(range(1, 14)), max_new_tokens=12))
+    engine.step()
+    engine.add(request(3, [7, 8, 9], max_new_tokens=12))
+    for _ in range(3):
+        engine.step()
+    engine.add(request(4, list(range(40, 56)), max_new_tokens=12))  # too many
+    engine.step()
+    steps = [[(item.num_tokens, item.sample) for item in plan.items] for plan in rank.plans]
+    assert steps[0] == [(2, True)]  # nothing is running
+    assert steps[1:4] == [[(1, True), (6, False)], [(1, True), (6, False)], [(1, True), (1, True), (3, True)]]
+    assert steps[5] == [(1, True), (1, True), (1, True), (16, True)]
+
+
+def test_a_full_batch_does_not_count_those_that_wait_for_a_slot() -> None:
+    rank = FakeRank(num_blocks=64, max_batch_size=2)
+    engine = build(rank, fill=Fill(((8, 5),), 20))
+    engine.add(request(1, [5, 6], max_new_tokens=12))
+    engine.step()
+    for i in range(2, 5):
+        engine.add(request(i, list(range(20 * i, 20 * i + 13))))
+    engine.step()  # 39 tokens wait, and all might begin as far as anyone knows
+    assert [item.num_tokens for item in rank.plans[-1].items] == [1, 13]
+    engine.abort(2)
+    engine.abort(3)
+    engine.step()
+    engine.add(request(5, list(range(1, 30))))
+    engine.step()
+    assert [item.num_tokens for item in rank.plans[-2].items] == [1, 5]
+    assert [item.num_tokens for item in rank.plans[-1].items] == [1, 5]
 
 
 def test_running_answers_keep_their_token_a_step_while_an_older_one_is_computed_again() -> None:
