@@ -1,18 +1,34 @@
-"""What a CUDA device takes long for, done beside the imports of the engine's process: its context, the libraries' and Triton's first words."""
+"""What a CUDA device takes long for, begun before torch is imported: its context, and the hash of Triton's files that names compiled kernels.
+
+Both are mostly not Python, so they cost the imports in the main thread little. What goes wrong here shows later, where it is needed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 
 def begin(device_type: str) -> None:
-    """Make the first device's context in a thread, before torch is imported, which then finds and uses it. Nothing where there is no device, or no CUDA build of torch."""
+    """Begin in threads; nothing for the CPU or without a CUDA build of torch."""
     if device_type != "cpu" and _torch_has_cuda():
-        threading.Thread(target=_make_context, name="context", daemon=True).start()
+        _in_thread(_make_context, "context")
+        _in_thread(_hash_triton, "triton")
+
+
+def go_on(device_type: str) -> None:
+    """Once torch is imported: what torch itself does at the first use of a device, in a thread."""
+    if device_type != "cpu" and _torch_has_cuda():
+        _in_thread(_use_device, "device")
+
+
+def _in_thread(target: Callable[[], None], name: str) -> None:
+    threading.Thread(target=target, name=name, daemon=True).start()
 
 
 def _torch_has_cuda() -> bool:
@@ -21,22 +37,21 @@ def _torch_has_cuda() -> bool:
 
 
 def _make_context() -> None:
-    """By the driver's own functions: they need neither torch nor Python's lock. What goes wrong shows later, when torch looks."""
+    """The first device's primary context, which torch finds and uses: by the driver's own functions, which need neither torch nor Python's lock."""
     with contextlib.suppress(OSError):
         driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
         if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
-def go_on(device_type: str) -> None:
-    """In a thread, once torch is there: torch's own part, and the hash of Triton's files that names compiled kernels."""
-    threading.Thread(target=_wake, args=[device_type], name="device", daemon=True).start()
+def _hash_triton() -> None:
+    with contextlib.suppress(Exception):
+        importlib.import_module("triton.runtime.cache").triton_key()
 
 
-def _wake(device_type: str) -> None:
+def _use_device() -> None:
     import torch
 
     with contextlib.suppress(Exception):
-        if device_type != "cpu" and torch.cuda.is_available():
+        if torch.cuda.is_available():
             torch.zeros(1, device="cuda")
-            importlib.import_module("triton.runtime.cache").triton_key()
