@@ -34,24 +34,16 @@ class After(NamedTuple):
     squares: Tensor  # int64
 
 
-class Served(NamedTuple):
-    """Up to how many rows a weight's products take norms inside, and in what order of columns they leave results with `silu` or `after`; 0: as they are."""
-
-    rows: int
-    order: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class NormedProducts:
     """Products of few rows with the RMSNorms around them inside. A weight is (numbers,) in 16 bits or (qweight, scales, zeros) as for `linear_w4`."""
 
-    #: (weight, N, dtype of x) -> rows that `product` takes, 0 where it does not serve this weight. Only weights of one order may follow each other.
-    serves: Callable[[tuple[Tensor, ...], int, torch.dtype], Served]
-    #: (T, K, weight) -> whether `after` is worth its while inside; else a product and `add_rms_norm` are faster. Always, where order and T are not plain.
+    #: (weight, N, dtype of x) -> up to how many rows `product` takes; 0: it does not serve this weight
+    rows_served: Callable[[tuple[Tensor, ...], int, torch.dtype], int]
+    #: (T, K, weight) -> whether `after` is worth its while inside; else a product and `add_rms_norm` are faster.
     adds: Callable[[int, int, tuple[Tensor, ...]], bool]
-    #: (x [T, K], weight, bias | None, out [T, N], silu, before | None, after | None, ordered): out = x @ W.T + bias, with `silu` as `linear_silu`; K is the
-    #: norm's width. With `silu` or `after` out is in the order of `Served`, but for T = 1; `ordered` says that x is.
-    product: Callable[[Tensor, tuple[Tensor, ...], Tensor | None, Tensor, bool, Before | None, After | None, bool], None]
+    #: (x [T, K], weight, bias | None, out [T, N], silu, before | None, after | None): out = x @ W.T + bias, with `silu` as `linear_silu`; K is the norm's width
+    product: Callable[[Tensor, tuple[Tensor, ...], Tensor | None, Tensor, bool, Before | None, After | None], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.inputs import ForwardInputs
-from lmdeploy.kernels.api import Before, Served
+from lmdeploy.kernels.api import Before
 from lmdeploy.layers.build import BuildContext, Module, StepBuffers
 from lmdeploy.layers.linear import QKVLinear, RowLinear
 from lmdeploy.layers.norm import RMSNorm
@@ -52,9 +52,9 @@ class Attention:
         for part in self._parts:
             yield from part.tensors()
 
-    def serves_norms(self) -> tuple[Served, ...]:
-        """For how many rows the norms around it can be part of each of its products."""
-        return self.qkv.serves_norms(), self.out.serves_norms()
+    def normed_rows(self) -> int:
+        """Up to how many rows the norms around it can be part of its products; 0: none."""
+        return min(self.qkv.normed_rows(), self.out.normed_rows())
 
     def forward(self, inputs: ForwardInputs, step: StepBuffers, before: Before | None = None) -> Tensor:
         """step.normed [T, M], as `before` says -> [T, H D], as a rule in step.attn; the new keys and values are in the cache after it. `project` is the rest."""
@@ -62,7 +62,7 @@ class Attention:
         if before is None:
             self.qkv.forward(step.normed, step.qkv)
         else:
-            self.qkv.normed(step.normed, step.qkv, before=before, ordered=True)
+            self.qkv.normed(step.normed, step.qkv, before=before)
         if self.norms:
             self.norms[0].heads(step.q)
             self.norms[1].heads(step.k)

@@ -14,7 +14,7 @@ import torch
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.formats.dense import DenseWeight
 from lmdeploy.formats.weight_format import FileFormat, Part, WeightFormat
-from lmdeploy.kernels.api import After, Before, Served
+from lmdeploy.kernels.api import After, Before
 from lmdeploy.layers.build import BuildContext
 
 Tensor = torch.Tensor
@@ -49,22 +49,21 @@ class Linear:
         """x [T, K] -> out [T, N]."""
         self.weight.matmul(x, out, self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
 
-    def serves_norms(self, *, silu: bool = False) -> Served:
-        """Up to how many rows `normed` takes, 0 where it does not serve this layer, and the order that it leaves them in."""
+    def normed_rows(self, *, silu: bool = False) -> int:
+        """Up to how many rows `normed` takes; 0: it does not serve this layer."""
         assert self.weight is not None, "not loaded"
         outer = sum(part.num_rows for part in self.parts)
-        return self.kernels.normed.serves(self.weight.operands, outer // 2 if silu else outer, self.dtype) if self.kernels.normed else Served(0)
+        return self.kernels.normed.rows_served(self.weight.operands, outer // 2 if silu else outer, self.dtype) if self.kernels.normed else 0
 
     def adds(self, x: Tensor) -> bool:
         """Whether `normed` is the fastest way to the norm after."""
         assert self.weight is not None, "not loaded"
         return self.kernels.normed is not None and self.kernels.normed.adds(x.shape[0], x.shape[1], self.weight.operands)
 
-    def normed(self, x: Tensor, out: Tensor, *, silu: bool = False, before: Before | None = None, after: After | None = None, ordered: bool = False) -> None:
-        """`forward` or, with `silu`, `gated` of few rows, with what is left of the norm before and what is done of the norm after; `ordered`: x is the result of
-        such a product."""
+    def normed(self, x: Tensor, out: Tensor, *, silu: bool = False, before: Before | None = None, after: After | None = None) -> None:
+        """`forward` or, with `silu`, `gated` of few rows, with what is left of the norm before and what is done of the norm after."""
         weight = self.weight
-        self.kernels.normed.product(x, weight.operands, weight.bias, out, silu, before, after, ordered)  # type: ignore[union-attr]  # loaded, and served
+        self.kernels.normed.product(x, weight.operands, weight.bias, out, silu, before, after)  # type: ignore[union-attr]  # loaded, and served
 
 
 class Head(Linear):
@@ -169,9 +168,9 @@ class RowLinear(Linear):
             assert self.weight is not None
             self.weight.bias = None
 
-    def serves_norms(self, *, silu: bool = False) -> Served:
-        """No rows where ranks share a sum: only the whole sum is added to the residual."""
-        return super().serves_norms(silu=silu) if self.parallel.size == 1 else Served(0)
+    def normed_rows(self, *, silu: bool = False) -> int:
+        """None where ranks share a sum: only the whole sum is added to the residual."""
+        return super().normed_rows(silu=silu) if self.parallel.size == 1 else 0
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """x [T, K of this rank] -> out [T, N], summed over ranks."""

@@ -9,7 +9,6 @@ import torch
 
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.inputs import ForwardInputs
-from lmdeploy.kernels.api import Served
 from lmdeploy.layers.build import BuildContext, StepBuffers
 from lmdeploy.layers.linear import GateUpLinear, RowLinear
 
@@ -48,6 +47,6 @@ class MLP:
         self.down.forward(step.act, step.proj)
         return False
 
-    def serves_norms(self) -> tuple[Served, ...]:
-        """For how many rows the norms around it can be part of each of its products."""
-        return self.gate_up.serves_norms(silu=True), self.down.serves_norms()
+    def normed_rows(self) -> int:
+        """Up to how many rows the norms around it can be part of its products; 0: none."""
+        return min(self.gate_up.normed_rows(silu=True), self.down.normed_rows())

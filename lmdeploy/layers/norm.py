@@ -44,13 +44,13 @@ class RMSNorm:
         else:
             self.add(step.proj, step.residual, step.normed)
 
-    def inside(self, linear: Linear, x: Tensor, step: StepBuffers, squares: Tensor, *, ordered: bool) -> Before | None:
-        """step.residual += linear(x); step.normed is its norm but for what is returned, which the next product makes up for. `ordered`: see `linear.normed`."""
+    def inside(self, linear: Linear, x: Tensor, step: StepBuffers, squares: Tensor) -> Before | None:
+        """step.residual += linear(x); step.normed is its norm but for what is returned, which the next product makes up for."""
         if not linear.adds(x):
             linear.forward(x, step.proj)
             self.add(step.proj, step.residual, step.normed)
             return None
-        linear.normed(x, step.normed, after=After(step.residual, self.weight, squares), ordered=ordered)
+        linear.normed(x, step.normed, after=After(step.residual, self.weight, squares))
         return Before(squares, self.eps)
 
     def heads(self, x: Tensor) -> None:

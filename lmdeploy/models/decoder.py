@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -126,17 +126,13 @@ class Decoder:
         self._check_tied(source)
         repeated = (f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ()
         source.finish(ignore=(*repeated, *self.ctx.formats.unused))
-        self.normed_rows = self._normed_rows()
+        self.normed_rows = min((self._normed_rows(layer) for layer in self.layers), default=0)
         self._zeros = torch.zeros(2 * len(self.layers), self.normed_rows, dtype=torch.int64, device=self.ctx.device)
         self._places = list(self._zeros)
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
-    def _normed_rows(self) -> int:
-        """As many as all products take, if one can read what the other leaves."""
-        if not all(isinstance(layer.mlp, MLP) for layer in self.layers):
-            return 0
-        served = {one for layer in self.layers for one in (*layer.attention.serves_norms(), *cast("MLP", layer.mlp).serves_norms())}
-        return min((one.rows for one in served), default=0) if len({one.order for one in served}) == 1 else 0
+    def _normed_rows(self, layer: Layer) -> int:
+        return min(layer.attention.normed_rows(), layer.mlp.normed_rows()) if isinstance(layer.mlp, MLP) else 0
 
     def _check_tied(self, source: WeightSource) -> None:
         """A file may repeat a tied head, but another one than the table contradicts config.json: using either would be a guess."""
@@ -199,9 +195,9 @@ class Decoder:
     def _finish_few_rows(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, step: StepBuffers, middle: Tensor, end: Tensor) -> Before | None:
         """The same with both norms in the products around them; `middle` and `end` are room for their rows' squares."""
         assert isinstance(layer.mlp, MLP)
-        before = layer.post_norm.inside(layer.attention.out, attn, step, middle, ordered=False)
-        layer.mlp.gate_up.normed(step.normed, step.act, silu=True, before=before, ordered=before is not None)
-        return next_norm.inside(layer.mlp.down, step.act, step, end, ordered=True)
+        before = layer.post_norm.inside(layer.attention.out, attn, step, middle)
+        layer.mlp.gate_up.normed(step.normed, step.act, silu=True, before=before)
+        return next_norm.inside(layer.mlp.down, step.act, step, end)
 
     def _squares(self, rows: int) -> list[Tensor] | None:
         """Zeros for the rows' squares at every norm but the first and the last two; None where norms are operators of their own."""

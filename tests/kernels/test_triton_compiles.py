@@ -78,13 +78,12 @@ CASES = {
     "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
     "small 4-bit weight before a norm": (linear_w4._once_kernel, FEW, {**INSIDE, "AFTER": True, "SPLIT": True, "TILES": 16, "BM": 8, "BN": 32}, 1),
     "4-bit weight after a norm": (linear_w4._few_kernel, FEW, {**INSIDE, "BEFORE": True, "SILU": True, "W": 4, "BM": 16, "BN": 64, "AHEAD": 4, "STAGES": 2}, 3),
-    "4-bit weight between norms": (
+    "4-bit weight and more rows": (
         linear_w4._many_kernel,
         FEW,
-        {**INSIDE, "BEFORE": True, "AFTER": True, "HAS_BIAS": True, "SPLIT": True, "PARTED": 64, "BM": 64, "BN": 64, "BAND": 8, "STAGES": 3},
+        {"HALF": 64, "PER": 1, "ASM": True, "SPLIT": True, "BM": 64, "BN": 64, "BAND": 8, "STAGES": 3},
         3,
     ),
-    "4-bit weight and silu": (linear_w4._many_kernel, FEW, {**INSIDE, "SILU": True, "PARTED": 64, "BM": 32, "BN": 64, "BAND": 8, "STAGES": 3}, 3),
     "long 4-bit rows between norms": (
         linear_w4_row._row_kernel,
         ONE,

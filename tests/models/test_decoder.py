@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lmdeploy.checkpoint.random_source import RandomSource
 from lmdeploy.errors import CheckpointError
 from lmdeploy.formats.choose import choose_formats
-from lmdeploy.kernels.api import NormedProducts, Served
+from lmdeploy.kernels.api import NormedProducts
 from lmdeploy.kernels.reference import REFERENCE, gated
 from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.registry import build_model
@@ -196,15 +196,16 @@ def test_norms_inside_products_change_nothing(tmp_path: Path, rows: list[int], l
     write_folder(tmp_path, {**LLAMA_CONFIG, "attention_bias": True}, tensors)
     calls: list[int] = []
 
-    def product(x: torch.Tensor, weight: Any, bias: Any, out: torch.Tensor, silu: bool, before: Any, after: Any, ordered: bool) -> None:
+    def product(x: torch.Tensor, *rest: Any) -> None:
         calls.append(x.shape[0])
-        turns = longest == 1000  # an order of its own, which none but products with norms may read
-        normed_plain.product(x.flip(1) if turns and ordered else x, weight, bias, out, silu, before, after)
-        if turns and (silu or after is not None):
-            out.copy_(out.flip(1))
+        normed_plain.product(x, *rest)
 
-    inside_set = NormedProducts(lambda weight, outer, dtype: Served(7, 1), lambda count, inner, weight: inner <= longest, product)
-    apart, inside = load_model(tmp_path), load_model(tmp_path, kernels=replace(REFERENCE, normed=inside_set))
+    apart, inside = (
+        load_model(tmp_path),
+        load_model(
+            tmp_path, kernels=replace(REFERENCE, normed=NormedProducts(lambda weight, outer, dtype: 7, lambda count, inner, weight: inner <= longest, product))
+        ),
+    )
     assert apart.normed_rows == 0 and inside.normed_rows == 7
     wanted, found = run_rows(Harness(apart), rows), run_rows(harness := Harness(inside), rows)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmdeploy.kernels.api import After, Before, Served
+from lmdeploy.kernels.api import After, Before
 from lmdeploy.kernels.reference import linear as linear_dense
 from lmdeploy.kernels.triton_kernels import deferred, linear, linear_w4_mid, linear_w4_row
 from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish, surroundings, weight_rows
@@ -195,7 +195,7 @@ def _once_kernel(
     total = _few_products(packed, tl.load(words_at, mask=(rows < T)[None, None, :], other=0), scale, zero, out.dtype.element_ty, ASM)
     finish(
         tl.sum(total, axis=0), out, bias, parts, arrived + block, around, residual, squares, cols, rows, block, T, N, out_row, split, splits,
-        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU, 0,
+        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU,
     )  # fmt: skip
 
 
@@ -234,17 +234,16 @@ def _few_kernel(
         acc += _few_products(packed, tl.load(words_at + step * (W * HALF), mask=live, other=0), scale, zero, out.dtype.element_ty, ASM)
     finish(
         tl.sum(acc, axis=0), out, bias, parts, arrived + block, around, residual, squares, cols, rows, block, T, N, out_row, split, splits,
-        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU, 0,
+        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "steps", "splits"])
 def _many_kernel(
     x: tl.tensor, qweight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor,
-    before: tl.tensor, eps: tl.tensor, residual: tl.tensor, gain: tl.tensor, squares: tl.tensor,
     T: tl.tensor, N: tl.tensor, pitch: tl.tensor, x_row: tl.tensor, out_row: tl.tensor, groups: tl.tensor, splits: tl.tensor, steps: tl.tensor,
     HALF: tl.constexpr, PER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr, PARTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """BM rows and BN columns, a tile [BN, HALF bytes] a step. x: the even inputs of each tile, then its odd ones."""
     after_previous(PDL)
@@ -253,8 +252,7 @@ def _many_kernel(
     first = (pid // (BAND * down)) * BAND  # programs that run together share columns and rows in the L2 cache
     band = tl.minimum(BAND, tl.cdiv(N, BN) - first)
     local = pid % (BAND * down)
-    block = first + local % band
-    cols = weight_rows(block, N, SILU, BN)
+    cols = (first + local % band) * BN + tl.arange(0, BN)
     rows = (local // band) * BM + tl.arange(0, BM)
     inputs = tl.arange(0, HALF)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -274,10 +272,9 @@ def _many_kernel(
         low, high = _numbers(packed, zero[:, None], dtype, ASM)
         part = tl.dot(high, tl.trans(odd), tl.dot(low, tl.trans(even)))
         acc += part * scale.to(tl.float32)[:, None]
-    around = surroundings(before, eps, residual, gain, cols, rows, T, N, pitch * 2, BEFORE, AFTER)  # after the loop, which needs the registers
+    around = surroundings(out, 0.0, out, out, cols, rows, T, N, N, False, False)
     finish(
-        acc, out, bias, parts, arrived + pid, around, residual, squares, cols, rows, block, T, N, out_row, split, splits,
-        HAS_BIAS, SPLIT, BEFORE, AFTER, SILU, PARTED,
+        acc, out, bias, parts, arrived + pid, around, out, out, cols, rows, pid, T, N, out_row, split, splits, HAS_BIAS, SPLIT, False, False, False,
     )  # fmt: skip
 
 
@@ -326,13 +323,11 @@ class _Launch(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """What a product does beside multiplying: SiLU of its first half times the second one, and the norms around it (`deferred.py`). `parted`: x is, already,
-    as products with SiLU or a norm after them leave it."""
+    """What a product does beside multiplying: SiLU of its first half times the second one, and the norms around it (`deferred.py`)."""
 
     silu: bool = False
     before: Before | None = None
     after: After | None = None
-    parted: bool = False
 
 
 NOTHING = Inside()
@@ -406,32 +401,30 @@ def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, b
         launch = _many(rows, outer, tiles, outer * inner >= LARGE)
     pdl = launch.overlaps and overlaps(x.device)
     shared = {"HALF": half, "PDL": pdl, "launch_pdl": pdl}
-    if rows > FEW_ROWS and not inside.parted:
+    if rows > FEW_ROWS:
         words, source = _words(x), torch.empty(rows, inner, dtype=x.dtype, device=x.device)
         _part_kernel[(rows, triton.cdiv(inner // 2, PART))](words, source, inner // 2, words.stride(0), BT=PART, **shared)
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
-    norms, flags = deferred.arguments(out, inside.before, inside.after)
+    norms, flags = deferred.arguments(out, inside.before, inside.after) if rows <= FEW_ROWS else ((), {})
     arguments = (
         source, *weight, out if bias is None else bias, out, parts, arrivals(x.device), *norms, rows, outer, inner // 2, source.stride(0), out.stride(0), groups,
         launch.splits,
     )  # fmt: skip
     shared |= {"PER": inner // groups // tile, "HAS_BIAS": bias is not None, "SPLIT": launch.splits > 1, "ASM": x.is_cuda, "num_warps": launch.warps}
-    shared |= {"BM": launch.rows, "BN": launch.columns, "SILU": inside.silu} | flags
+    shared |= {"BM": launch.rows, "BN": launch.columns} | flags
     across, steps = triton.cdiv(outer, launch.columns), tiles // launch.tiles // launch.splits
     if once:
-        _once_kernel[(across, launch.splits)](*arguments, TILES=launch.tiles, **shared)
+        _once_kernel[(across, launch.splits)](*arguments, TILES=launch.tiles, SILU=inside.silu, **shared)
     elif rows <= FEW_ROWS:
         ahead = min(4, triton.next_power_of_2(max(1, steps * launch.tiles * half // 128) + 1) // 2)
-        _few_kernel[(across, launch.splits)](*arguments, steps, W=launch.tiles, AHEAD=ahead, STAGES=launch.stages, **shared)
+        _few_kernel[(across, launch.splits)](*arguments, steps, W=launch.tiles, AHEAD=ahead, STAGES=launch.stages, SILU=inside.silu, **shared)
     else:
-        shared["PARTED"] = half if inside.silu or inside.after else 0
         _many_kernel[(across * triton.cdiv(rows, launch.rows), launch.splits)](*arguments, steps, BAND=8, STAGES=launch.stages, **shared)
 
 
-def serves_norms(weight: tuple[Tensor, Tensor, Tensor]) -> Served:
-    """Up to how many rows `multiply` takes, and the tile by which it parts the columns of more than FEW_ROWS."""
-    tile = _tile(weight)
-    return Served(MANY_ROWS, tile) if weight[2].dtype is torch.uint8 and tile >= SMALLEST_TILE else Served(0)
+def rows_served(weight: tuple[Tensor, Tensor, Tensor]) -> int:
+    """Up to how many rows `multiply` takes: above, more registers for what stands between tiles cost more than kernels of their own."""
+    return FEW_ROWS if weight[2].dtype is torch.uint8 and _tile(weight) >= SMALLEST_TILE else 0
 
 
 def _tile(weight: tuple[Tensor, Tensor, Tensor]) -> int:
@@ -440,7 +433,7 @@ def _tile(weight: tuple[Tensor, Tensor, Tensor]) -> int:
 
 
 def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor, inside: Inside) -> None:
-    """out = x @ W.T + bias of as many rows as `serves_norms` says, in bfloat16, with SiLU and norms inside. Above FEW_ROWS rows what these leave in `out` is parted."""
+    """out = x @ W.T + bias of up to `rows_served` rows in bfloat16, with SiLU and norms inside."""
     tile = _tile(weight)
     if tile == TILE and not inside.silu and linear_w4_row.serves(x, weight[1].shape[0]):
         linear_w4_row.multiply(x, weight, bias, out, inside.before, inside.after)

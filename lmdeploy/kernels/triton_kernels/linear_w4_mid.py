@@ -129,7 +129,7 @@ def _mid_kernel(
     around = surroundings(out, 0.0, out, out, cols, rows, T, N, N, False, False)
     finish(
         acc * unit[:, None], out, bias, parts, arrived + pid, around, out, out, cols, rows, pid, T, N, out_row, split, splits,
-        HAS_BIAS, SPLIT, False, False, False, 0,
+        HAS_BIAS, SPLIT, False, False, False,
     )  # fmt: skip
 
 

@@ -47,10 +47,10 @@ def surroundings(
 def finish(
     total: tl.tensor, out: tl.tensor, bias: tl.tensor, parts: tl.tensor, arrived: tl.tensor, around: tl.tuple, residual: tl.tensor, squares: tl.tensor,
     cols: tl.tensor, rows: tl.tensor, block: tl.tensor, T: tl.tensor, N: tl.tensor, out_row: tl.tensor, split: tl.tensor, splits: tl.tensor,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr, PARTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SILU: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[rows, cols] = total [BN, BM] + bias, with what is `around` it. With SPLIT a program has a part of the sum: the last one to arrive adds all of them,
-    in their order. With PARTED, half a tile, what is stored for the next product has the even columns of each tile first, then the odd ones."""
+    in their order."""
     mask = (cols < N)[:, None] & (rows < T)[None, :]
     here = True
     if SPLIT:
@@ -83,8 +83,6 @@ def finish(
             stored = (place < N // 2)[:, None] & (rows < T)[None, :]
         else:
             result, place, stored = total, cols, mask
-        if PARTED:
-            place = place // (2 * PARTED) * (2 * PARTED) + place % 2 * PARTED + place % (2 * PARTED) // 2
         tl.store(out + rows[None, :].to(tl.int64) * out_row + place[:, None], result.to(out.dtype.element_ty), mask=stored)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lmdeploy.kernels.api import After, Before, NormedProducts, Served
+from lmdeploy.kernels.api import After, Before, NormedProducts
 from lmdeploy.kernels.triton_kernels import linear16, linear_direct, linear_w4
 from lmdeploy.kernels.triton_kernels.linear_w4 import Inside
 from lmdeploy.kernels.triton_kernels.overlap import overlaps
@@ -12,13 +12,13 @@ from lmdeploy.kernels.triton_kernels.overlap import overlaps
 Tensor = torch.Tensor
 
 
-def serves(weight: tuple[Tensor, ...], outer: int, dtype: torch.dtype) -> Served:
-    """Rows of bfloat16 x; 0 where the weight's product has no place for norms. (float16 would have too little range.)"""
+def rows_served(weight: tuple[Tensor, ...], outer: int, dtype: torch.dtype) -> int:
+    """Up to how many rows of bfloat16 x; 0 where the weight's product has no place for norms. (float16 would have too little range.)"""
     if not weight or not overlaps(weight[0].device) or dtype is not torch.bfloat16:
-        return Served(0)
+        return 0
     if len(weight) == 3:
-        return linear_w4.serves_norms((weight[0], weight[1], weight[2]))
-    return Served(linear16.MAX_ROWS if weight[0].dtype is dtype and linear16.serves(weight[0][:1], weight[0], weight[0]) else 0)
+        return linear_w4.rows_served((weight[0], weight[1], weight[2]))
+    return linear16.MAX_ROWS if weight[0].dtype is dtype and linear16.serves(weight[0][:1], weight[0], weight[0]) else 0
 
 
 def adds(rows: int, inner: int, weight: tuple[Tensor, ...]) -> bool:
@@ -27,16 +27,15 @@ def adds(rows: int, inner: int, weight: tuple[Tensor, ...]) -> bool:
 
 
 def product(
-    x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, silu: bool,
-    before: Before | None = None, after: After | None = None, ordered: bool = False,
-) -> None:  # fmt: skip
-    """out = x @ W.T + bias, with `silu` silu(first half) * second half of it; `before` and `after` it as they say. At most as many rows as `serves` says."""
+    x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, silu: bool, before: Before | None = None, after: After | None = None
+) -> None:
+    """out = x @ W.T + bias, with `silu` silu(first half) * second half of it; `before` and `after` it as they say. At most `rows_served` rows."""
     if len(weight) == 3:
-        linear_w4.multiply(x, (weight[0], weight[1], weight[2]), bias, out, Inside(silu, before, after, ordered))
+        linear_w4.multiply(x, (weight[0], weight[1], weight[2]), bias, out, Inside(silu, before, after))
     elif not silu and linear_direct.serves(x, weight[0], out):
         linear_direct.launch(x, weight[0], bias, out, before, after)
     else:
         linear16.launch(x, weight[0], bias, out, silu, before, after)
 
 
-NORMED = NormedProducts(serves, adds, product)
+NORMED = NormedProducts(rows_served, adds, product)

@@ -98,11 +98,11 @@ def test_a_row_has_the_same_bits_among_others() -> None:
 
 def test_only_bfloat16_on_a_chip_that_overlaps_kernels_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = made(torch.bfloat16, 1, 256, 32)[1]
-    assert normed.serves(dense, 32, torch.bfloat16).rows == 0  # a CPU
+    assert normed.rows_served(dense, 32, torch.bfloat16) == 0  # a CPU
     monkeypatch.setattr(normed, "overlaps", lambda device: True)
-    assert normed.serves(dense, 32, torch.bfloat16).rows == linear16.MAX_ROWS
+    assert normed.rows_served(dense, 32, torch.bfloat16) == linear16.MAX_ROWS
     none = [((dense[0].half(),), torch.bfloat16), (dense, torch.float16), ((), torch.bfloat16), ((dense[0][:, :252].contiguous(),), torch.bfloat16)]
-    assert all(normed.serves(weight, 32, dtype).rows == 0 for weight, dtype in none)
+    assert all(normed.rows_served(weight, 32, dtype) == 0 for weight, dtype in none)
 
 
 def packed(outer: int, inner: int, group: int) -> tuple[Tensor, ...]:
@@ -113,10 +113,10 @@ def packed(outer: int, inner: int, group: int) -> tuple[Tensor, ...]:
     return qweight, scales, torch.randint(0, 16, (outer, inner // group), generator=generator).byte()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16, 20, 40])
+@pytest.mark.parametrize("rows", [1, 5, 16])
 @pytest.mark.parametrize(("hidden", "width", "group"), [(256, 384, 128), (192, 448, 64), (2304, 128, 128), (1024, 4096, 128)])
 def test_a_layer_of_4_bit_products_agrees_with_plain_torch(rows: int, hidden: int, width: int, group: int) -> None:
-    """Output -> residual -> gate_up -> down -> residual -> qkv: by all their kernels, split sums and not, columns parted between them above 16 rows."""
+    """Output -> residual -> gate_up -> down -> residual -> qkv: by all their kernels, split sums and not."""
     if width == 4096 and rows != 1:
         pytest.skip("long rows: for the kernel of one")
     weights = [packed(*shape, group) for shape in ((hidden, hidden), (2 * width, hidden), (hidden, width), (hidden + 64, hidden))]
@@ -125,13 +125,12 @@ def test_a_layer_of_4_bit_products_agrees_with_plain_torch(rows: int, hidden: in
     gains, bias = [torch.rand(hidden, generator=generator).half() for _ in range(2)], torch.randn(2 * width, generator=generator).half()
     results = []
     for product in (normed.product, normed_plain.product):
-        ordered = {"ordered": True} if product is normed.product else {}
         left, squares = first.clone(), torch.zeros(2, rows, dtype=torch.int64)
         ready, act, qkv = (torch.full((rows, size), float("nan"), dtype=torch.float16) for size in (hidden, width, hidden + 64))
         product(x, weights[0], None, ready, False, None, After(left, gains[0], squares[0]))
-        product(ready, weights[1], bias, act, True, Before(squares[0], 1e-5), None, **ordered)
-        product(act, weights[2], bias[:hidden] if hidden <= 2 * width else None, ready, False, None, After(left, gains[1], squares[1]), **ordered)
-        product(ready, weights[3], None, qkv, False, Before(squares[1], 1e-5), None, **ordered)
+        product(ready, weights[1], bias, act, True, Before(squares[0], 1e-5), None)
+        product(act, weights[2], bias[:hidden] if hidden <= 2 * width else None, ready, False, None, After(left, gains[1], squares[1]))
+        product(ready, weights[3], None, qkv, False, Before(squares[1], 1e-5), None)
         results.append((left, qkv, squares))
     close(results[0][0], results[1][0])
     close(results[0][1], results[1][1])
@@ -140,9 +139,8 @@ def test_a_layer_of_4_bit_products_agrees_with_plain_torch(rows: int, hidden: in
 
 def test_which_4_bit_weights_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(normed, "overlaps", lambda device: True)
-    for group, tile in ((128, 128), (64, 64), (96, 32), (48, 0)):
-        found = normed.serves(packed(64, group * 2, group), 64, torch.bfloat16)
-        assert found == ((64, tile) if tile else (0, 0))
-    assert normed.serves(packed(64, 256, 128), 64, torch.float16).rows == 0
+    for group, rows in ((128, 16), (64, 16), (96, 16), (48, 0)):
+        assert normed.rows_served(packed(64, group * 2, group), 64, torch.bfloat16) == rows
+    assert normed.rows_served(packed(64, 256, 128), 64, torch.float16) == 0
     qweight, scales, zeros = packed(64, 256, 128)
-    assert normed.serves((qweight, scales.float(), zeros.float()), 64, torch.bfloat16).rows == 0
+    assert normed.rows_served((qweight, scales.float(), zeros.float()), 64, torch.bfloat16) == 0
