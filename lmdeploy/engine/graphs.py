@@ -40,8 +40,8 @@ LAYER_LAUNCH, FLOPS = 7e-4, 7e14
 SLOW_ROWS = 448
 #: longer prompts are computed once for each multiple of this while there is no work: libraries make plans for lengths, and load code when it is first needed
 LENGTHS = 512
-#: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py)
-KERNEL_ROWS = (1, 8, 16, 32, 64, 128, 192)
+#: numbers of rows up to which products have a kernel of their own (linear16.py, linear_w4.py, linear_w4_async.py)
+KERNEL_ROWS = (1, 8, 16, 32, 64, 128, 192, 384)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
 DECODES_BESIDE = (0, 16, 64, 128, 256)
 

@@ -61,6 +61,30 @@ def test_w4_agrees_with_float32(rows: int, inner: int, outer: int, group: int, d
         assert (found.float() - wanted).norm() <= STEP[dtype] / (1 if dtype is torch.float32 else 4) * wanted.norm()
 
 
+@pytest.mark.parametrize("rows", [17, 64, 65, 129, 192])
+@pytest.mark.parametrize(("inner", "outer"), [(2048, 4096), (8192, 2048), (4096, 28672)])
+def test_w4_without_gluon_agrees_too(rows: int, inner: int, outer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_w4, "linear_w4_async", None)
+    test_w4_agrees_with_float32(rows, inner, outer, 128, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="its instructions are Hopper's")
+def test_gluon_serves_on_hopper_and_a_row_has_the_same_bits_whatever_the_others() -> None:
+    asynchronous = linear_w4.linear_w4_async
+    assert asynchronous is not None
+    for inner, outer in ((2048, 2048), (14336, 4096), (2048, 16384)):
+        weight = packed(inner, outer, 128)
+        weight[1][::3] = 0  # groups of zeros
+        for few, many in ((17, 32), (33, 64), (65, 128), (129, 192), (193, 384)):
+            x = torch.randn(many, inner, device=DEVICE).bfloat16()
+            assert asynchronous.serves(x, weight, 128)
+            all_of_them, some = torch.empty(many, outer, device=DEVICE, dtype=x.dtype), torch.empty(few, outer, device=DEVICE, dtype=x.dtype)
+            linear_w4.linear_w4(x, *weight, None, all_of_them)
+            linear_w4.linear_w4(x[many - few :], *weight, None, some)
+            assert torch.equal(all_of_them[many - few :], some) and all_of_them.isfinite().all()
+    assert not linear_w4.arrivals(DEVICE).any()
+
+
 def test_split_sums_of_w4_are_the_same_again_and_leave_counters_at_zero() -> None:
     x, weight = torch.randn(3, 8192, device=DEVICE).bfloat16(), packed(8192, 2048, 128)
     first, again = torch.empty(3, 2048, dtype=x.dtype, device=DEVICE), torch.empty(3, 2048, dtype=x.dtype, device=DEVICE)

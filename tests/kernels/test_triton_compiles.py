@@ -104,6 +104,25 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize(("rows", "outer", "inner"), [(32, 4096, 14336), (64, 28672, 4096), (64, 2048, 2048), (128, 4096, 4096), (384, 28672, 4096)])
+def test_the_gluon_kernel_compiles_for_hopper(rows: int, outer: int, inner: int, fp16: bool) -> None:
+    module = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4_async", reason="a Triton without Gluon")
+    source_of = pytest.importorskip("triton.experimental.gluon._runtime").GluonASTSource
+    launch = module._launch(rows, outer, inner)
+    kernel, number = module._async_kernel, "*fp16" if fp16 else BF16
+    constants = {"PER": 2, "HAS_BIAS": fp16, "SPLIT": launch.splits > 1, "FP16": fp16, "BM": launch.rows, "BN": launch.columns, "BAND": 8}
+    constants |= {"STAGES": launch.stages, "W": launch.warps}
+    types = {**W4, "x": number, "bias": number, "out": number}
+    names: list[str] = kernel.arg_names
+    attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "i32")[0] == "*" or n in ("pitch", "padded")}
+    source = source_of(
+        kernel, {name: types.get(name, "constexpr") for name in names}, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    compiled = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps})
+    assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.metadata.shared <= 227 << 10
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compile(case: str, capability: int) -> None:

@@ -8,10 +8,11 @@ is multiplied by the group's scale. So no weight is rounded.
 Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel
 before has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups; `linear_w4_row.py` takes one row where weight
 rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even and odd inputs are parted beforehand, and from MANY_ROWS on `linear_w4_mid.py`
-does, as far as it pays. For still more rows weights are written out in 16 bits, a bounded number of weight rows at a time, for cuBLAS.
+does, as far as it pays. On Hopper `linear_w4_async.py` does all of that, for more rows still. For even more weights are written out in 16 bits, a bounded
+number of weight rows at a time, for cuBLAS.
 
-A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192;
-where a sum is split among programs, the last one adds the parts in one order.
+A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192, and 193..384
+on Hopper; where a sum is split among programs, the last one adds the parts in one order.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from lmdeploy.kernels.reference import linear as linear_dense
 from lmdeploy.kernels.triton_kernels import deferred, linear, linear_w4_mid, linear_w4_row
 from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_splits, finish, surroundings, weight_rows
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
+
+try:
+    from lmdeploy.kernels.triton_kernels import linear_w4_async
+except ImportError:  # a Triton without Gluon
+    linear_w4_async = None  # type: ignore[assignment]
 
 Tensor = torch.Tensor
 
@@ -376,6 +382,8 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: T
         linear.linear_w4(x, qweight, scales, zeros, bias, out)
     elif tile == TILE and linear_w4_row.serves(x, scales.shape[0]):
         linear_w4_row.multiply(x, (qweight, scales, zeros), bias, out)
+    elif rows > FEW_ROWS and linear_w4_async is not None and linear_w4_async.serves(x, (qweight, scales, zeros), tile):
+        linear_w4_async.multiply(x, (qweight, scales, zeros), bias, out)
     elif 0 < rows <= MANY_ROWS:
         _in_registers(x, (qweight, scales, zeros), tile, bias, out)
     elif rows and linear_w4_mid.serves(rows, scales.shape[0], x.shape[1], tile):

@@ -182,16 +182,24 @@ def _words(x: Tensor) -> Tensor:
     return (x if x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0 and x.stride(1) == 1 else x.contiguous()).view(torch.int64)
 
 
+def rearranged(x: Tensor, tile: int, padded: int) -> tuple[Tensor, Tensor]:
+    """x [tile of inputs, quarter, row, every fourth input], with room for `padded` rows, and the sums float32 [tile, row] of each tile's inputs."""
+    (rows, inner), words, pdl = x.shape, _words(x), overlaps(x.device)
+    tiles = inner // tile
+    parted, sums = torch.empty(padded, inner, dtype=x.dtype, device=x.device), torch.empty(tiles, padded, dtype=torch.float32, device=x.device)
+    _part_kernel[(rows, triton.cdiv(tiles, TILES))](
+        words, parted, sums, tiles, words.stride(0), padded, QUARTER=tile // 4, BT=TILES, PDL=pdl, launch_pdl=pdl, num_warps=4
+    )  # fmt: skip
+    return parted, sums
+
+
 def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ W.T + bias, by tiles of `tile` inputs that share a scale."""
     (rows, inner), (outer, groups), tiles, quarter = x.shape, weight[1].shape, x.shape[1] // tile, tile // 4
     launch, pdl = _launch(rows, outer, tiles), overlaps(x.device)
     across, down, steps = triton.cdiv(outer, launch.columns), triton.cdiv(rows, launch.rows), tiles // launch.splits
-    words, padded = _words(x), down * launch.rows
-    parted, sums = torch.empty(padded, inner, dtype=x.dtype, device=x.device), torch.empty(tiles, padded, dtype=torch.float32, device=x.device)
-    _part_kernel[(rows, triton.cdiv(tiles, TILES))](
-        words, parted, sums, tiles, words.stride(0), padded, QUARTER=quarter, BT=TILES, PDL=pdl, launch_pdl=pdl, num_warps=4
-    )  # fmt: skip
+    padded = down * launch.rows
+    parted, sums = rearranged(x, tile, padded)
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
     _mid_kernel[(across * down, launch.splits)](
         parted, sums, weight[0].view(torch.int16), weight[1], weight[2], out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 4,

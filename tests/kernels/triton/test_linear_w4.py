@@ -59,6 +59,15 @@ def test_many_rows_are_multiplied_by_weights_that_are_written_out(inner: int, ou
         close(found, wanted)
 
 
+def test_gluon_is_not_for_other_devices_nor_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    asynchronous = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4_async", reason="a Triton without Gluon")
+    x, parts = activations(20, 256, 0), weight(256, 40, 128)
+    assert not asynchronous.serves(x, parts, 128)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not asynchronous._usable(torch.device("cuda", 5), torch.bfloat16)  # nothing can be computed there
+
+
 @pytest.mark.parametrize("extra", [8, 7])
 def test_rows_may_lie_anywhere(extra: int) -> None:
     x, parts = activations(3, 256, extra)[1:], weight(256, 40, 128)
