@@ -19,7 +19,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lmdeploy.kernels.triton_kernels.linear_w4_mid import BAND, rearranged
@@ -149,6 +149,7 @@ def _async_kernel(
     unit = gl.full([BN], 1.0, gl.float32, layout=gl.SliceLayout(1, mma))
     acc = gl.zeros([BN, BM], gl.float32, layout=mma)
     async_copy.wait_group(STAGES - 2)
+    fence_async_shared()  # copies are seen by tensor cores, which read shared memory by another way
     _barrier()
     packed = w_smem.index(0).load(operand)
     zero_next = gl.load(zero_at + (tile + gl.minimum(1, steps - 1)) // PER)
@@ -169,6 +170,7 @@ def _async_kernel(
         free = gl.where(slot == 0, STAGES - 1, slot - 1)  # what the products before have read
         _fetch(w_smem, x_smem, free, w_at, x_at, i + STAGES - 1, 128 * padded, i + STAGES - 1 < steps)
         async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
         _barrier()
         packed = w_smem.index(following).load(operand)
         zero = zero_next
