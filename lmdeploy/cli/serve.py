@@ -26,7 +26,7 @@ from lmdeploy.cli.flags import (
 )
 from lmdeploy.cli.startup import EMBEDDED, advised, describe
 from lmdeploy.config import ChatTemplateConfig, EngineConfig
-from lmdeploy.engine.launching import Launched, launch
+from lmdeploy.engine.launching import Launched, launch, widen_file_table
 from lmdeploy.serving.opening import reserve_port, supervision_of
 from lmdeploy.serving.options import ServerConfig
 
@@ -66,6 +66,7 @@ def run_api_server(args: argparse.Namespace) -> int:
     server, engine, template = server_config(args), engine_config(args), template_config(args)
     log.setup(server.log_level, server.log_format)
     sock = reserve_port(server)
+    widen_file_table(sock.fileno())  # for the connections
     try:
         launched = launch(engine.device_type)  # before all other imports, which are done while the child imports torch
         try:

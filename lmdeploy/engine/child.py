@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from lmdeploy import log
 from lmdeploy.engine import wake, wire
+from lmdeploy.engine.launching import widen_file_table
 from lmdeploy.errors import EngineError, LmdeployError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineOutput, EngineRequest, StepOutputs
@@ -145,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="which type of device to make ready")
     words = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    widen_file_table(words.fd)
     _Child(wire.to_parent(socket.socket(fileno=words.fd)), words.device).run()
 
 

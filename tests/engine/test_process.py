@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.engine import launching
 from lmdeploy.engine.client import EngineThread
 from lmdeploy.engine.process import EngineProcess
 from lmdeploy.engine.start import build_engine
@@ -115,6 +116,13 @@ def test_the_process_gives_the_same_tokens_as_a_thread(engine: tuple[EngineProce
 def test_the_memory_bill_is_that_of_the_engine_process(engine: tuple[EngineProcess, Inbox]) -> None:
     client, _ = engine
     assert client.info.memory.total == pytest.approx(psutil.Process(client.pid).memory_info().rss, rel=0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how large the table is")
+def test_the_process_has_room_for_its_files_from_the_start(engine: tuple[EngineProcess, Inbox]) -> None:
+    """Widening the table later makes an `open` wait."""
+    status = Path(f"/proc/{engine[0].pid}/status").read_text()
+    assert int(status.split("FDSize:")[1].split()[0]) >= launching.FILES
 
 
 def test_every_answer_of_a_request_ends(engine: tuple[EngineProcess, Inbox]) -> None:
