@@ -7,9 +7,13 @@ options are known to be right: it needs most of the time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy import log
@@ -70,7 +74,8 @@ def run_api_server(args: argparse.Namespace) -> int:
     try:
         launched = launch(engine.device_type)  # before all other imports, which are done while the child imports torch
         try:
-            frontend = _open(args.model_path, server, engine, template, launched)
+            with _ended_by_ctrl_c(launched):
+                frontend = _open(args.model_path, server, engine, template, launched)
         except BaseException:
             launched.end()
             raise
@@ -82,6 +87,21 @@ def run_api_server(args: argparse.Namespace) -> int:
 
     run_server(frontend, server, sock)
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c(launched: Launched) -> Iterator[None]:
+    """Ctrl-C does not wait until the model is loaded, which other threads do wait for: their process is gone first."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        launched.process.kill()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _open(model_path: str | None, server: ServerConfig, engine: EngineConfig, template: ChatTemplateConfig | None, launched: Launched) -> Frontend:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,3 +229,20 @@ def test_a_start_that_fails_leaves_no_engine(
     assert problem in capsys.readouterr().err.splitlines()[-1]
     assert len(started) == processes
     assert not any(psutil.pid_exists(s.process.pid) for s in started)
+
+
+def test_ctrl_c_does_not_wait_until_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[launching.Launched] = []
+
+    def launch(device_type: str) -> launching.Launched:
+        started.append(launching.launch(device_type))
+        threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+        return started[0]
+
+    monkeypatch.setattr("lmdeploy.cli.serve.launch", launch)
+    monkeypatch.setattr(launching, "child_command", lambda: [sys.executable, "-c", "import time; time.sleep(30)"])
+    began = time.monotonic()
+    assert main(["serve", "api_server", "--server-port", "0"]) == 130
+    assert time.monotonic() - began < 15
+    assert not psutil.pid_exists(started[0].process.pid)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
