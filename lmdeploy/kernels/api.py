@@ -40,8 +40,6 @@ class NormedProducts:
 
     #: (weight, N, dtype of x) -> up to how many rows `product` takes; 0: it does not serve this weight
     rows_served: Callable[[tuple[Tensor, ...], int, torch.dtype], int]
-    #: (T, K, weight) -> whether `after` is worth its while inside; else a product and `add_rms_norm` are faster.
-    adds: Callable[[int, int, tuple[Tensor, ...]], bool]
     #: (x [T, K], weight, bias | None, out [T, N], silu, before | None, after | None): out = x @ W.T + bias, with `silu` as `linear_silu`; K is the norm's width
     product: Callable[[Tensor, tuple[Tensor, ...], Tensor | None, Tensor, bool, Before | None, After | None], None]
 

@@ -55,11 +55,6 @@ class Linear:
         outer = sum(part.num_rows for part in self.parts)
         return self.kernels.normed.rows_served(self.weight.operands, outer // 2 if silu else outer, self.dtype) if self.kernels.normed else 0
 
-    def adds(self, x: Tensor) -> bool:
-        """Whether `normed` is the fastest way to the norm after."""
-        assert self.weight is not None, "not loaded"
-        return self.kernels.normed is not None and self.kernels.normed.adds(x.shape[0], x.shape[1], self.weight.operands)
-
     def normed(self, x: Tensor, out: Tensor, *, silu: bool = False, before: Before | None = None, after: After | None = None) -> None:
         """`forward` or, with `silu`, `gated` of few rows, with what is left of the norm before and what is done of the norm after."""
         weight = self.weight

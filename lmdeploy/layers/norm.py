@@ -44,12 +44,8 @@ class RMSNorm:
         else:
             self.add(step.proj, step.residual, step.normed)
 
-    def inside(self, linear: Linear, x: Tensor, step: StepBuffers, squares: Tensor) -> Before | None:
+    def inside(self, linear: Linear, x: Tensor, step: StepBuffers, squares: Tensor) -> Before:
         """step.residual += linear(x); step.normed is its norm but for what is returned, which the next product makes up for."""
-        if not linear.adds(x):
-            linear.forward(x, step.proj)
-            self.add(step.proj, step.residual, step.normed)
-            return None
         linear.normed(x, step.normed, after=After(step.residual, self.weight, squares))
         return Before(squares, self.eps)
 

@@ -192,7 +192,7 @@ class Decoder:
         layer.post_norm.after(step, layer.attention.project(attn, step))
         next_norm.after(step, layer.mlp.forward(inputs, step))
 
-    def _finish_few_rows(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, step: StepBuffers, middle: Tensor, end: Tensor) -> Before | None:
+    def _finish_few_rows(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, step: StepBuffers, middle: Tensor, end: Tensor) -> Before:
         """The same with both norms in the products around them; `middle` and `end` are room for their rows' squares."""
         assert isinstance(layer.mlp, MLP)
         before = layer.post_norm.inside(layer.attention.out, attn, step, middle)

@@ -12,13 +12,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from lmdeploy.kernels.triton_kernels import activation, experts, linear16, linear_direct, linear_w4, linear_w4_mid, linear_w4_row, norms, places, routing  # noqa: E402
+from lmdeploy.kernels.triton_kernels import activation, experts, linear16, linear_w4, linear_w4_mid, linear_w4_row, norms, places, routing  # noqa: E402
 
 BF16, I64, I32 = "*bf16", "*i64", "*i32"
 NORMS = {"before": I64, "eps": "fp32", "residual": BF16, "gain": BF16, "squares": I64}
 ROW = {"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "N": "i32", "K": "i32", **NORMS}
 ROWS = {**ROW, "parts": "*fp32", "arrivals": I32, "T": "i32", "x_row": "i32", "out_row": "i32"}
-DIRECT = {**ROW, "x": I32, "weight": I32, "T": "i32", "x_row": "i32"}
 NORM = {
     "x_ptr": BF16,
     "residual_ptr": BF16,
@@ -72,8 +71,6 @@ CASES = {
     ),
     "rows after a norm": (linear16._rows_kernel, ROWS, {"BEFORE": True, "SILU": True, "HAS_BIAS": False, "SPLIT": 1, "BM": 64, "BN": 64, "BK": 128}, 4),
     "rows before a norm": (linear16._rows_kernel, ROWS, {"AFTER": True, "SILU": False, "HAS_BIAS": False, "SPLIT": 4, "BM": 16, "BN": 64, "BK": 128}, 4),
-    "small weight, one step": (linear_direct._direct_kernel, DIRECT, {"AFTER": True, "HAS_BIAS": True, "ASM": True, "STEPS": 1, "U": 8, "W": 4}, 3),
-    "small weight, four steps": (linear_direct._direct_kernel, DIRECT, {"BEFORE": True, "ASM": True, "STEPS": 4, "U": 8, "W": 4}, 3),
     "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "BLOCK": 4096}, 3),
     "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
     "small 4-bit weight before a norm": (linear_w4._once_kernel, FEW, {**INSIDE, "AFTER": True, "SPLIT": True, "TILES": 16, "BM": 8, "BN": 32}, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lmdeploy.kernels.api import After, Before, NormedProducts
-from lmdeploy.kernels.triton_kernels import linear16, linear_direct, linear_w4
+from lmdeploy.kernels.triton_kernels import linear16, linear_w4
 from lmdeploy.kernels.triton_kernels.linear_w4 import Inside
 from lmdeploy.kernels.triton_kernels.overlap import overlaps
 
@@ -21,21 +21,14 @@ def rows_served(weight: tuple[Tensor, ...], outer: int, dtype: torch.dtype) -> i
     return linear16.MAX_ROWS if weight[0].dtype is dtype and linear16.serves(weight[0][:1], weight[0], weight[0]) else 0
 
 
-def adds(rows: int, inner: int, weight: tuple[Tensor, ...]) -> bool:
-    """One long row in 16 bits is not: on an H200 8192 inputs took 13.0 us instead of 10.3, 14336 more than 34.7 instead of 28.1; all others 0.0 to 0.4 us longer."""
-    return rows > 1 or inner <= linear16.WHOLE_ROWS or len(weight) == 3
-
-
 def product(
     x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, silu: bool, before: Before | None = None, after: After | None = None
 ) -> None:
     """out = x @ W.T + bias, with `silu` silu(first half) * second half of it; `before` and `after` it as they say. At most `rows_served` rows."""
     if len(weight) == 3:
         linear_w4.multiply(x, (weight[0], weight[1], weight[2]), bias, out, Inside(silu, before, after))
-    elif not silu and linear_direct.serves(x, weight[0], out):
-        linear_direct.launch(x, weight[0], bias, out, before, after)
     else:
         linear16.launch(x, weight[0], bias, out, silu, before, after)
 
 
-NORMED = NormedProducts(rows_served, adds, product)
+NORMED = NormedProducts(rows_served, product)
