@@ -1,7 +1,8 @@
 """From a `StepPlan`'s items to `ForwardInputs`: the only place that knows that some sequences decode and others prefill.
 
 `SlotTables` keep each slot's tokens and block table on the device, so a plan carries differences only and input ids are
-gathered where they are. Nothing is done per token in Python. Items are reordered: those with one token come first.
+gathered where they are. Nothing is done per token in Python. Items are reordered: those with one token come first, the longest
+of them before others, so that kernels begin with what takes longest and end together.
 Invariant: tables, scratch and KV stay where they are from start-up on, as CUDA graphs need.
 """
 
@@ -25,6 +26,8 @@ Tensor = torch.Tensor
 
 #: prompts that a CUDA graph has room for beside sequences with one token
 MOST_PROMPTS = 16
+#: sequences with one token are in order of their lengths in such units: exactly in order, programs of one length would wait for memory all at the same time
+LENGTH_STEP = 256
 #: steps whose inputs may be on their way to the device
 STAGES = 4
 
@@ -143,8 +146,9 @@ class BatchBuilder:
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
         order = np.arange(len(items))
-        if (longer := items.counts > 1).any():
-            order = np.argsort(longer, kind="stable")
+        place = np.where(items.counts > 1, 1, -(items.starts // LENGTH_STEP))
+        if (place[1:] < place[:-1]).any():
+            order = np.argsort(place, kind="stable")
             items = items.take(order)
         slots, starts, counts, sampled = items.slots, items.starts, items.counts, items.sample.astype(np.int64)
         query_start = np.zeros(len(items) + 1, dtype=np.int64)

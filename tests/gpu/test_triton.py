@@ -125,9 +125,10 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, f
 
 @EACH_DTYPE
 @pytest.mark.parametrize("fmt", ["16", "8", "4 rotated", "fp8"])
-def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str) -> None:
-    """Launches of many rows have other shares and another pipeline."""
-    shape, batch = Shape(16, 4, 128, 64, dtype, "cuda"), [Sequence(n, 1, n) for n in (1, 300, 600, 2500, 9000, *range(1, 400, 5))]
+@pytest.mark.parametrize("step", [5, 1])
+def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str, step: int) -> None:
+    """Launches of many rows have other shares and another pipeline; of very many, a program takes several pieces."""
+    shape, batch = Shape(16, 4, 128, 64, dtype, "cuda"), [Sequence(n, 1, n) for n in (1, 300, 600, 2500, 9000, *range(1, 400, step))]
     case = paged_case(FORMATS[fmt], shape, batch)
     found = case.attend(TRITON)
     for i in (0, 1, 2, 3, 4, 40, 84):

@@ -39,6 +39,9 @@ Tensor = torch.Tensor
 PIECES, PIECE, CUT = 16, 512, 128
 #: programs of a launch, rounded down to so many for each row and KV head, and these at least: long rows among many are shared, too
 PROGRAMS, SHARES = 2048, 4
+#: of rows that fill the chip FULL programs at a time, a program takes so many pieces at least as times they fill it, up to WHOLE: it has begun with its row, and
+#: programs for further pieces would begin last of all (H200, 256 rows of 14 to 1,427 keys, the longest first: 100 us with a program a piece, 81 with one a row)
+FULL, WHOLE = 512, 3
 FEW = 264  # rows times KV heads that the chip holds at once, two to a multiprocessor
 JOINED = 2048  # numbers of either half of parts that a program joins at once: 16 registers a thread
 
@@ -155,12 +158,12 @@ def _keep_part(
     tl.store(parts_ptr + part[:, None] * (2 * HALF) + dim + HALF, hi, mask=mask)
 
 
-@triton.jit(do_not_specialize=["window", "rows", "shares", "table_stride"])
+@triton.jit(do_not_specialize=["window", "rows", "shares", "least", "table_stride"])
 def _decode_kernel(
     q_ptr: tl.tensor, out_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
     table_ptr: tl.tensor, kv_lens_ptr: tl.tensor, rotation_ptr: tl.tensor, counters_ptr: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor,
     k_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, factor_ptr: tl.tensor, center_ptr: tl.tensor,
-    scale: tl.tensor, window: tl.tensor, rows: tl.tensor, shares: tl.tensor,
+    scale: tl.tensor, window: tl.tensor, rows: tl.tensor, shares: tl.tensor, least: tl.tensor,
     q_stride: tl.tensor, q_head_stride: tl.tensor, k_stride: tl.tensor, k_head_stride: tl.tensor, v_stride: tl.tensor, v_head_stride: tl.tensor,
     angle_stride: tl.tensor, out_stride: tl.tensor, table_stride: tl.tensor,
     GROUP: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -169,7 +172,8 @@ def _decode_kernel(
     PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Consecutive pieces of one row's keys, for M heads of one KV head: the pieces are shared out among `shares` programs, and many find none left.
+    """Consecutive pieces of one row's keys, for M heads of one KV head: the pieces are shared out among `shares` programs, `least` each if there are
+    so many, and many find none left.
 
     All pieces are one stream of tiles, so that the next piece is on its way when one ends. A row of one piece goes straight to `out`; of several, the
     program that ends last joins them.
@@ -185,7 +189,7 @@ def _decode_kernel(
     early = tl.load(table_row + tl.minimum(likely // SLOTS, table_stride - 1))
     kv_len = tl.load(kv_lens_ptr + sequence)
     oldest, begin, size, count = _cut(kv_len, window, PIECES, PIECE, CUT)
-    each = tl.cdiv(count, shares)
+    each = tl.maximum(tl.cdiv(count, shares), least)
     piece, last_piece = share * each, tl.minimum(share * each + each, count)
     if piece < last_piece:
         live, query_head = member < GROUP, head * GROUP + member
@@ -285,11 +289,12 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     pdl = overlaps(q.device)
     places = kv_heads * triton.cdiv(group, shape.M)
     shares = min(PIECES, max(SHARES, PROGRAMS // (rows * places)))
+    least = max(1, min(WHOLE, rows * places // FULL))
     _decode_kernel[(places, rows * shares)](
         q, out, *cache_arguments(kv, q), meta.block_table, meta.kv_lens, kv.rotation if kv.rotation is not None else q,
         kept.counters, kept.sums, kept.parts,
         new.k, new.v, new.cos, new.sin, new.q_scale if new.q_scale is not None else q, kv.key_center if kv.key_center is not None else q,
-        scale, window, rows, shares, q.stride(0), q.stride(1), new.k.stride(0), new.k.stride(1), new.v.stride(0), new.v.stride(1), new.cos.stride(0),
+        scale, window, rows, shares, least, q.stride(0), q.stride(1), new.k.stride(0), new.k.stride(1), new.v.stride(0), new.v.stride(1), new.cos.stride(0),
         out.stride(0), meta.block_table.stride(0),
         **facts(q, kv), FUSED=rope is not None, ROPE_HALF=new.cos.shape[1] if rope is not None else 0, SCALED=new.q_scale is not None,
         CENTRED=kv.key_center is not None, PIECES=PIECES, PIECE=PIECE, CUT=CUT, M=shape.M, N=shape.N,

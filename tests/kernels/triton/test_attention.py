@@ -188,11 +188,11 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, h
 
 def test_the_bits_do_not_depend_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for programs, few in ((1, 0), (24, 0), (1000, 264)):
-        monkeypatch.setattr(decode, "PROGRAMS", programs)
-        monkeypatch.setattr(decode, "FEW", few)
+    for programs, few, full, whole in ((1, 0, 512, 3), (24, 0, 512, 3), (1000, 264, 512, 3), (1000, 264, 1, 2), (1000, 0, 1, 3)):
+        for name, value in (("PROGRAMS", programs), ("FEW", few), ("FULL", full), ("WHOLE", whole)):
+            monkeypatch.setattr(decode, name, value)
         results.append(paged_case(FORMATS["8"], Shape(4, 2, 16), DECODING).attend(TRITON))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 def test_a_captured_step_has_bounds_only() -> None:
