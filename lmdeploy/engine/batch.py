@@ -145,6 +145,8 @@ class BatchBuilder:
 
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
+        if all_rows is None and (items.plain or (items.sample.all() and (items.counts == 1).all())):
+            return self._next_tokens(items)
         order = np.arange(len(items))
         place = np.where(items.counts > 1, 1, -(items.starts // LENGTH_STEP))
         if (place[1:] < place[:-1]).any():
@@ -168,6 +170,14 @@ class BatchBuilder:
             num_rows=wanted,
             sample_rows=None if len(chosen) == len(rows) else (first_row + wanted - 1)[chosen],
         )
+
+    def _next_tokens(self, items: Items) -> StepBatch:
+        """`build` where every sequence has one token and gets one: nearly all steps are such."""
+        count = len(items)
+        starts = np.arange(count + 1)
+        rows = starts[:count]
+        layout = StepLayout(items.starts, items.slots, items.slots, items.starts + 1, starts, rows, rows, count)
+        return StepBatch(layout, items, rows, rows, np.ones(count, dtype=np.int64), None)
 
     def inputs(self, layout: StepLayout) -> ForwardInputs:
         """The step on the device, in one copy."""

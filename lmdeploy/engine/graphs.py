@@ -106,10 +106,17 @@ class Shape:
         return self.rows, self.rows, b, b, b + 1, b, b, b
 
 
-def lay_out(layout: StepLayout, shape: Shape, filler: int, out: Ints) -> None:
-    """Write a step as `shape.lengths` says: sequences with one token, what fills them up, prompts, what fills these up. Nothing is left as it was in `out`."""
+def parts_of(shape: Shape, flat: Ints) -> list[Ints]:
+    """`flat` as `shape.lengths` cuts it up."""
     bounds = [0, *accumulate(shape.lengths())]
-    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = (out[a:b] for a, b in pairwise(bounds))
+    return [flat[a:b] for a, b in pairwise(bounds)]
+
+
+def lay_out(layout: StepLayout, shape: Shape, filler: int, parts: list[Ints]) -> None:
+    """Write a step into the parts of a shape: sequences with one token, what fills them up, prompts, what fills these up. Nothing is left as it was there."""
+    if not shape.tokens and len(layout.chosen) == layout.num_decode:
+        return _lay_out_tokens(layout, filler, parts)
+    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = parts
     decodes, gap = layout.num_decode, shape.decodes - layout.num_decode
     for part, values, empty in (
         (positions, layout.positions, 0),
@@ -130,6 +137,21 @@ def lay_out(layout: StepLayout, shape: Shape, filler: int, out: Ints) -> None:
     to_slots[:], to_places[:] = filler, 1  # the token of a sequence that is not sampled goes nowhere
     chosen = in_shape(layout, shape)
     to_slots[chosen], to_places[chosen] = slots[chosen], ends[chosen]
+    return None
+
+
+def _lay_out_tokens(layout: StepLayout, filler: int, parts: list[Ints]) -> None:
+    """The same where every sequence has one token and gets one: nearly all steps are such."""
+    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = parts
+    count = layout.num_decode
+    for part, values, empty in ((positions, layout.positions, 0), (ends, layout.ends, 1), (to_places, layout.ends, 1)):
+        part[:count] = values
+        part[count:] = empty
+    for part in (token_slots, slots, to_slots):
+        part[:count] = layout.slots
+        part[count:] = filler
+    starts[:] = np.arange(len(starts))
+    rows[:] = starts[:-1]
 
 
 def in_shape(layout: StepLayout, shape: Shape) -> Ints:
@@ -145,6 +167,14 @@ class Ran:
     logits: Tensor
     tokens: Tensor
     places: slice | Ints  # the sampled sequences among the B
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """Where the input of a shape is on the device, and its copies on the host, one for each step that may be on its way: as a tensor, and its parts."""
+
+    there: Tensor
+    stages: list[tuple[Tensor, list[Ints]]]
 
 
 class StepGraphs:
@@ -165,6 +195,7 @@ class StepGraphs:
         self._inputs = torch.zeros(longest, dtype=torch.int64, device=tables.device)
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
+        self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
         self._logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
@@ -252,11 +283,15 @@ class StepGraphs:
         return None if place == len(sizes) or len(layout.slots) - decodes > MOST_PROMPTS else Shape(beside, sizes[place])
 
     def _send(self, layout: StepLayout, shape: Shape) -> None:
-        stage = self._stages[self._stage]
+        found = self._input_of.get(shape)
+        if found is None:
+            total = sum(shape.lengths())
+            found = _Input(self._inputs[:total], [(stage[:total], parts_of(shape, stage[:total].numpy())) for stage in self._stages])
+            self._input_of[shape] = found
+        stage, parts = found.stages[self._stage]
         self._stage = (self._stage + 1) % STAGES
-        total = sum(shape.lengths())
-        lay_out(layout, shape, self._filler, stage[:total].numpy())
-        self._inputs[:total].copy_(stage[:total], non_blocking=True)
+        lay_out(layout, shape, self._filler, parts)
+        found.there.copy_(stage, non_blocking=True)
 
     def _captured(self, shape: Shape) -> None:
         self._try_out(shape)

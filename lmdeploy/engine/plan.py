@@ -54,6 +54,7 @@ class Items:
     counts: Ints
     sample: NDArray[np.bool_]
     new_blocks: dict[int, list[int]]
+    plain: bool = False  # known: every row is the next token of an answer, neither its first nor its last one
 
     @classmethod
     def of(cls, items: Sequence[PlanItem]) -> Items:

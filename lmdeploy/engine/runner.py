@@ -42,18 +42,20 @@ DEAD_END = "no token satisfies the grammar and the request's other limits (logit
 
 
 class Arrivals:
-    """Chosen tokens on their way to the host: a few pinned buffers in turn, so that nothing waits before it must."""
+    """Chosen tokens on their way to the host: a few pinned buffers and events in turn, so that nothing waits before it must."""
 
     def __init__(self, most_rows: int, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
+        self._arrays = [buffer.numpy() for buffer in self._buffers]
+        self._events = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
         self._next = 0
 
     def end(self) -> Finish | None:
         """Waits for all that has been launched; None where nothing runs beside the host. So no step is more than one behind the host, sampled or not."""
         if not self._cuda:
             return None
-        reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reached = self._events[self._turn()]
         reached.record()
         wait: Finish = reached.synchronize
         return wait
@@ -62,17 +64,20 @@ class Arrivals:
         """Start to copy int64 [B]; the returned function waits and gives those at `places`."""
         if not self._cuda:
             return lambda: tokens.numpy()[places]
-        buffer = self._buffers[self._next][: tokens.shape[0]]
-        self._next = (self._next + 1) % STAGES
-        buffer.copy_(tokens, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        turn, count = self._turn(), tokens.shape[0]
+        arrived, found = self._events[turn], self._arrays[turn][:count]
+        self._buffers[turn][:count].copy_(tokens, non_blocking=True)
         arrived.record()
 
         def wait() -> Ints:
             arrived.synchronize()
-            return buffer.numpy()[places]
+            return found[places]
 
         return wait
+
+    def _turn(self) -> int:
+        turn, self._next = self._next, (self._next + 1) % STAGES
+        return turn
 
 
 class Owed:

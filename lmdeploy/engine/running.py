@@ -7,8 +7,9 @@ one by one only where something else happens to them. Knows no blocks but their 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,20 @@ from numpy.typing import NDArray
 from lmdeploy.engine.plan import Ints, Items, StepResult
 from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, REQUEST, SAMPLES, Sequence
 from lmdeploy.messages import StepOutputs
+
+#: so many tokens that end answers are looked for one by one
+FEW_STOPS = 4
+
+
+@dataclass(slots=True)
+class _Steady:
+    """What the next steps are as long as nobody comes or goes: a token of each answer, neither its first nor its last one."""
+
+    order: Ints
+    starts: Ints  # where the next tokens are
+    ones: Ints
+    all: NDArray[np.bool_]
+    left: int  # steps until one may have its last token
 
 
 class Running:
@@ -28,9 +43,10 @@ class Running:
         self._tokens: dict[int, list[int]] = {}  # by slot, `token_ids` of its holder
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._epochs = np.zeros(num_slots, dtype=np.int64)
-        self._table = np.zeros((num_slots, INDEX + 1), dtype=np.int64)  # by slot; see `Sequence`
+        self._table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
+        self._steady: _Steady | None = None  # holds while `_order` is its order
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -53,7 +69,7 @@ class Running:
     def enter(self, seq: Sequence) -> None:
         """Give a sequence a slot."""
         slot = self._free_slots.pop()
-        seq.take_slot(slot, self._table[slot])
+        seq.take_slot(slot, self._table[:, slot])
         self._holders[slot], self._tokens[slot] = seq, seq.token_ids
         insort(self._sequences, seq, key=_arrival)
         self._stops.update(seq.stop_ids)
@@ -86,18 +102,31 @@ class Running:
     def shares(self, budget_of: Callable[[int, int], int]) -> tuple[Items, Ints, int]:
         """What each sequence computes next, perhaps no token, in order of arrival; how many blocks that takes; and the budget that was kept to, which
         `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
-        order = self._standing()
-        table = self._table[order]
-        pending, computed = table[:, PENDING], table[:, COMPUTED]
-        known = table[:, KNOWN] + pending
+        order, table, steady = self._standing(), self._table, self._steady
+        if steady is not None and steady.order is order and steady.left and (budget := budget_of(len(order), 0)) >= len(order):
+            steady.starts, steady.left, starts = steady.starts + 1, steady.left - 1, steady.starts
+            return Items(order, starts, steady.ones, steady.all, {}, plain=True), self._missing(order, steady.starts), budget
+        pending, computed = table[PENDING][order], table[COMPUTED][order]
+        known, limit = table[KNOWN][order] + pending, table[LIMIT][order]
         todo = known - computed
-        todo[(pending > 0) & (known >= table[:, LIMIT])] = 0  # complete as soon as the results in flight are seen
+        todo[(pending > 0) & (known >= limit)] = 0  # complete as soon as the results in flight are seen
         ones = int(np.count_nonzero(todo == 1))
         budget = budget_of(ones, int(todo.sum()) - ones)
         counts = _shared_out(todo, budget)
         ends = computed + counts
-        sample = (ends == known) & (table[:, SAMPLES] > 0)
-        return Items(order, computed, counts, sample, {}), -(-ends // self._block_size) - table[:, BLOCKS], budget
+        sample = (ends == known) & (table[SAMPLES][order] > 0)
+        if ones == len(order) and sample.all():
+            self._steady = _Steady(order, ends, counts, sample, max(int((limit - known).min()) - 2, 0))
+        return Items(order, computed, counts, sample, {}), self._missing(order, ends), budget
+
+    def _missing(self, order: Ints, ends: Ints) -> Ints:
+        """How many blocks those with keys up to `ends` lack."""
+        lack: Ints = -(-ends // self._block_size) - self._table[BLOCKS][order]
+        return lack
+
+    def unsettle(self) -> None:
+        """Their counts were changed from outside."""
+        self._steady = None
 
     def next_of(self, seq: Sequence, num_tokens: int) -> Items:
         """The next tokens of one sequence, of which the rank knows nothing: all its blocks are new."""
@@ -107,31 +136,38 @@ class Running:
 
     def count_as_computed(self, items: Items) -> None:
         """A plan with these items is launched."""
-        self._table[items.slots, COMPUTED] = items.starts + items.counts
-        self._table[items.slots, PENDING] += items.sample
+        self._table[COMPUTED][items.slots] = items.starts + items.counts
+        self._table[PENDING][items.slots] += items.sample
 
     # ------------------------------------------------------------------ what it brought
 
     def take_tokens(self, items: Items, result: StepResult, valid: NDArray[np.bool_]) -> tuple[StepOutputs, list[Sequence], Ints]:
         """Add the tokens of the rows that brought nothing else; whose of these have filled a block, and the other valid rows, which are to be looked at."""
+        tokens, table = result.tokens, self._table
         plain = self._only_tokens(items, result) & valid
-        slots, done, tokens = items.slots[plain], items.starts[plain] + 1, result.tokens[plain].tolist()
-        table = self._table
-        table[slots, DONE] = done
-        table[slots, PENDING] -= 1
-        table[slots, KNOWN] += 1
-        for slot, token in zip(slots.tolist(), tokens, strict=True):
-            self._tokens[slot].append(token)
-        outputs = StepOutputs(table[slots, REQUEST].tolist(), table[slots, INDEX].tolist(), tokens)
+        if plain.all():
+            slots, done = items.slots, items.starts + 1
+        else:
+            slots, done, tokens = items.slots[plain], items.starts[plain] + 1, tokens[plain]
+        table[DONE][slots] = done
+        table[PENDING][slots] -= 1
+        table[KNOWN][slots] += 1
+        numbers = tokens.tolist()
+        deque(map(list.append, map(self._tokens.__getitem__, slots.tolist()), numbers), maxlen=0)  # one by one, in C
+        outputs = StepOutputs(table[REQUEST][slots].tolist(), table[INDEX][slots].tolist(), numbers)
         full = [self._holders[slot] for slot in slots[done % self._block_size == 0].tolist()]
         return outputs, full, np.flatnonzero(valid & ~plain)
 
     def _only_tokens(self, items: Items, result: StepResult) -> NDArray[np.bool_]:
         """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens."""
-        table, ends = self._table[items.slots], items.starts + 1
-        plain: NDArray[np.bool_] = (items.counts == 1) & (result.tokens >= 0)
-        plain &= (ends > table[:, PROMPT]) & (ends + 1 < table[:, LIMIT])
-        if not self._stops.keys().isdisjoint(result.tokens.tolist()):
+        plain: NDArray[np.bool_] = result.tokens >= 0
+        if not items.plain:
+            slots, ends = items.slots, items.starts + 1
+            plain &= (items.counts == 1) & (ends > self._table[PROMPT][slots]) & (ends + 1 < self._table[LIMIT][slots])
+        if len(self._stops) <= FEW_STOPS:
+            for token in self._stops:
+                plain &= result.tokens != token
+        elif not self._stops.keys().isdisjoint(result.tokens.tolist()):
             plain &= ~np.isin(result.tokens, list(self._stops))
         if result.more:
             plain[list(result.more)] = False
@@ -140,11 +176,15 @@ class Running:
     def check_integrity(self) -> None:
         """Slots, order and counts agree with the sequences."""
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
-        assert sorted([s.slot for s in self] + self._free_slots) == list(range(len(self._table))), "slots are lost or doubled"
+        assert sorted([s.slot for s in self] + self._free_slots) == list(range(self._table.shape[1])), "slots are lost or doubled"
         assert self._stops == Counter(token for s in self for token in s.stop_ids)
         assert {s.slot: s for s in self} == self._holders and [s.slot for s in self] == self._standing().tolist()
+        if (steady := self._steady) is not None and steady.order is self._order and steady.left:
+            table, order = self._table, steady.order
+            assert (steady.starts == table[COMPUTED][order]).all() and (steady.starts + 1 == table[KNOWN][order] + table[PENDING][order]).all()
+            assert (steady.starts >= table[PROMPT][order]).all() and (steady.starts + steady.left + 1 < table[LIMIT][order]).all()
         for seq in self:
-            assert np.shares_memory(seq.counts, self._table[seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
+            assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
             assert seq.counts.item(KNOWN) == len(seq.token_ids) and seq.counts.item(LIMIT) == seq.max_tokens
 
 

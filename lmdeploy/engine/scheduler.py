@@ -211,7 +211,9 @@ class Scheduler:
             seq.blocks += new
             seq.counts[BLOCKS] += len(new)
             items.new_blocks[seq.slot] = new
-        items = items.take(np.flatnonzero(items.counts[: len(running)]))  # pre-emption shortens the list from its end
+        computed = items.counts[: len(running)]  # pre-emption shortens the list from its end
+        if len(computed) < len(items) or not computed.all():
+            items = items.take(np.flatnonzero(computed))
         running.count_as_computed(items)
         return items, budget
 
@@ -425,6 +427,7 @@ class Scheduler:
         self._flights.clear()
         self._released = list(dict.fromkeys(released + self._released))  # the rank may not have seen them
         found = [seq for seq in self._running if seq.slot in held]
+        self._running.unsettle()
         for seq in found:
             seq.num_computed, seq.num_pending = seq.num_done, 0
         return found

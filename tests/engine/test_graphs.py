@@ -12,12 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine import graphs as graphs_of_steps
 from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, SlotTables
-from lmdeploy.engine.graphs import Shape, StepGraphs, device_turn, in_shape, lay_out, row_buckets
+from lmdeploy.engine.graphs import Shape, StepGraphs, device_turn, in_shape, lay_out, parts_of, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.inputs import Scratch
@@ -177,6 +177,9 @@ steps = st.lists(
 
 @settings(deadline=None, max_examples=100)
 @given(steps, st.integers(0, 3), st.integers(0, 9))
+@example([(2, 7, 1, True), (0, 0, 1, True), (1, 20, 1, True)], 0, 0)  # nearly all steps are such
+@example([(2, 7, 1, True), (0, 0, 1, True)], 2, 0)
+@example([(2, 7, 1, True), (0, 0, 1, False)], 1, 0)
 def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int, int, int, bool]], more_decodes: int, more_tokens: int) -> None:
     build = builder()
     batch = build.build(Items.of([PlanItem(slot, start, count, [], sample) for slot, start, count, sample in raw]), None)
@@ -184,7 +187,7 @@ def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int,
     prompt_tokens = len(layout.positions) - layout.num_decode
     shape = Shape(layout.num_decode + more_decodes, prompt_tokens + more_tokens if prompt_tokens else 0)
     flat = np.full(sum(shape.lengths()), -7)
-    lay_out(layout, shape, FILLER, flat)
+    lay_out(layout, shape, FILLER, parts_of(shape, flat))
     parts = torch.split(torch.from_numpy(flat), list(shape.lengths()))
     found = build.on_device(Places(*parts[:6]), [], [], shape.decodes)
     plain = build.inputs(layout)
