@@ -142,6 +142,7 @@ class BatchBuilder:
         self._stages = [torch.empty(most, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES if pinned else 1)]
         self._stage = 0
         self._find_places = places_kernel(tables.device.type) or _find_places
+        self._sorted: tuple[Ints, Ints, Ints] | None = None  # slots, where they belong, their order
 
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
@@ -173,11 +174,20 @@ class BatchBuilder:
 
     def _next_tokens(self, items: Items) -> StepBatch:
         """`build` where every sequence has one token and gets one: nearly all steps are such."""
-        count = len(items)
-        starts = np.arange(count + 1)
-        rows = starts[:count]
-        layout = StepLayout(items.starts, items.slots, items.slots, items.starts + 1, starts, rows, rows, count)
-        return StepBatch(layout, items, rows, rows, np.ones(count, dtype=np.int64), None)
+        starts = np.arange(len(items) + 1)
+        order = rows = starts[:-1]
+        place = items.starts // LENGTH_STEP
+        if (place[1:] > place[:-1]).any():
+            order = self._longest_first(items.slots, place)
+            items = items.take(order)
+        layout = StepLayout(items.starts, items.slots, items.slots, items.starts + 1, starts, rows, rows, len(items))
+        return StepBatch(layout, items, order, rows, np.ones(len(items), dtype=np.int64), None)
+
+    def _longest_first(self, slots: Ints, place: Ints) -> Ints:
+        """Sequences by their `place`, the largest first; steady steps have the same `slots`, and the same order for long."""
+        if self._sorted is None or self._sorted[0] is not slots or not np.array_equal(self._sorted[1], place):
+            self._sorted = slots, place, np.argsort(-place, kind="stable")
+        return self._sorted[2]
 
     def inputs(self, layout: StepLayout) -> ForwardInputs:
         """The step on the device, in one copy."""

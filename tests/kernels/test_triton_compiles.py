@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from lmdeploy.kernels.triton_kernels import activation, experts, linear16, linear_w4, linear_w4_mid, linear_w4_row, norms, places, routing  # noqa: E402
+from lmdeploy.kernels.triton_kernels import (  # noqa: E402
+    activation,
+    decode_direct,
+    experts,
+    linear16,
+    linear_w4,
+    linear_w4_mid,
+    linear_w4_row,
+    norms,
+    places,
+    routing,
+)
 
 BF16, I64, I32 = "*bf16", "*i64", "*i32"
 NORMS = {"before": I64, "eps": "fp32", "residual": BF16, "gain": BF16, "squares": I64}
@@ -118,6 +130,31 @@ def test_the_gluon_kernel_compiles_for_hopper(rows: int, outer: int, inner: int,
     )
     compiled = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps})
     assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.metadata.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("key", "value", "groups"), [("8", "8", 1), ("4", "4", 1), ("4", "4", 2), ("fp8", "fp8", 1), ("8", "4", 2)])
+def test_decoding_straight_into_registers_compiles(key: str, value: str, groups: int, capability: int) -> None:
+    kernel, hopper = decode_direct._direct_decode_kernel, capability >= 90
+    types = {
+        **dict.fromkeys(("q_ptr", "out_ptr", "k_ptr", "v_ptr", "factor_ptr", "center_ptr"), BF16),
+        **dict.fromkeys(("sums_ptr", "parts_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+        **dict.fromkeys(("table_ptr", "kv_lens_ptr", "counters_ptr", "key_scales_ptr", "value_scales_ptr"), I32),
+        "key_ptr": "*u8",
+        "value_ptr": "*u8",
+        "scale": "fp32",
+    }
+    constants = {"GROUP": 4, "HEADS": 8, "SLOTS": 64, "KEY_WIDTH": key, "VALUE_WIDTH": value, "ROTATED": value == "4", "FUSED": True, "ROPE_HALF": 64}
+    constants |= {"SCALED": False, "CENTRED": True, "PIECES": 16, "PIECE": 256, "CUT": 128, "ROWS": 4, "CHUNK": 4, "GROUPS": groups, "PDL": hopper}
+    names: list[str] = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "i32")[0] == "*"}
+    source = compiler.ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1, "enable_fp_fusion": False})
+    layouts = {found for line in compiled.asm["ttgir"].splitlines() if "elementwise_inline_asm" in line for found in re.findall(r"tensor<[^#]*#(\w+)>", line)}
+    assert len(layouts) == 1, "a thread has its own number of every tensor"
+    name = layouts.pop()
+    assert f"#{name} = #ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [1], order = [0]}}>" in compiled.asm["ttgir"]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

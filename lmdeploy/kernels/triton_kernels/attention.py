@@ -1,4 +1,4 @@
-"""`attention` over the paged cache: sequences with one new token by `decode`, the others by `extend`, whole long prompts by cuDNN.
+"""`attention` over the paged cache: sequences with one new token by `decode` or `decode_direct`, the others by `extend`, whole long prompts by cuDNN.
 
 A row's bits depend neither on the batch nor on how a prompt was cut into chunks, within a kernel: those of cuDNN, of `extend`, and of `decode` for one token
 alone differ.
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmdeploy.inputs import AttentionMeta
+from lmdeploy.kernels.triton_kernels import decode_direct
 from lmdeploy.kernels.triton_kernels.decode import Rope, decode
 from lmdeploy.kernels.triton_kernels.extend import extend
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
@@ -67,10 +68,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta,
         out.copy_(found)
 
 
+def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor, rope: Rope | None = None) -> None:
+    """One kernel for a layer's format and heads, whatever the batch: a row's bits do not depend on it."""
+    kernel = decode_direct.decode if decode_direct.serves(q, kv) else decode
+    kernel(q, kv, meta, scale, window, out, rope)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor) -> Tensor:
     """`attention`; returns where the result is."""
     if meta.num_decode:
-        decode(q, kv, meta, scale, window, out)
+        _decode(q, kv, meta, scale, window, out)
     if meta.kv_lens.shape[0] > meta.num_decode:
         if _suits_cudnn(q, kv, meta, window):
             return _whole_prompts(q, k, v, meta, scale, out)
@@ -84,7 +91,7 @@ def rope_attention(
     """`rope_write_kv` and `attention`, in one launch where every sequence decodes: see `api.Kernels`."""
     turns_by_signs = kv.rotation is None or q.shape[2] & (q.shape[2] - 1) == 0  # other rotations take more registers than a program of `decode` has
     if turns_by_signs and meta.num_decode == meta.kv_lens.shape[0] == q.shape[0]:
-        decode(q, kv, meta, scale, window, out, Rope(k, v, cos, sin, q_scale))
+        _decode(q, kv, meta, scale, window, out, Rope(k, v, cos, sin, q_scale))
         return out
     rope_write_kv(q, k, v, cos, sin, q_scale, kv, meta.slot_mapping)
     return _attend(q, k, v, kv, meta, scale, window, out)

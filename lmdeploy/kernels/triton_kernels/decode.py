@@ -47,7 +47,7 @@ JOINED = 2048  # numbers of either half of parts that a program joins at once: 1
 
 
 @triton.jit
-def _cut(
+def cut(
     kv_len: tl.tensor, window: tl.tensor, PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Oldest key that a decode row sees, where its first piece begins, keys of a piece, number of pieces: of its length alone."""
@@ -188,7 +188,7 @@ def _decode_kernel(
     likely = share * PIECE  # where this program's keys begin, unless the row is long or windowed: its block is looked up while the length is on its way
     early = tl.load(table_row + tl.minimum(likely // SLOTS, table_stride - 1))
     kv_len = tl.load(kv_lens_ptr + sequence)
-    oldest, begin, size, count = _cut(kv_len, window, PIECES, PIECE, CUT)
+    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
     each = tl.maximum(tl.cdiv(count, shares), least)
     piece, last_piece = share * each, tl.minimum(share * each + each, count)
     if piece < last_piece:
@@ -248,7 +248,7 @@ def _decode_shape(group: int, head_dim: int, dtype: torch.dtype, programs: int) 
     return TileShape(rows, keys, 4, 2, 128)
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """Where the decode kernels of a step keep what is to be joined."""
 
     counters: Tensor  # int32 [rows, heads]: pieces that are done, 0 between launches
@@ -256,15 +256,15 @@ class _Parts(NamedTuple):
     parts: Tensor  # float32 [rows, heads, PIECES, D]
 
 
-def _parts(q: Tensor, meta: AttentionMeta) -> _Parts:
+def parts_of(q: Tensor, meta: AttentionMeta) -> Parts:
     """Made by the first layer of a step, found by the others."""
     rows, (heads, head_dim) = meta.num_decode, q.shape[1:]
     name = ("parts of decoding rows", heads, head_dim)
     found = meta.workspace.get(name)
-    if not isinstance(found, _Parts):
+    if not isinstance(found, Parts):
         counters = torch.zeros((rows, heads), dtype=torch.int32, device=q.device)
         sums, parts = (torch.empty((rows, heads, PIECES, width), dtype=torch.float32, device=q.device) for width in (2, head_dim))
-        found = meta.workspace[name] = _Parts(counters, sums, parts)
+        found = meta.workspace[name] = Parts(counters, sums, parts)
     return found
 
 
@@ -282,7 +282,7 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     """The first `num_decode` sequences, which are as many rows of q. With `rope` q, k and v are not rotated yet, and the cache does not hold them."""
     rows, (heads, head_dim), kv_heads = meta.num_decode, q.shape[1:], kv.key.shape[1]
     group, padded = heads // kv_heads, padded_half(head_dim)
-    shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads), _parts(q, meta)
+    shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads), parts_of(q, meta)
     joined = min(shape.M, int(triton.next_power_of_2(group)))  # rows that the join holds
     new = rope or Rope(q, q, q, q, None)
     assert CUT % shape.N == 0 == PIECE % CUT, "a tile is of one piece"

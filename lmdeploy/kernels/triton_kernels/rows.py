@@ -119,3 +119,24 @@ def turned(
         new_hi = tl.dot(lo, tl.load(corner + HALF, mask=inside, other=0.0), input_precision="tf32x3")
         new_hi = tl.dot(hi, tl.load(below_ptr + HALF, mask=inside, other=0.0), new_hi, input_precision="tf32x3")
     return new_lo, new_hi
+
+
+@triton.jit
+def _butterflies(x: tl.tensor, ROWS: tl.constexpr, STEP: tl.constexpr) -> tl.tensor:
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 32 // STEP, 2, STEP)), (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, 64))
+
+
+@triton.jit
+def _hadamard(x: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """Rows [ROWS, 64] times Sylvester's Hadamard matrix of 1 and -1."""
+    x = _butterflies(_butterflies(x, ROWS, 1), ROWS, 2)
+    x = _butterflies(_butterflies(x, ROWS, 4), ROWS, 8)
+    return _butterflies(_butterflies(x, ROWS, 16), ROWS, 32)
+
+
+@triton.jit
+def turned_128(lo: tl.tensor, hi: tl.tensor, ROWS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """`turned` of rows of 128 dims by sums and differences, in float32: for few rows, or for one warp, which has no room for a matrix."""
+    below, above = _hadamard(lo.to(tl.float32), ROWS), _hadamard(hi.to(tl.float32), ROWS)
+    return (below + above) * (128**-0.5), (below - above) * (128**-0.5)

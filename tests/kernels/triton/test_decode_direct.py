@@ -1,0 +1,125 @@
+"""Decoding over quantised caches straight into tensor cores' registers: in Triton's interpreter, which runs the kernel's assembly through a model of it (`ptx.py`),
+against the reference. Pieces are short here, and what no sequence wrote is NaN."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kv_layer import KVFormat
+from tests.kernels.paged import FORMATS, NOWHERE, Shape, error, numbers, paged_case, sequences
+
+attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention", reason="triton is not installed")
+decode = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode", reason="triton is not installed")
+direct = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode_direct", reason="triton is not installed")
+ptx = pytest.importorskip("tests.kernels.triton.ptx", reason="triton is not installed")
+TRITON = replace(REFERENCE, attention=attention.attention)
+
+#: one rounding of the result, and of the weights; the interpreter cuts bfloat16 off instead of rounding it
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+#: a first token, ends within and at the ends of groups, tiles, blocks and pieces, as many pieces as there may be, longer ones
+LENGTHS = [(1, 1), (16, 1), (17, 1), (33, 1), (64, 1), (128, 1), (130, 1), (300, 1)]
+DECODING = sequences(LENGTHS)
+SHAPE = Shape(8, 2, 128, 64, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def always_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx.install()
+    for name, value in (("PIECES", 4), ("PIECE", 64), ("CUT", 64), ("PROGRAMS", 24), ("SHARES", 1)):
+        monkeypatch.setattr(direct, name, value)
+    monkeypatch.setattr(decode, "PIECES", 4)
+    monkeypatch.setattr(direct, "serves", lambda q, kv: True)
+    monkeypatch.setattr(attention, "decode", None)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("key", "value"), [("8", "8"), ("4", "4"), ("fp8", "fp8"), ("8", "4"), ("4", "fp8")])
+def test_keys_and_values_of_any_two_widths(key: str, value: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "GROUPS", groups)
+    case = paged_case(KVFormat(key, value, value == "4"), SHAPE, DECODING)  # type: ignore[arg-type]
+    assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (5, 1), (8, 1), (11, 1)])
+def test_any_number_of_heads_shares_a_kv_head(heads: int, kv_heads: int) -> None:
+    case = paged_case(FORMATS["k8v4"], Shape(heads, kv_heads, 128, 64, torch.bfloat16), DECODING[2::3])
+    assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+def test_blocks_of_whole_groups(block_size: int) -> None:
+    case = paged_case(FORMATS["4"], Shape(4, 1, 128, block_size, torch.float16), DECODING[2::3])
+    assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("window", [1, 16, 33, 100, 500])
+def test_a_window_hides_the_older_keys_and_blocks_behind_it_are_not_read(window: int) -> None:
+    case = paged_case(FORMATS["4 rotated"], Shape(4, 2, 128, 16, torch.float16), DECODING)
+    wanted = case.attend(REFERENCE, window)
+    for row, (length, _) in enumerate(LENGTHS):
+        case.meta.block_table[row, : max(length - window, 0) // 16] = NOWHERE
+    assert error(case.attend(TRITON, window), wanted) <= TOLERANCE[torch.float16]
+
+
+def test_the_bits_depend_neither_on_the_batch_nor_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = paged_case(FORMATS["4"], SHAPE, DECODING).attend(TRITON)
+    for programs in (1, 1000):
+        monkeypatch.setattr(direct, "PROGRAMS", programs)
+        assert torch.equal(paged_case(FORMATS["4"], SHAPE, DECODING).attend(TRITON), found)
+    for row in (0, 3, 7):
+        assert torch.equal(paged_case(FORMATS["4"], SHAPE, [DECODING[row]], shuffle=row).attend(TRITON)[0], found[row])
+
+
+@pytest.mark.parametrize("fmt", ["8", "fp8", "4 rotated"])
+@pytest.mark.parametrize(("rope", "centred", "scaled"), [(128, False, False), (128, True, True), (64, True, False)])
+def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, rope: int, centred: bool, scaled: bool) -> None:
+    rows, case = len(DECODING), paged_case(FORMATS[fmt], SHAPE, DECODING)
+    qkv, angles, factor = (
+        numbers(SHAPE, 3, rows, 12, 128),
+        numbers(SHAPE, 4, rows, rope // 2).float(),
+        numbers(SHAPE, 5, rows).float().abs() if scaled else None,
+    )
+    case.meta.slot_mapping = torch.tensor([int(case.meta.block_table[i, (n - 1) // 64]) * 64 + (n - 1) % 64 for i, (n, _) in enumerate(LENGTHS)])
+    layers, outs = [], []
+    for kernels in (attention, None):
+        layer = replace(deepcopy(case.layer), key_center=numbers(SHAPE, 9, 2, 128).float() if centred else None)
+        q, k, v = torch.split(qkv.clone(), [8, 2, 2], 1)
+        out = torch.full((rows, 8 * 128), float("nan"), dtype=torch.float16)
+        if kernels is not None:
+            assert attention.rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, 0.1, 0, out) is out
+        else:
+            REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta.slot_mapping)
+            REFERENCE.attention(q, k, v, layer, case.meta, 0.1, 0, out)
+        layers.append(layer)
+        outs.append(out)
+    rotated = layers[0].rotation is not None  # a rotation rounds: a number may fall otherwise
+    assert error(outs[0], outs[1]) <= (5e-2 if rotated else TOLERANCE[torch.float16])
+    for name in ("key", "value"):
+        found, wanted = (getattr(layer, name).view(torch.uint8).int() for layer in layers)
+        different = (found - wanted).abs()
+        assert int(different.max()) <= (16 if rotated else 0) and (different != 0).float().mean() < 1e-3, name
+
+
+def test_scales_and_queries_of_any_size() -> None:
+    """float16 holds weights times scales, and queries, whatever these are."""
+    case = paged_case(FORMATS["8"], SHAPE, DECODING)
+    assert case.layer.key_scales is not None and case.layer.value_scales is not None
+    for scales, factor in ((case.layer.key_scales, 2.0**-12), (case.layer.value_scales, 2.0**-13)):
+        scales.mul_(factor)
+    case.layer.value_scales[case.meta.block_table[7, 0].item()] *= 2.0**9
+    case.q *= 2.0**11
+    assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
+
+
+def test_a_nan_reaches_its_own_sequence_only() -> None:
+    case = paged_case(FORMATS["4"], SHAPE, DECODING)
+    wanted = case.attend(TRITON)
+    assert case.layer.key_scales is not None
+    case.layer.key_scales[case.meta.block_table[5, 1].item(), :, 3] = float("nan")
+    found, others = case.attend(TRITON), [row for row in range(8) if row != 5]
+    assert found[5].isnan().all() and torch.equal(found[others], wanted[others])
