@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this (a quick run)")
     parser.add_argument("--seed", type=int, default=mix.SEED)
     parser.add_argument("--max-batch-size", type=int, default=32)
+    parser.add_argument("--quant-policy", default="0", help="KV cache: 0, 8, k8v4, 4 or, on CUDA, 16 for fp8 (default 0)")
     parser.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="bits of the output head (default 16)")
     parser.add_argument(
         "--model-format", help="weight layout, as the engine's option; awq and gptq with --random-weights: random 4-bit weights of groups of 128"
@@ -83,6 +84,7 @@ def main() -> None:
         enable_prefix_caching=False,
         random_weights=args.random_weights,
         head_bits=args.head_bits,
+        quant_policy=args.quant_policy,
         model_format=args.model_format,
         hf_overrides=common.overrides(spec, args.model_format, random_weights=args.random_weights),
     )
@@ -94,7 +96,7 @@ def main() -> None:
     floor = floor_seconds(spec, pairs, width, ceilings, args.max_batch_size, common.read_each_step(spec, engine.info.memory.weights, width))
     inputs, outputs = sum(i for i, _ in pairs), sum(o for _, o in pairs)
     print(
-        f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit\n{common.machine()}"
+        f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit, KV {args.quant_policy}\n{common.machine()}"
     )
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; others kept {busy:.2f} cores busy at the start; {ahead}\n"
