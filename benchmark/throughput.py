@@ -95,9 +95,8 @@ def main() -> None:
     width = torch.finfo(getattr(torch, engine.info.dtype)).bits // 8
     floor = floor_seconds(spec, pairs, width, ceilings, args.max_batch_size, common.read_each_step(spec, engine.info.memory.weights, width))
     inputs, outputs = sum(i for i, _ in pairs), sum(o for _, o in pairs)
-    print(
-        f"\n{common.describe(spec)}; {engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit, KV {args.quant_policy}\n{common.machine()}"
-    )
+    how = f"{engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit, KV {args.quant_policy}"
+    print(f"\n{common.describe(spec)}; {how}\n{common.machine()}")
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; others kept {busy:.2f} cores busy at the start; {ahead}\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,3 +108,20 @@ def test_more_blocks_or_tokens_than_a_session_has_are_a_broken_promise() -> None
         tables.set(NewSequence(0, list(range(9)), 9, SamplingParams(max_new_tokens=1), 0))
     with pytest.raises(AssertionError, match="slot 0: 4 blocks"):
         tables.append_blocks([(0, [1, 2, 3, 4])])
+
+
+def test_a_step_of_single_tokens_is_built_as_any_other() -> None:
+    """It has a way of its own, which remembers an order; `[False]` for every item takes the usual one."""
+    items = [PlanItem(slot, start, 1, [], True) for slot, start in enumerate((3, 30, 17, 5, 16))]
+    builder = BatchBuilder(tables_with(items), [], Scratch(640, torch.float32, CPU), uses_rope_lengths=True)
+    slots = Items.of(items).slots
+    with patch("lmdeploy.engine.batch.LENGTH_STEP", 8):
+        for step in range(4):  # the order changes twice
+            starts = np.array([item.start for item in items]) + 2 * step
+            plan = Items(slots, starts, np.ones(5, dtype=np.int64), np.ones(5, dtype=bool), {})
+            found, wanted = builder.build(plan, None), builder.build(plan, [False] * 5)
+            for name in ("order", "first_row", "num_rows", "slots", "lengths"):
+                assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
+            assert found.sample_rows is wanted.sample_rows is None and found.layout.num_decode == 5
+            for name in ("positions", "token_slots", "slots", "ends", "query_start", "rows", "chosen"):
+                assert np.array_equal(getattr(found.layout, name), getattr(wanted.layout, name)), name

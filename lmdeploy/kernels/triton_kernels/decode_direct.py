@@ -198,6 +198,21 @@ def _join(
 
 
 @triton.jit
+def _arrive(
+    counter_ptr: tl.tensor, count: tl.tensor, own: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, members: tl.tensor, out_ptr: tl.tensor,
+    ROTATED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """`own` of a row's `count` pieces are kept; the program that keeps the last ones joins them all."""
+    complete = count == 1
+    if count > 1:
+        complete = tl.atomic_add(counter_ptr, own, sem="acq_rel", scope="gpu") == count - own
+        if complete:
+            tl.store(counter_ptr, 0)  # for the next layer
+    if complete:
+        _join(sums_ptr, parts_ptr, count, members, out_ptr, ROTATED, PIECES, ROWS, CHUNK)
+
+
+@triton.jit
 def _write_new(
     k_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, center_ptr: tl.tensor, place: tl.tensor, head: tl.tensor, table_ptr: tl.tensor,
     key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
@@ -275,6 +290,63 @@ def _new_queries(
     return lo, hi
 
 
+@triton.jit
+def _keys(places: tl.tuple, row: tl.tensor, WIDTH: tl.constexpr) -> tuple[tl.tuple, tl.tuple]:
+    """Words and scales of the 16 keys from cache row `row` on."""
+    return keys_at(places[0] + row * (HALF if WIDTH == "4" else 2 * HALF), WIDTH), scales_at(places[1] + row)
+
+
+@triton.jit
+def _values(places: tl.tuple, row: tl.tensor, WIDTH: tl.constexpr) -> tuple[tl.tuple, tl.tuple]:
+    """The same of values."""
+    return values_at(places[2] + row * (HALF if WIDTH == "4" else 2 * HALF), WIDTH), scales_at(places[3] + row)
+
+
+@triton.jit
+def _tile(
+    level: tl.tuple, totals: tl.tuple, sums: tl.tuple, loaded: tl.tuple, query: tl.tuple, places: tl.tuple, row: tl.tensor,
+    first: tl.tensor, g: tl.tensor, oldest: tl.tensor, last: tl.tensor, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple, tl.tuple, tl.tuple]:  # fmt: skip
+    """A tile of GROUPS (1 or 2) groups of 16 keys, which is loaded. Keys of the next one, from `row` on, are asked for as soon as these are used up, values likewise."""
+    x = _scores(loaded[0], loaded[1], query, first, g, oldest, last, KEY_WIDTH)
+    k, k_scales = _keys(places, row, KEY_WIDTH)
+    scales = _seen_scales(loaded[3], first, g, oldest, last)
+    peaks = _peaks(x, scales)
+    if GROUPS == 2:
+        y = _scores(loaded[4], loaded[5], query, first, g + GROUP_KEYS, oldest, last, KEY_WIDTH)
+        k2, k2_scales = _keys(places, row + GROUP_KEYS, KEY_WIDTH)
+        scales2 = _seen_scales(loaded[7], first, g + GROUP_KEYS, oldest, last)
+        more = _peaks(y, scales2)
+        peaks = tl.maximum(peaks[0], more[0]), tl.maximum(peaks[1], more[1]), tl.maximum(peaks[2], more[2])
+    level, base, fade = _advance(level, peaks)
+    totals = totals[0] * fade[0], totals[1] * fade[1], totals[2] * fade[0], totals[3] * fade[1]
+    totals, p = _weigh(totals, x, scales, base)
+    sums = add_values(sums, fade, p, loaded[2], VALUE_WIDTH)
+    v, v_scales = _values(places, row, VALUE_WIDTH)
+    if GROUPS == 2:
+        totals, p = _weigh(totals, y, scales2, base)
+        sums = add_values(sums, (fade[0], fade[1], tl.full([32], 1, tl.int32)), p, loaded[6], VALUE_WIDTH)
+        v2, v2_scales = _values(places, row + GROUP_KEYS, VALUE_WIDTH)
+        following = k, k_scales, v, v_scales, k2, k2_scales, v2, v2_scales
+    else:
+        following = k, k_scales, v, v_scales  # type: ignore[assignment]
+    return level, totals, sums, following
+
+
+@triton.jit
+def _first_tile(places: tl.tuple, row: tl.tensor, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUPS: tl.constexpr) -> tl.tuple:
+    """What `_tile` wants to be loaded."""
+    k, k_scales = _keys(places, row, KEY_WIDTH)
+    v, v_scales = _values(places, row, VALUE_WIDTH)
+    if GROUPS == 2:
+        k2, k2_scales = _keys(places, row + GROUP_KEYS, KEY_WIDTH)
+        v2, v2_scales = _values(places, row + GROUP_KEYS, VALUE_WIDTH)
+        loaded = k, k_scales, v, v_scales, k2, k2_scales, v2, v2_scales
+    else:
+        loaded = k, k_scales, v, v_scales  # type: ignore[assignment]
+    return loaded
+
+
 @triton.jit(do_not_specialize=["window", "rows", "shares", "table_stride"])
 def _direct_decode_kernel(
     q_ptr: tl.tensor, out_ptr: tl.tensor, key_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_ptr: tl.tensor, value_scales_ptr: tl.tensor,
@@ -287,10 +359,7 @@ def _direct_decode_kernel(
     FUSED: tl.constexpr, ROPE_HALF: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr,
     PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Consecutive pieces of one row's keys, for 8 heads of one KV head: the pieces are shared out among `shares` programs, and many find none left.
-
-    A tile is GROUPS (1 or 2) groups of 16 keys. The next one's keys are asked for as soon as these are used up, values likewise.
-    """
+    """Consecutive pieces of one row's keys, for 8 heads of one KV head: the pieces are shared out among `shares` programs, and many find none left."""
     after_previous(PDL)
     TILES: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
     place, sequence, share = tl.program_id(0), tl.program_id(1) % rows, tl.program_id(1) // rows
@@ -325,59 +394,31 @@ def _direct_decode_kernel(
                 tl.debug_barrier()  # what other threads wrote is read below
         else:
             lo, hi = query_rows(row_ptr, live, HALF, HALF)
-        KEY_BYTES: tl.constexpr = HALF if KEY_WIDTH == "4" else 2 * HALF
-        VALUE_BYTES: tl.constexpr = HALF if VALUE_WIDTH == "4" else 2 * HALF
-        keys, values = key_ptr + (g * KEY_BYTES + t * 16), value_ptr + (2 * t * VALUE_BYTES + g * 8)
-        key_scales, value_scales = key_scales_ptr + g, value_scales_ptr + g
-        row = _row_at(block, tile, head, HEADS, SLOTS)
-        k, k_scales = keys_at(keys + row * KEY_BYTES, KEY_WIDTH), scales_at(key_scales + row)
-        v, v_scales = values_at(values + row * VALUE_BYTES, VALUE_WIDTH), scales_at(value_scales + row)
-        if GROUPS == 2:
-            k2, k2_scales = keys_at(keys + (row + GROUP_KEYS) * KEY_BYTES, KEY_WIDTH), scales_at(key_scales + row + GROUP_KEYS)
-            v2, v2_scales = values_at(values + (row + GROUP_KEYS) * VALUE_BYTES, VALUE_WIDTH), scales_at(value_scales + row + GROUP_KEYS)
+        places = (
+            key_ptr + (g * (HALF if KEY_WIDTH == "4" else 2 * HALF) + t * 16), key_scales_ptr + g,
+            value_ptr + (2 * t * (HALF if VALUE_WIDTH == "4" else 2 * HALF) + g * 8), value_scales_ptr + g,
+        )  # fmt: skip
+        loaded = _first_tile(places, _row_at(block, tile, head, HEADS, SLOTS), KEY_WIDTH, VALUE_WIDTH, GROUPS)
         query = _as_query(lo, hi, scale, t, KEY_WIDTH)
         level, totals, sums = _nothing()
         first_part = (sequence64 * (HEADS * GROUP) + head * GROUP + first_member) * PIECES
         sums_ptr, parts_ptr = sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF)
-        arrived = count - (last_piece - piece)  # what the counter holds if this program is the last
         for first in range(start, end, N):
-            x = _scores(k, k_scales, query, first, g, oldest, last, KEY_WIDTH)
             row = _row_at(next_block, next_tile, head, HEADS, SLOTS)
-            k, k_scales = keys_at(keys + row * KEY_BYTES, KEY_WIDTH), scales_at(key_scales + row)
-            v_scales = _seen_scales(v_scales, first, g, oldest, last)
-            peaks = _peaks(x, v_scales)
-            if GROUPS == 2:
-                y = _scores(k2, k2_scales, query, first, g + GROUP_KEYS, oldest, last, KEY_WIDTH)
-                k2, k2_scales = keys_at(keys + (row + GROUP_KEYS) * KEY_BYTES, KEY_WIDTH), scales_at(key_scales + row + GROUP_KEYS)
-                v2_scales = _seen_scales(v2_scales, first, g + GROUP_KEYS, oldest, last)
-                more = _peaks(y, v2_scales)
-                peaks = tl.maximum(peaks[0], more[0]), tl.maximum(peaks[1], more[1]), tl.maximum(peaks[2], more[2])
             next_tile = _tile_at(first + 2 * N, oldest, last, N)
             next_block = _block_at(table_row, next_tile, SLOTS)
-            level, base, fade = _advance(level, peaks)
-            totals = totals[0] * fade[0], totals[1] * fade[1], totals[2] * fade[0], totals[3] * fade[1]
-            totals, p = _weigh(totals, x, v_scales, base)
-            sums = add_values(sums, fade, p, v, VALUE_WIDTH)
-            v, v_scales = values_at(values + row * VALUE_BYTES, VALUE_WIDTH), scales_at(value_scales + row)
-            if GROUPS == 2:
-                totals, p = _weigh(totals, y, v2_scales, base)
-                sums = add_values(sums, (fade[0], fade[1], tl.full([32], 1, tl.int32)), p, v2, VALUE_WIDTH)
-                v2, v2_scales = values_at(values + (row + GROUP_KEYS) * VALUE_BYTES, VALUE_WIDTH), scales_at(value_scales + row + GROUP_KEYS)
+            level, totals, sums, loaded = _tile(
+                level, totals, sums, loaded, query, places, row, first, g, oldest, last, KEY_WIDTH, VALUE_WIDTH, GROUPS
+            )  # fmt: skip
             if (first + N >= done) & (first + N < end):  # the last piece is kept below
                 _keep(level, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
                 level, totals, sums = _nothing()
                 piece, done = piece + 1, done + size
         _keep(level, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
         tl.debug_barrier()  # every thread's parts are written before this program counts as arrived
-        complete = count == 1
-        if count > 1:
-            counter_ptr = counters_ptr + sequence * (HEADS * TILES) + place
-            complete = tl.atomic_add(counter_ptr, count - arrived, sem="acq_rel", scope="gpu") == arrived
-            if complete:
-                tl.store(counter_ptr, 0)  # for the next layer
-        if complete:
-            row_out = out_ptr + sequence64 * out_stride + (head * GROUP + first_member) * (2 * HALF)
-            _join(sums_ptr, parts_ptr, count, members, row_out, ROTATED, PIECES, ROWS, CHUNK)
+        row_out = out_ptr + sequence64 * out_stride + (head * GROUP + first_member) * (2 * HALF)
+        own = last_piece - share * each
+        _arrive(counters_ptr + sequence * (HEADS * TILES) + place, count, own, sums_ptr, parts_ptr, members, row_out, ROTATED, PIECES, ROWS, CHUNK)
 
 
 def serves(q: Tensor, kv: KVLayer) -> bool:
