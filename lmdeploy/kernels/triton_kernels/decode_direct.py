@@ -38,7 +38,6 @@ Tensor = torch.Tensor
 GROUP_KEYS = tl.constexpr(16)
 #: keys of a piece at least, multiples of CUT, and programs of a launch, as in `decode`; a program here is a quarter of one there
 PIECE, CUT, PROGRAMS, SHARES = 256, 128, 8192, 4
-GROUPS = 1
 JOINED = 16  # rows of parts that a program joins at once: 64 registers a thread
 #: query heads of a KV head that tensor cores take at once
 MEMBERS = tl.constexpr(8)
@@ -427,12 +426,17 @@ def serves(q: Tensor, kv: KVLayer) -> bool:
     return quantised and q.is_cuda and q.shape[2] == 2 * HALF.value and q.dtype is not torch.float32 and kv.key.shape[2] % GROUP_KEYS.value == 0
 
 
+def groups_of(kv: KVLayer) -> int:
+    """Groups of a tile, which is in one block: registers hold two of 4-bit keys and values, a third less instructions a key."""
+    return 2 if kv.key_width == kv.value_width == "4" and kv.key.shape[2] % (2 * GROUP_KEYS.value) == 0 else 1
+
+
 def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor, rope: Rope | None = None) -> None:
     """As `decode.decode`."""
     rows, heads, (kv_heads, slots) = meta.num_decode, q.shape[1], kv.key.shape[1:3]
     group, kept, new, pdl = heads // kv_heads, parts_of(q, meta), rope or Rope(q, q, q, q, None), overlaps(q.device)
     places, joined = kv_heads * triton.cdiv(group, MEMBERS.value), min(MEMBERS.value, int(triton.next_power_of_2(group)))
-    shares, groups = min(PIECES, max(SHARES, PROGRAMS // (rows * places))), GROUPS if slots % (GROUPS * GROUP_KEYS.value) == 0 else 1
+    shares = min(PIECES, max(SHARES, PROGRAMS // (rows * places)))
     _direct_decode_kernel[(places, rows * shares)](
         q, out, *cache_arguments(kv, q), meta.block_table, meta.kv_lens, *kept,
         new.k, new.v, new.cos, new.sin, new.q_scale if new.q_scale is not None else q, kv.key_center if kv.key_center is not None else q,
@@ -440,6 +444,6 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
         out.stride(0), meta.block_table.stride(0),
         GROUP=group, HEADS=kv_heads, SLOTS=slots, KEY_WIDTH=kv.key_width, VALUE_WIDTH=kv.value_width, ROTATED=kv.rotation is not None,
         FUSED=rope is not None, ROPE_HALF=new.cos.shape[1] if rope is not None else 0, SCALED=new.q_scale is not None, CENTRED=kv.key_center is not None,
-        PIECES=PIECES, PIECE=PIECE, CUT=CUT, ROWS=joined, CHUNK=JOINED // joined, GROUPS=groups, PDL=pdl, launch_pdl=pdl, num_warps=1,
+        PIECES=PIECES, PIECE=PIECE, CUT=CUT, ROWS=joined, CHUNK=JOINED // joined, GROUPS=groups_of(kv), PDL=pdl, launch_pdl=pdl, num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def always_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("key", "value"), [("8", "8"), ("4", "4"), ("fp8", "fp8"), ("8", "4"), ("4", "fp8")])
 def test_keys_and_values_of_any_two_widths(key: str, value: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "GROUPS", groups)
+    monkeypatch.setattr(direct, "groups_of", lambda kv: groups)
     case = paged_case(KVFormat(key, value, value == "4"), SHAPE, DECODING)  # type: ignore[arg-type]
     assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
 
