@@ -95,3 +95,16 @@ class Kernels:
     choose_experts: Callable[[Tensor, bool, Tensor, Tensor], None] | None = None
     #: Products with norms inside, where a set has them; None: norms are operators of their own.
     normed: NormedProducts | None = None
+    #: Operators that hand rows on in quarters, where a set has them.
+    quarters: Quarters | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quarters:
+    """4-bit products that read x [T, K] in quarters, and what writes those: number k of row t is number ((k // 128 * 4 + k % 4) * T + t) * 32 + k % 128 // 4
+    of the same memory. All rows of a buffer are handed on together."""
+
+    #: (weight as for NormedProducts, dtype of x) -> the numbers of rows for which its product is fastest so; none: it has no such product
+    rows_served: Callable[[tuple[Tensor, ...], torch.dtype], range]
+    #: The set, but `rms_norm`, `add_rms_norm` and `silu_mul` write quarters and `linear_w4` reads them.
+    kernels: Kernels

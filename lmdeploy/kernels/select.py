@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lmdeploy.kernels.api import Kernels, NormedProducts
+from lmdeploy.kernels.api import Kernels, NormedProducts, Quarters
 from lmdeploy.kernels.build import NativeBuild, load_native
 from lmdeploy.kernels.cpu import MAX_HEAD_DIM, native_kernels
 from lmdeploy.kernels.reference import REFERENCE, dequantising, dequantising_w8, gated
@@ -71,6 +71,7 @@ class TritonSet:
     choose_experts: Callable[..., None] | None = None
     linear_add: Callable[..., bool] | None = None
     normed: NormedProducts | None = None
+    in_quarters: Callable[[Kernels], Quarters] | None = None
     reasons_against: Callable[[str, torch.dtype, int | None], list[str]] | None = None
     missing: str = ""
 
@@ -109,6 +110,7 @@ def _triton_for(need: Need) -> TritonSet:
         triton_set.CHOOSE_EXPERTS,
         triton_set.LINEAR_ADD,
         triton_set.NORMED_PRODUCTS,
+        triton_set.IN_QUARTERS,
         triton_set.reasons_against,
     )
 
@@ -178,7 +180,10 @@ def select(
     routing = triton.choose_experts if names["experts"] == triton.name else None
     added = triton.linear_add if names["linear"] == triton.name else None
     normed = triton.normed if all(names[operator] == triton.name for operator in ("linear", "linear_silu", "linear_w4", "add_rms_norm")) else None
-    return Kernels(**functions, names=names, rope_attention=together, choose_experts=routing, linear_add=added, normed=normed)
+    kernels = Kernels(**functions, names=names, rope_attention=together, choose_experts=routing, linear_add=added, normed=normed)
+    if triton.in_quarters is None or any(names[operator] != triton.name for operator in ("linear_w4", "rms_norm", "add_rms_norm", "silu_mul")):
+        return kernels
+    return replace(kernels, quarters=triton.in_quarters(kernels))
 
 
 @dataclass(frozen=True, slots=True)

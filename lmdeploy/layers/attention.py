@@ -60,7 +60,7 @@ class Attention:
         """step.normed [T, M], as `before` says -> [T, H D], as a rule in step.attn; the new keys and values are in the cache after it. `project` is the rest."""
         assert inputs.cos is not None and inputs.sin is not None, "the model computes cos and sin before its layers"
         if before is None:
-            self.qkv.forward(step.normed, step.qkv)
+            self.qkv.forward(step.normed, step.qkv, step.kernels)
         else:
             self.qkv.normed(step.normed, step.qkv, before=before)
         if self.norms:

@@ -100,9 +100,11 @@ class StepBuffers:
     attn: Tensor  # [T, H D]
     gate_up: Tensor  # [T, 2F]
     act: Tensor  # [T, F]
+    #: What writes and reads `normed` and `act` where they are in another order (`kernels.api.Quarters`); None: each layer's own kernels.
+    kernels: Kernels | None = None
 
     @classmethod
-    def take(cls, scratch: Scratch, shape: StepShape, rows: int) -> StepBuffers:
+    def take(cls, scratch: Scratch, shape: StepShape, rows: int, kernels: Kernels | None = None) -> StepBuffers:
         """Buffers for `rows` tokens."""
         heads, kv_heads, dim, width = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.mlp_width
         qkv = scratch.take("qkv", rows, (heads + 2 * kv_heads) * dim)
@@ -110,7 +112,7 @@ class StepBuffers:
         residual, normed, proj = (scratch.take(name, rows, shape.hidden_size) for name in ("residual", "normed", "proj"))
         attn = scratch.take("attn", rows, heads * dim)
         gate_up, act = scratch.take("gate_up", rows, 2 * width), scratch.take("act", rows, width)
-        return cls(residual, normed, proj, qkv, q, k, v, attn, gate_up, act)
+        return cls(residual, normed, proj, qkv, q, k, v, attn, gate_up, act, kernels)
 
     def select(self, scratch: Scratch, shape: StepShape, rows: Tensor, attended: Tensor) -> StepBuffers:
         """Buffers for the given rows only, with their attention output, which is in `attended`, and residual copied over.

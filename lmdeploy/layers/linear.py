@@ -14,7 +14,7 @@ import torch
 from lmdeploy.checkpoint.source import WeightSource
 from lmdeploy.formats.dense import DenseWeight
 from lmdeploy.formats.weight_format import FileFormat, Part, WeightFormat
-from lmdeploy.kernels.api import After, Before
+from lmdeploy.kernels.api import After, Before, Kernels
 from lmdeploy.layers.build import BuildContext
 
 Tensor = torch.Tensor
@@ -45,9 +45,14 @@ class Linear:
         assert self.weight is not None, "not loaded"
         yield from self.weight.memory()
 
-    def forward(self, x: Tensor, out: Tensor) -> None:
-        """x [T, K] -> out [T, N]."""
-        self.weight.matmul(x, out, self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
+    def forward(self, x: Tensor, out: Tensor, kernels: Kernels | None = None) -> None:
+        """x [T, K] -> out [T, N]; `kernels`: the set whose order x is in, where it is not the layer's own."""
+        self.weight.matmul(x, out, kernels or self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
+
+    def rows_in_quarters(self) -> range:
+        """For how many rows x is best in quarters."""
+        assert self.weight is not None, "not loaded"
+        return self.kernels.quarters.rows_served(self.weight.operands, self.dtype) if self.kernels.quarters else range(0)
 
     def normed_rows(self, *, silu: bool = False) -> int:
         """Up to how many rows `normed` takes; 0: it does not serve this layer."""
@@ -143,9 +148,9 @@ class GateUpLinear(Linear):
         made = [Part(name, size, ctx.spec.hidden_size, [part]) for name, (size, part) in zip(names, rows, strict=True)]
         super().__init__(ctx, made, expect_bias=ctx.spec.mlp_bias)
 
-    def gated(self, x: Tensor, both: Tensor, out: Tensor) -> None:
-        """x [T, K] -> out [T, F] = silu(gate) * up; `both` [T, 2F] is room for the product."""
-        self.weight.gated(x, both, out, self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
+    def gated(self, x: Tensor, both: Tensor, out: Tensor, kernels: Kernels | None = None) -> None:
+        """x [T, K] -> out [T, F] = silu(gate) * up; `both` [T, 2F] is room for the product; `kernels`: the set whose order x and out are in."""
+        self.weight.gated(x, both, out, kernels or self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
 
 
 class RowLinear(Linear):
@@ -167,9 +172,9 @@ class RowLinear(Linear):
         """None where ranks share a sum: only the whole sum is added to the residual."""
         return super().normed_rows(silu=silu) if self.parallel.size == 1 else 0
 
-    def forward(self, x: Tensor, out: Tensor) -> None:
+    def forward(self, x: Tensor, out: Tensor, kernels: Kernels | None = None) -> None:
         """x [T, K of this rank] -> out [T, N], summed over ranks."""
-        super().forward(x, out)
+        super().forward(x, out, kernels)
         if self.parallel.size > 1:
             self.parallel.all_reduce(out)
 

@@ -41,10 +41,10 @@ class MLP:
 
     def forward(self, inputs: ForwardInputs, step: StepBuffers) -> bool:
         """step.normed [T, M] -> step.proj [T, M], or added to step.residual, and then True."""
-        self.gate_up.gated(step.normed, step.gate_up, step.act)
+        self.gate_up.gated(step.normed, step.gate_up, step.act, step.kernels)
         if self.down.add(step.act, step.residual):
             return True
-        self.down.forward(step.act, step.proj)
+        self.down.forward(step.act, step.proj, step.kernels)
         return False
 
     def normed_rows(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lmdeploy.checkpoint.source import WeightSource
-from lmdeploy.kernels.api import After, Before
+from lmdeploy.kernels.api import After, Before, Kernels
 from lmdeploy.layers.build import BuildContext, StepBuffers
 from lmdeploy.layers.linear import Linear
 
@@ -29,20 +29,20 @@ class RMSNorm:
         """The weight."""
         yield self.weight
 
-    def forward(self, x: Tensor, out: Tensor) -> None:
+    def forward(self, x: Tensor, out: Tensor, kernels: Kernels | None = None) -> None:
         """x, out [T, M]."""
-        self.kernels.rms_norm(x, self.weight, self.eps, out)
+        (kernels or self.kernels).rms_norm(x, self.weight, self.eps, out)
 
-    def add(self, x: Tensor, residual: Tensor, out: Tensor) -> None:
+    def add(self, x: Tensor, residual: Tensor, out: Tensor, kernels: Kernels | None = None) -> None:
         """residual += x, then out = norm(residual). x, residual, out [T, M]."""
-        self.kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
+        (kernels or self.kernels).add_rms_norm(x, residual, self.weight, self.eps, out)
 
     def after(self, step: StepBuffers, added: bool) -> None:
         """step.normed of the residual after a block: what that gave is in step.proj, or has been added."""
         if added:
-            self.forward(step.residual, step.normed)
+            self.forward(step.residual, step.normed, step.kernels)
         else:
-            self.add(step.proj, step.residual, step.normed)
+            self.add(step.proj, step.residual, step.normed, step.kernels)
 
     def inside(self, linear: Linear, x: Tensor, step: StepBuffers, squares: Tensor) -> Before:
         """step.residual += linear(x); step.normed is its norm but for what is returned, which the next product makes up for."""

@@ -7,7 +7,7 @@ its own small file. `forward` allocates nothing but a few [T, R/2] tables, so th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -87,6 +87,7 @@ class Decoder:
         self.rope = build_rope(spec.rope, ctx.device)
         self.shape = StepShape.of(ctx, dense_mlp=any(isinstance(layer.mlp, MLP) for layer in self.layers))
         self.normed_rows = 0  # up to how many rows norms are done by the products around them; known once loaded
+        self.quartered_rows = range(0)  # for how many rows activations are in quarters; known once loaded
         self._zeros, self._places = torch.empty(0), list[Tensor]()  # room for their squares
         self.weight_bytes = 0  # known once loaded: a bias is what the file has
 
@@ -127,12 +128,22 @@ class Decoder:
         repeated = (f"{self.prefix}{self.names.head}.weight",) if self.spec.tie_embeddings else ()
         source.finish(ignore=(*repeated, *self.ctx.formats.unused))
         self.normed_rows = min((self._normed_rows(layer) for layer in self.layers), default=0)
+        self.quartered_rows = self._quartered_rows()
         self._zeros = torch.zeros(2 * len(self.layers), self.normed_rows, dtype=torch.int64, device=self.ctx.device)
         self._places = list(self._zeros)
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
     def _normed_rows(self, layer: Layer) -> int:
         return min(layer.attention.normed_rows(), layer.mlp.normed_rows()) if isinstance(layer.mlp, MLP) else 0
+
+    def _quartered_rows(self) -> range:
+        """Where all products after norms and SiLU read quarters; on one rank only."""
+        served = []
+        for layer in self.layers:
+            if not isinstance(layer.mlp, MLP) or self.ctx.parallel.size > 1:
+                return range(0)
+            served += [linear.rows_in_quarters() for linear in (layer.attention.qkv, layer.mlp.gate_up, layer.mlp.down)]
+        return range(max(rows.start for rows in served), min(rows.stop for rows in served))
 
     def _check_tied(self, source: WeightSource) -> None:
         """A file may repeat a tied head, but another one than the table contradicts config.json: using either would be a guess."""
@@ -165,13 +176,14 @@ class Decoder:
         inputs.cos, inputs.sin = self.rope.cos_sin(inputs.positions, inputs.rope_lengths)
         if self.spec.use_logn:
             inputs.q_scale = logn_scale(inputs.positions, self.spec.rope.original_max_position)
-        step = StepBuffers.take(inputs.scratch, self.shape, inputs.token_ids.shape[0])
+        rows, quarters = inputs.token_ids.shape[0], self.ctx.kernels.quarters
+        step = StepBuffers.take(inputs.scratch, self.shape, rows, quarters.kernels if quarters and rows in self.quartered_rows else None)
         self.embedding.forward(inputs.token_ids, step.residual)
         if inputs.replaced_rows is not None:
             assert inputs.replacements is not None
             step.residual.index_copy_(0, inputs.replaced_rows, inputs.replacements)
-        self.layers[0].input_norm.forward(step.residual, step.normed)
-        squares, before = self._squares(step.residual.shape[0]), None
+        self.layers[0].input_norm.forward(step.residual, step.normed, step.kernels)
+        squares, before = self._squares(rows), None
         for index, (layer, after) in enumerate(zip(self.layers[:-1], self.layers[1:], strict=True)):
             attn = layer.attention.forward(inputs, step, before)
             if squares is None:
@@ -180,6 +192,7 @@ class Decoder:
                 before = self._finish_few_rows(layer, after.input_norm, attn, step, squares[2 * index], squares[2 * index + 1])
         last = self.layers[-1]
         attn = last.attention.forward(inputs, step, before)
+        step = replace(step, kernels=None)  # the final norm is read by others
         if not inputs.every_row:
             step = step.select(inputs.scratch, self.shape, inputs.logit_rows, attn)
             attn = step.attn

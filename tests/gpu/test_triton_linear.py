@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lmdeploy.kernels.reference import REFERENCE
+from lmdeploy.kernels.select import select
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -83,6 +84,31 @@ def test_gluon_serves_on_hopper_and_a_row_has_the_same_bits_whatever_the_others(
             linear_w4.linear_w4(x[many - few :], *weight, None, some)
             assert torch.equal(all_of_them[many - few :], some) and all_of_them.isfinite().all()
     assert not linear_w4.arrivals(DEVICE).any()
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="its instructions are Hopper's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [17, 31, 64, 129, 384])
+@pytest.mark.parametrize(("hidden", "width"), [(2048, 8192), (4096, 14336), (640, 1152)])
+def test_a_layer_in_quarters_has_the_bits_of_one_in_plain_order(hidden: int, width: int, rows: int, dtype: torch.dtype) -> None:
+    plain = select("turbomind", "cuda", dtype, head_dim=128)
+    assert plain.quarters is not None
+    gate_up, down, gain = packed(hidden, 2 * width, 128), packed(width, hidden, 128), torch.rand(hidden, device=DEVICE).to(dtype) + 0.5
+    assert rows in plain.quarters.rows_served(gate_up, dtype) and 16 not in plain.quarters.rows_served(down, dtype)
+    x, residual = (torch.randn(rows, hidden, device=DEVICE).to(dtype) for _ in range(2))
+    results = []
+    for kernels in (plain, plain.quarters.kernels):
+        left, out = residual.clone(), torch.full((rows, hidden), float("nan"), dtype=dtype, device=DEVICE)
+        normed, both, act = (torch.full((rows, size), float("nan"), dtype=dtype, device=DEVICE) for size in (hidden, 2 * width, width))
+        kernels.rms_norm(x, gain, 1e-5, normed)
+        for _ in range(2):
+            kernels.linear_w4(normed, *gate_up, None, both)
+            kernels.silu_mul(both.mul_(0.01), act)
+            kernels.linear_w4(act, *down, None, out)
+            kernels.add_rms_norm(out, left, gain, 1e-5, normed)
+        results.append((left, out, both))
+    assert results[0][0].isfinite().all()
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_split_sums_of_w4_are_the_same_again_and_leave_counters_at_zero() -> None:

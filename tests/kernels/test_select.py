@@ -53,6 +53,11 @@ def test_turbomind_on_cuda_takes_triton_where_there_is_a_kernel() -> None:
         assert chosen.choose_experts is triton_set.CHOOSE_EXPERTS and chosen.rope_attention is triton_set.ROPE_ATTENTION
         assert chosen.attention is triton_set.OPERATORS["attention"] and chosen.rms_norm is triton_set.OPERATORS["rms_norm"]
         assert not pads_rows(chosen)
+        assert chosen.quarters is not None and chosen.quarters.kernels.attention is chosen.attention
+        changed = [name for name in OPERATORS if getattr(chosen.quarters.kernels, name) is not getattr(chosen, name)]
+        assert sorted(changed) == ["add_rms_norm", "linear_w4", "rms_norm", "silu_mul"]
+        none = chosen.quarters.rows_served((torch.zeros(8, 64), torch.zeros(8, 1), torch.zeros(8, 1)), dtype)
+        assert len(none) == len(chosen.quarters.rows_served((torch.zeros(8, 64),), dtype)) == 0
 
 
 @pytest.mark.parametrize(("head_dim", "reason"), [(320, "head_dim=320 is above 256"), (33, "head_dim=33 is odd")])

@@ -83,8 +83,10 @@ CASES = {
     ),
     "rows after a norm": (linear16._rows_kernel, ROWS, {"BEFORE": True, "SILU": True, "HAS_BIAS": False, "SPLIT": 1, "BM": 64, "BN": 64, "BK": 128}, 4),
     "rows before a norm": (linear16._rows_kernel, ROWS, {"AFTER": True, "SILU": False, "HAS_BIAS": False, "SPLIT": 4, "BM": 16, "BN": 64, "BK": 128}, 4),
-    "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "BLOCK": 4096}, 3),
-    "silu": (activation._silu_mul_kernel, SILU, {"BLOCK": 1024}, 3),
+    "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "QUARTERS": False, "BLOCK": 4096}, 3),
+    "norm in quarters": (norms._rms_norm_kernel, NORM, {"WIDTH": 3072, "ADD": True, "QUARTERS": True, "BLOCK": 4096}, 3),
+    "silu": (activation._silu_mul_kernel, SILU, {"QUARTERS": False, "BLOCK": 1024}, 3),
+    "silu in quarters": (activation._silu_mul_kernel, SILU, {"QUARTERS": True, "BLOCK": 1024}, 3),
     "small 4-bit weight before a norm": (linear_w4._once_kernel, FEW, {**INSIDE, "AFTER": True, "SPLIT": True, "TILES": 16, "BM": 8, "BN": 32}, 1),
     "4-bit weight after a norm": (linear_w4._few_kernel, FEW, {**INSIDE, "BEFORE": True, "SILU": True, "W": 4, "BM": 16, "BN": 64, "AHEAD": 4, "STAGES": 2}, 3),
     "4-bit weight and more rows": (
@@ -124,12 +126,14 @@ def test_the_gluon_kernel_compiles_for_hopper(rows: int, outer: int, inner: int,
     constants |= {"STAGES": launch.stages, "W": launch.warps}
     types = {**W4, "x": number, "bias": number, "out": number}
     names: list[str] = kernel.arg_names
-    attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "i32")[0] == "*" or n in ("pitch", "padded")}
+    attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "i32")[0] == "*" or n == "pitch"}
     source = source_of(
         kernel, {name: types.get(name, "constexpr") for name in names}, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
     compiled = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps})
     assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.metadata.shared <= 227 << 10
+    copies = [line for line in compiled.asm["ptx"].splitlines() if "cp.async.c" in line and "group" not in line]
+    assert copies and all("0x10" in line for line in copies), "16 bytes at a time, whatever the number of rows"
 
 
 @pytest.mark.parametrize("capability", [80, 90])

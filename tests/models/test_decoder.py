@@ -19,8 +19,10 @@ from lmdeploy.models.decoder import Decoder
 from lmdeploy.models.registry import build_model
 from lmdeploy.parallel import Parallel
 from lmdeploy.spec import ModelSpec
+from tests.formats.packing import quantised_folder
 from tests.helpers import LLAMA_CONFIG, Harness, llama_tensors, load_model, write_folder, write_internlm2, write_llama
 from tests.kernels import normed_plain
+from tests.kernels.quarters_plain import in_quarters
 
 TOKENS = [5, 17, 99, 3, 42, 8, 77]
 
@@ -206,6 +208,41 @@ def test_norms_inside_products_change_nothing(tmp_path: Path, rows: list[int]) -
     assert calls == [7] * 8  # twice; of the first layer output, gate_up and down, of the second qkv
     harness.step([(1, [*TOKENS, 9])])  # a row more than they take
     assert len(calls) == 8
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # groups of 128
+
+
+@pytest.mark.parametrize("rows", [[6], [0, 3, 4], list(range(7)), [], None])
+def test_rows_in_quarters_change_nothing(tmp_path: Path, rows: list[int] | None) -> None:
+    """Written and read in that order everywhere but after attention and in the last layer's second half; None: every row's logits, as a step of answers."""
+    folder, _ = quantised_folder(write_llama(tmp_path / "dense", **WIDE), tmp_path, "awq", 128)
+    calls: list[tuple[str, int]] = []
+    apart, inside = load_model(folder), load_model(folder, kernels=in_quarters(REFERENCE, range(7, 9), calls))
+    assert apart.quartered_rows == range(0) and inside.quartered_rows == range(7, 9)
+    results = []
+    for harness in (Harness(apart), Harness(inside)):
+        inputs = harness.begin([(0, TOKENS)])
+        if rows is None:
+            inputs.every_row = True
+        else:
+            inputs.logit_rows = torch.tensor(rows, dtype=torch.int64)
+        results.append(harness.model.logits(harness.model.forward(inputs)))
+    assert torch.equal(*results) and len(results[0]) == (7 if rows is None else len(rows))
+    assert calls == [(name, 7) for name in ("norm", "product", "add", "product", "silu", "product", "add", "product")]
+    harness.step([(1, TOKENS[:6])])  # a row less than they take
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("awq", {"skip": ("layers.1.mlp.down_proj",)}), ("gptq", {"act_order": True}), ("awq", {"group_size": 64})], ids=str
+)
+def test_rows_are_in_quarters_only_where_all_products_read_them_so(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    folder, _ = quantised_folder(write_llama(tmp_path / "dense", **WIDE), tmp_path, method, **{"group_size": 128, **options})
+    calls: list[tuple[str, int]] = []
+    model = load_model(folder, kernels=in_quarters(REFERENCE, range(1, 99), calls))
+    assert 7 not in model.quartered_rows
+    assert torch.equal(Harness(model).step([(0, TOKENS)])[0], logits(folder)) and not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

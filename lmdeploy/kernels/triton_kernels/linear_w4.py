@@ -435,6 +435,18 @@ def rows_served(weight: tuple[Tensor, Tensor, Tensor]) -> int:
     return FEW_ROWS if weight[2].dtype is torch.uint8 and _tile(weight) >= SMALLEST_TILE else 0
 
 
+def rows_in_quarters(weight: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> range:
+    """For how many rows of that dtype `linear_w4` puts x in quarters (`quarters.py`), and `multiply_quarters` serves."""
+    if linear_w4_async is None or dtype is torch.float32 or weight[2].dtype is not torch.uint8 or not linear_w4_async.takes(weight, dtype, _tile(weight)):
+        return range(0)
+    return range(FEW_ROWS + 1, linear_w4_async.MOST_ROWS + 1)
+
+
+def multiply_quarters(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`linear_w4` of x in quarters."""
+    linear_w4_async.multiply(x, (qweight, scales, zeros), bias, out, quarters=True)
+
+
 def _tile(weight: tuple[Tensor, Tensor, Tensor]) -> int:
     group = 2 * weight[0].shape[1] // weight[1].shape[1]
     return min(group & -group, TILE)

@@ -116,11 +116,11 @@ def _leave(
 @gluon.jit(do_not_specialize=["T", "steps", "splits"])
 def _async_kernel(
     x: gl.tensor, qweight: gl.tensor, scales: gl.tensor, zeros: gl.tensor, bias: gl.tensor, out: gl.tensor, parts: gl.tensor, arrived: gl.tensor,
-    T: gl.tensor, N: gl.tensor, pitch: gl.tensor, padded: gl.tensor, out_row: gl.tensor, groups: gl.tensor, splits: gl.tensor, steps: gl.tensor,
+    T: gl.tensor, N: gl.tensor, pitch: gl.tensor, out_row: gl.tensor, groups: gl.tensor, splits: gl.tensor, steps: gl.tensor,
     PER: gl.constexpr, HAS_BIAS: gl.constexpr, SPLIT: gl.constexpr, FP16: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
 ) -> None:  # fmt: skip
-    """BM rows and BN columns, a tile [BN, 32 elements] a step. x: what `rearranged` made, of `padded` rows."""
+    """BM rows and BN columns, a tile [BN, 32 elements] a step. x: in quarters."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[W, 1], instr_shape=[16, BM, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [W, 1], [1, 0])
@@ -134,8 +134,8 @@ def _async_kernel(
     w_row = gl.minimum(col + gl.arange(0, BN, layout=gl.SliceLayout(1, copied)), N - 1).to(gl.int64) * pitch + tile * 32
     w_at = qweight + gl.expand_dims(w_row, 1) + gl.expand_dims(element, 0)
     x_row = gl.arange(0, 4 * BM, layout=gl.SliceLayout(1, copied))
-    x_row = (x_row // BM * padded + row + x_row % BM) * 32
-    x_at = x + tile.to(gl.int64) * (128 * padded) + gl.expand_dims(x_row, 1) + gl.expand_dims(element, 0)
+    x_row = (x_row // BM * T + gl.minimum(row + x_row % BM, T - 1)) * 32
+    x_at = x + tile.to(gl.int64) * (128 * T) + gl.expand_dims(x_row, 1) + gl.expand_dims(element, 0)
     w_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BN, 32], gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
     x_smem = gl.allocate_shared_memory(out.dtype.element_ty, [STAGES, 4 * BM, 32], gl.NVMMASharedLayout(64, 16, 2))
     _ask(qweight + w_row)
@@ -144,7 +144,7 @@ def _async_kernel(
     zero_at = zeros + gl.minimum(col + gl.arange(0, BN, layout=gl.SliceLayout(1, operand)), N - 1).to(gl.int64) * groups
     scale_at = scales + gl.minimum(col + gl.arange(0, BN, layout=gl.SliceLayout(1, mma)), N - 1).to(gl.int64) * groups
     for stage in gl.static_range(STAGES - 1):
-        _fetch(w_smem, x_smem, stage, w_at, x_at, stage, 128 * padded, stage < steps)
+        _fetch(w_smem, x_smem, stage, w_at, x_at, stage, 128 * T, stage < steps)
     zero, scale = gl.load(zero_at + tile // PER), gl.load(scale_at + tile // PER)
     unit = gl.full([BN], 1.0, gl.float32, layout=gl.SliceLayout(1, mma))
     acc = gl.zeros([BN, BM], gl.float32, layout=mma)
@@ -168,7 +168,7 @@ def _async_kernel(
         following = slot + 1
         following = gl.where(following == STAGES, 0, following)
         free = gl.where(slot == 0, STAGES - 1, slot - 1)  # what the products before have read
-        _fetch(w_smem, x_smem, free, w_at, x_at, i + STAGES - 1, 128 * padded, i + STAGES - 1 < steps)
+        _fetch(w_smem, x_smem, free, w_at, x_at, i + STAGES - 1, 128 * T, i + STAGES - 1 < steps)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         _barrier()
@@ -234,21 +234,26 @@ def _usable(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
+def takes(weight: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, tile: int) -> bool:
+    """Whether products of up to MOST_ROWS rows of that dtype are computed here."""
+    return tile == TILE and weight[1].dtype is torch.float16 and _usable(weight[0].device, dtype)
+
+
 def serves(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int) -> bool:
     """Whether the product is computed here. The first answer waits for a compiler and the device, so it is asked for whatever the rows: no step that is captured
     is the first one."""
-    return tile == TILE and weight[1].dtype is torch.float16 and _usable(x.device, x.dtype) and x.shape[0] <= MOST_ROWS
+    return takes(weight, x.dtype, tile) and x.shape[0] <= MOST_ROWS
 
 
-def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """out = x @ W.T + bias, groups being multiples of TILE."""
+def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor, *, quarters: bool = False) -> None:
+    """out = x @ W.T + bias, groups being multiples of TILE. `quarters`: x is in quarters (`quarters.py`) already."""
     (rows, inner), (outer, groups), launch = x.shape, weight[1].shape, _launch(x.shape[0], weight[1].shape[0], x.shape[1])
     across, down, tiles = triton.cdiv(outer, launch.columns), triton.cdiv(rows, launch.rows), inner // TILE
-    parted, _ = rearranged(x, TILE, down * launch.rows)
+    parted = x if quarters else rearranged(x, TILE, rows)[0]
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
     _async_kernel[(across * down, launch.splits)](
         parted, weight[0].view(torch.int16), weight[1], weight[2], out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 4,
-        down * launch.rows, out.stride(0), groups, launch.splits, tiles // launch.splits, PER=tiles // groups, HAS_BIAS=bias is not None,
+        out.stride(0), groups, launch.splits, tiles // launch.splits, PER=tiles // groups, HAS_BIAS=bias is not None,
         SPLIT=launch.splits > 1, FP16=x.dtype is torch.float16, BM=launch.rows, BN=launch.columns, BAND=BAND, STAGES=launch.stages, W=launch.warps,
         num_warps=launch.warps, launch_pdl=True,
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""`rms_norm`, `add_rms_norm` and `head_norm` in one launch each: a program reads its rows once, sums in float32 and writes once."""
+"""`rms_norm`, `add_rms_norm` and `head_norm` in one launch each: a program reads its rows once, sums in float32 and writes once. The first two write
+quarters too (`quarters.py`)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
+from lmdeploy.kernels.triton_kernels.quarters import TILE, store_quarters
 
 Tensor = torch.Tensor
 MAX_WIDTH = 1 << 16  # numbers of a row, which a program holds in registers
@@ -15,8 +17,8 @@ MAX_WIDTH = 1 << 16  # numbers of a row, which a program holds in registers
 @triton.jit
 def _rms_norm_kernel(
     x_ptr: tl.tensor, residual_ptr: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, eps: tl.tensor,
-    x_stride: tl.tensor, residual_stride: tl.tensor, out_stride: tl.tensor, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x_stride: tl.tensor, residual_stride: tl.tensor, out_stride: tl.tensor, WIDTH: tl.constexpr, ADD: tl.constexpr, QUARTERS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row: out = x / sqrt(mean(x^2) + eps) * weight, with ADD of residual += x, rounded, instead of x."""
     row = tl.program_id(0).to(tl.int64)
@@ -31,7 +33,11 @@ def _rms_norm_kernel(
         tl.store(sum_ptr, summed, mask=inside)
         x = summed.to(tl.float32)  # what is stored is what is normalised
     inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / WIDTH + eps)
-    tl.store(out_ptr + row * out_stride + place, (x * inverse * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    result = (x * inverse * weight).to(out_ptr.dtype.element_ty)
+    if QUARTERS:
+        store_quarters(out_ptr, result, 0, row, tl.num_programs(0), WIDTH, BLOCK)
+    else:
+        tl.store(out_ptr + row * out_stride + place, result, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,8 +57,9 @@ def _head_norm_kernel(
     tl.store(row_ptr, (x * inverse[:, None] * weight).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, quarters: bool) -> None:
     rows, width = x.shape
+    assert not quarters or (width % TILE == 0 and out.is_contiguous())
     assert width <= MAX_WIDTH and x.stride(1) == out.stride(1) == 1, f"rows of {width} numbers, at most {MAX_WIDTH}"
     if rows == 0:
         return
@@ -60,19 +67,19 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     total = x if residual is None else residual
     pdl = overlaps(x.device)
     _rms_norm_kernel[(rows,)](
-        x, total, weight, out, eps, x.stride(0), total.stride(0), out.stride(0), WIDTH=width, ADD=residual is not None, BLOCK=block,
-        PDL=pdl, launch_pdl=pdl, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=True,
+        x, total, weight, out, eps, x.stride(0), total.stride(0), out.stride(0), WIDTH=width, ADD=residual is not None, QUARTERS=quarters,
+        BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, *, quarters: bool = False) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight. x and out [T, M], weight [M]."""
-    _launch(x, None, weight, eps, out)
+    _launch(x, None, weight, eps, out, quarters)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, *, quarters: bool = False) -> None:
     """residual += x, rounded to its dtype; out = rms_norm(residual). x, residual and out [T, M]."""
-    _launch(x, residual, weight, eps, out)
+    _launch(x, residual, weight, eps, out, quarters)
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> None:

@@ -23,6 +23,7 @@ from lmdeploy.kernels.triton_kernels.linear_w4 import linear_w4
 from lmdeploy.kernels.triton_kernels.linear_w8 import linear_w8
 from lmdeploy.kernels.triton_kernels.normed import NORMED
 from lmdeploy.kernels.triton_kernels.norms import add_rms_norm, head_norm, rms_norm
+from lmdeploy.kernels.triton_kernels.quartered import in_quarters
 from lmdeploy.kernels.triton_kernels.routing import choose_experts
 
 OPERATORS: dict[str, Callable[..., None]] = {
@@ -34,6 +35,7 @@ ROPE_ATTENTION = rope_attention  # where both of its operators are chosen
 CHOOSE_EXPERTS = choose_experts  # where experts are
 LINEAR_ADD = linear_add  # where `linear` is chosen
 NORMED_PRODUCTS = NORMED  # where all that they replace are chosen
+IN_QUARTERS = in_quarters  # likewise
 NAME = f"triton {triton.__version__}"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,6 +7,7 @@ import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 from tests.kernels.paged import Shape, error, numbers
+from tests.kernels.quarters_plain import quarters
 
 activation = pytest.importorskip("lmdeploy.kernels.triton_kernels.activation", reason="triton is not installed")
 
@@ -22,3 +23,13 @@ def test_silu_mul_gates_the_second_half_with_the_first(dtype: torch.dtype, rows:
     activation.silu_mul(both, found)
     REFERENCE.silu_mul(both, wanted)
     assert rows == 0 or error(found, wanted) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(5, 128), (3, 1024), (2, 1024 + 384), (0, 128)])
+def test_silu_mul_writes_quarters(rows: int, width: int, dtype: torch.dtype) -> None:
+    both = 8 * numbers(Shape(1, 1, 1, dtype=dtype), 0, rows, 2 * width)
+    plain, found = torch.empty(rows, width, dtype=dtype), torch.full((rows, width), float("nan"), dtype=dtype)
+    activation.silu_mul(both, plain)
+    activation.silu_mul(both, found, quarters=True)
+    assert torch.equal(found, quarters(plain))

@@ -7,6 +7,7 @@ import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 from tests.kernels.paged import Shape, error, numbers
+from tests.kernels.quarters_plain import quarters
 
 norms = pytest.importorskip("lmdeploy.kernels.triton_kernels.norms", reason="triton is not installed")
 
@@ -35,6 +36,20 @@ def test_add_rms_norm_stores_the_sum_and_normalises_what_it_stored(dtype: torch.
     REFERENCE.add_rms_norm(x, other, weight, 1e-6, wanted)
     assert torch.equal(residual, other) if dtype is not torch.bfloat16 else error(residual, other) <= TOLERANCE[dtype]
     assert error(found, wanted) <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(5, 128), (1, 512), (3, 640), (0, 128)])
+def test_norms_write_quarters(rows: int, width: int, dtype: torch.dtype) -> None:
+    shape = Shape(1, 1, 1, dtype=dtype)
+    x, residual, weight = numbers(shape, 0, rows, width), numbers(shape, 1, rows, width), numbers(shape, 2, width)
+    other, plain, found = residual.clone(), torch.empty_like(x), torch.full_like(x, float("nan"))
+    norms.rms_norm(x, weight, 1e-5, plain)
+    norms.rms_norm(x, weight, 1e-5, found, quarters=True)
+    assert torch.equal(found, quarters(plain))
+    norms.add_rms_norm(x, residual, weight, 1e-5, plain)
+    norms.add_rms_norm(x, other, weight, 1e-5, found.fill_(float("nan")), quarters=True)
+    assert torch.equal(found, quarters(plain)) and torch.equal(other, residual)
 
 
 @EACH_DTYPE
