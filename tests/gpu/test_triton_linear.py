@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.kernels.select import select
+from tests.formats.packing import quantised_folder
+from tests.helpers import Harness, load_model, write_llama
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -109,6 +114,18 @@ def test_a_layer_in_quarters_has_the_bits_of_one_in_plain_order(hidden: int, wid
         results.append((left, out, both))
     assert results[0][0].isfinite().all()
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="its instructions are Hopper's")
+def test_a_model_in_quarters_gives_the_same_logits(tmp_path: Path) -> None:
+    dense = write_llama(tmp_path / "dense", hidden_size=512, intermediate_size=1152, head_dim=64, num_attention_heads=8)
+    folder, _ = quantised_folder(dense, tmp_path, "awq", 128)
+    kernels = select("turbomind", "cuda", torch.bfloat16, head_dim=64)
+    models = [load_model(folder, dtype=torch.bfloat16, device="cuda", kernels=replace(kernels, quarters=quarters)) for quarters in (None, kernels.quarters)]
+    assert models[0].quartered_rows == range(0) and models[1].quartered_rows == range(17, 385)
+    for rows in (16, 17, 40, 130):
+        found, wanted = (Harness(model).step([(0, [5 + 7 * i % 99 for i in range(rows)])])[0] for model in models)
+        assert torch.equal(found, wanted) and found.isfinite().all()
 
 
 def test_split_sums_of_w4_are_the_same_again_and_leave_counters_at_zero() -> None:
