@@ -15,7 +15,14 @@ TILE = 128
 @triton.jit
 def store_quarters(out: tl.tensor, numbers: tl.tensor, first: tl.tensor, row: tl.tensor, rows: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr) -> None:
     """BLOCK numbers of a row, from `first` on, as far as `width`."""
-    parted = tl.permute(tl.reshape(numbers, (BLOCK // 128, 32, 4)), (0, 2, 1))
-    tile = first // 128 + tl.arange(0, BLOCK // 128)[:, None, None]
-    quarter, place = tl.arange(0, 4)[None, :, None], tl.arange(0, 32)[None, None, :]
-    tl.store(out + ((tile * 4 + quarter) * rows + row) * 32 + place, parted, mask=tile < width // 128)
+    even, odd = tl.split(tl.reshape(numbers, (BLOCK // 4, 2, 2)))
+    n0, n2 = tl.split(even)
+    n1, n3 = tl.split(odd)
+    word = first // 4 + tl.arange(0, BLOCK // 4)
+    inside = word < width // 4
+    place, quarter = out + (word // 32 * 4 * rows + row) * 32 + word % 32, rows * 32
+    # Pairs are what a thread has of a quarter; for longer runs, which Triton would find, threads would exchange numbers first.
+    tl.store(tl.max_contiguous(place, 2), n0, mask=inside)
+    tl.store(tl.max_contiguous(place + quarter, 2), n1, mask=inside)
+    tl.store(tl.max_contiguous(place + 2 * quarter, 2), n2, mask=inside)
+    tl.store(tl.max_contiguous(place + 3 * quarter, 2), n3, mask=inside)
