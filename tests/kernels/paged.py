@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -110,6 +112,26 @@ def paged_case(fmt: KVFormat, shape: Shape, batch: list[Sequence], shuffle: int 
     meta = AttentionMeta(*(p.to(shape.device) for p in parts), counts, lengths, sum(n == 1 for n in counts))
     keys, values = (torch.cat(rows) for rows in zip(*new, strict=True))
     return Case(torch.cat(queries), layer, meta, keys, values)
+
+
+def one_launch_and_two(
+    rope_attention: Callable[..., Tensor], reference: Kernels, case: Case, shape: Shape, qkv: Tensor, angles: Tensor, factor: Tensor | None,
+    center: Tensor | None, scale: float,
+) -> tuple[list[KVLayer], list[Tensor]]:  # fmt: skip
+    """The cache and the result of `rope_attention`, and of the reference's two operators, from qkv [T, H + 2 K, D] and `angles` [T, R / 2]."""
+    layers, outs = [], []
+    for fused in (True, False):
+        layer = replace(deepcopy(case.layer), key_center=None if center is None else center.clone())
+        q, k, v = torch.split(qkv.clone(), [shape.heads, shape.kv_heads, shape.kv_heads], 1)
+        out = torch.full((qkv.shape[0], shape.heads * qkv.shape[2]), float("nan"), dtype=qkv.dtype)
+        if fused:
+            assert rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, scale, 0, out) is out
+        else:
+            reference.rope_write_kv(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta.slot_mapping)
+            reference.attention(q, k, v, layer, case.meta, scale, 0, out)
+        layers.append(layer)
+        outs.append(out)
+    return layers, outs
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

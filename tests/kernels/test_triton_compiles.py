@@ -102,7 +102,7 @@ CASES = {
         3,
     ),
     "4-bit weights": (linear_w4_mid._mid_kernel, W4, MID, 3),
-    "quarters of rows": (linear_w4_mid._part_kernel, PARTED, {"QUARTER": 32, "BT": 8}, 3),
+    "quarters of rows": (linear_w4_mid._part_kernel, PARTED, {"QUARTER": 32, "SUMS": True, "BT": 8}, 3),
     "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
     "sort by expert": (experts._sort_kernel, SORT, {"COUNT": 128, "BINS": 128, "BM": 16, "BLOCK": 1024}, 3),
     "experts of few tokens": (experts._product_kernel, GROUPED, {"SILU": False, "BM": 16, "BN": 64, "BK": 128}, 4),

@@ -58,14 +58,12 @@ def cut(
 
 
 @triton.jit
-def _join(
-    sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, out_ptr: tl.tensor, rotation_ptr: tl.tensor, members: tl.tensor,
-    GROUP: tl.constexpr, ROTATED: tl.constexpr, TURNED_AS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
-) -> None:  # fmt: skip
-    """Join the pieces of one row for `members` heads of at most ROWS, CHUNK at a time: the order of the sums depends on the number of pieces alone.
-
-    sums_ptr, parts_ptr, out_ptr: of the first of the heads. What other programs wrote a moment ago is read past the first-level cache.
+def joined(
+    sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, members: tl.tensor,
+    HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Sums of the weights, and both halves of those of the values, of one row's pieces for `members` heads of at most ROWS, CHUNK at a time: the order of the sums
+    depends on the number of pieces alone. sums_ptr, parts_ptr: of the first of the heads. What other programs wrote a moment ago is read past the first-level cache.
     """
     member, dim = tl.arange(0, ROWS), tl.arange(0, PADDED)
     lo, hi = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
@@ -87,6 +85,18 @@ def _join(
         lo = lo * fade[:, None] + tl.sum(share[:, :, None] * part_lo, 0)
         hi = hi * fade[:, None] + tl.sum(share[:, :, None] * part_hi, 0)
         largest = new
+    return total, lo, hi
+
+
+@triton.jit
+def _join(
+    sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, out_ptr: tl.tensor, rotation_ptr: tl.tensor, members: tl.tensor,
+    GROUP: tl.constexpr, ROTATED: tl.constexpr, TURNED_AS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, M: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Join the pieces of one row for `members` heads, the first of which has its result at out_ptr."""
+    total, lo, hi = joined(sums_ptr, parts_ptr, count, members, HALF, PADDED, PIECES, ROWS, CHUNK)
+    member = tl.arange(0, ROWS)
     if ROTATED and ROWS < M:  # as many rows as tensor cores multiply at least
         total = tl.reshape(tl.broadcast_to(total[None, :], (M // ROWS, ROWS)), (M,))
         lo = tl.reshape(tl.broadcast_to(lo[None, :, :], (M // ROWS, ROWS, PADDED)), (M, PADDED))

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels.cache_read import SMALLEST, block_of, cache_rows, exponent_of, power_of_two, query_rows
-from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, cut, parts_of
+from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, cut, joined, parts_of
 from lmdeploy.kernels.triton_kernels.fragments import (
     HALF,
     add_values,
@@ -166,27 +166,9 @@ def _join(
     sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, members: tl.tensor, out_ptr: tl.tensor,
     ROTATED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Join the pieces of one row for `members` heads of at most ROWS, CHUNK at a time, divide by the sum of the weights, turn back, write to out_ptr. What other
-    programs wrote a moment ago is read past the first-level cache."""
+    """Join the pieces of one row for `members` heads, divide by the sum of the weights, turn back, write to out_ptr."""
+    total, lo, hi = joined(sums_ptr, parts_ptr, count, members, HALF, HALF, PIECES, ROWS, CHUNK)
     member, dim = tl.arange(0, ROWS), tl.arange(0, HALF)
-    lo, hi = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
-    total, largest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
-    for first in range(0, count, CHUNK):
-        piece = first + tl.arange(0, CHUNK)
-        part = member[None, :] * PIECES + piece[:, None]  # [c, r]
-        there = (piece < count)[:, None] & (member < members)[None, :]
-        peak = tl.load(sums_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.load(sums_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        row_ptr = parts_ptr + part[:, :, None] * (2 * HALF) + dim[None, None, :]
-        part_lo = tl.load(row_ptr, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        part_hi = tl.load(row_ptr + HALF, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        new = tl.maximum(largest, tl.max(peak, 0))
-        level = tl.where(new == float("-inf"), 0.0, new)  # of rows that are no head
-        share, fade = tl.exp2(peak - level[None, :]), tl.exp2(largest - level)
-        total = total * fade + tl.sum(share * weight, 0)
-        lo = lo * fade[:, None] + tl.sum(share[:, :, None] * part_lo, 0)
-        hi = hi * fade[:, None] + tl.sum(share[:, :, None] * part_hi, 0)
-        largest = new
     total = tl.where(total == 0.0, 1.0, total)[:, None]
     lo, hi = lo / total, hi / total
     if ROTATED:

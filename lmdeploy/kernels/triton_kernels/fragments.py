@@ -149,23 +149,24 @@ def scales_at(pointer: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
+def _words_at(pointer: tl.tensor, WIDTH: tl.constexpr, ASM_4: tl.constexpr, ASM_8: tl.constexpr) -> tl.tuple:
+    if WIDTH == "4":
+        words = tl.inline_asm_elementwise(ASM_4, EIGHT_FROM_ONE, [pointer], dtype=EIGHT_WORDS, is_pure=False, pack=1)
+    else:
+        words = tl.inline_asm_elementwise(ASM_8, SIXTEEN_FROM_ONE, [pointer], dtype=SIXTEEN_WORDS, is_pure=False, pack=1)
+    return words
+
+
+@triton.jit
 def keys_at(pointer: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
     """Words of keys g and g + 8; `pointer`: the first of key g that the thread has."""
-    if WIDTH == "4":
-        words = tl.inline_asm_elementwise(KEYS_4, EIGHT_FROM_ONE, [pointer], dtype=EIGHT_WORDS, is_pure=False, pack=1)
-    else:
-        words = tl.inline_asm_elementwise(KEYS_8, SIXTEEN_FROM_ONE, [pointer], dtype=SIXTEEN_WORDS, is_pure=False, pack=1)
-    return words
+    return _words_at(pointer, WIDTH, KEYS_4, KEYS_8)
 
 
 @triton.jit
 def values_at(pointer: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
     """Words of values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; `pointer`: the first of value 2 t that the thread has."""
-    if WIDTH == "4":
-        words = tl.inline_asm_elementwise(VALUES_4, EIGHT_FROM_ONE, [pointer], dtype=EIGHT_WORDS, is_pure=False, pack=1)
-    else:
-        words = tl.inline_asm_elementwise(VALUES_8, SIXTEEN_FROM_ONE, [pointer], dtype=SIXTEEN_WORDS, is_pure=False, pack=1)
-    return words
+    return _words_at(pointer, WIDTH, VALUES_4, VALUES_8)
 
 
 @triton.jit

@@ -249,7 +249,7 @@ def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | No
     """out = x @ W.T + bias, groups being multiples of TILE. `quarters`: x is in quarters (`quarters.py`) already."""
     (rows, inner), (outer, groups), launch = x.shape, weight[1].shape, _launch(x.shape[0], weight[1].shape[0], x.shape[1])
     across, down, tiles = triton.cdiv(outer, launch.columns), triton.cdiv(rows, launch.rows), inner // TILE
-    parted = x if quarters else rearranged(x, TILE, rows)[0]
+    parted = x if quarters else rearranged(x, TILE, rows)
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
     _async_kernel[(across * down, launch.splits)](
         parted, weight[0].view(torch.int16), weight[1], weight[2], out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 4,

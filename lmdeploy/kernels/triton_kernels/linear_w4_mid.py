@@ -136,9 +136,9 @@ def _mid_kernel(
 @triton.jit(do_not_specialize=["tiles"])
 def _part_kernel(
     x: tl.tensor, out: tl.tensor, sums: tl.tensor, tiles: tl.tensor, x_row: tl.tensor, padded: tl.tensor,
-    QUARTER: tl.constexpr, PDL: tl.constexpr, BT: tl.constexpr,
+    QUARTER: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr, BT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BT tiles of a row of x, as words of four inputs: out [tile, quarter, row], a quarter being every fourth input, and the sum of each tile's inputs."""
+    """BT tiles of a row of x, as words of four inputs: out [tile, quarter, row], a quarter being every fourth input, and with SUMS those of each tile's inputs."""
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile, word = tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, QUARTER)
@@ -150,7 +150,8 @@ def _part_kernel(
         part = (words >> (16 * i)).to(tl.int16).to(out.dtype.element_ty, bitcast=True)
         tl.store(place + i * padded * QUARTER, part, mask=inside[:, None])
         total += part.to(tl.float32)
-    tl.store(sums + tile * padded + row, tl.sum(total, 1), mask=inside)
+    if SUMS:
+        tl.store(sums + tile * padded + row, tl.sum(total, 1), mask=inside)
 
 
 class _Launch(NamedTuple):
@@ -182,15 +183,15 @@ def _words(x: Tensor) -> Tensor:
     return (x if x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0 and x.stride(1) == 1 else x.contiguous()).view(torch.int64)
 
 
-def rearranged(x: Tensor, tile: int, padded: int) -> tuple[Tensor, Tensor]:
-    """x [tile of inputs, quarter, row, every fourth input], with room for `padded` rows, and the sums float32 [tile, row] of each tile's inputs."""
+def rearranged(x: Tensor, tile: int, padded: int, sums: Tensor | None = None) -> Tensor:
+    """x [tile of inputs, quarter, row, every fourth input], with room for `padded` rows; into `sums` float32 [tile, row], if wanted, those of each tile's inputs."""
     (rows, inner), words, pdl = x.shape, _words(x), overlaps(x.device)
-    tiles = inner // tile
-    parted, sums = torch.empty(padded, inner, dtype=x.dtype, device=x.device), torch.empty(tiles, padded, dtype=torch.float32, device=x.device)
+    tiles, parted = inner // tile, torch.empty(padded, inner, dtype=x.dtype, device=x.device)
     _part_kernel[(rows, triton.cdiv(tiles, TILES))](
-        words, parted, sums, tiles, words.stride(0), padded, QUARTER=tile // 4, BT=TILES, PDL=pdl, launch_pdl=pdl, num_warps=4
+        words, parted, parted if sums is None else sums, tiles, words.stride(0), padded,
+        QUARTER=tile // 4, SUMS=sums is not None, BT=TILES, PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
-    return parted, sums
+    return parted
 
 
 def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: Tensor | None, out: Tensor) -> None:
@@ -199,7 +200,8 @@ def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, bias: 
     launch, pdl = _launch(rows, outer, tiles), overlaps(x.device)
     across, down, steps = triton.cdiv(outer, launch.columns), triton.cdiv(rows, launch.rows), tiles // launch.splits
     padded = down * launch.rows
-    parted, sums = rearranged(x, tile, padded)
+    sums = torch.empty(tiles, padded, dtype=torch.float32, device=x.device)
+    parted = rearranged(x, tile, padded, sums)
     parts = torch.empty(launch.splits, rows, outer, dtype=torch.float32, device=x.device) if launch.splits > 1 else out
     _mid_kernel[(across * down, launch.splits)](
         parted, sums, weight[0].view(torch.int16), weight[1], weight[2], out if bias is None else bias, out, parts, arrivals(x.device), rows, outer, inner // 4,

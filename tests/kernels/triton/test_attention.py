@@ -4,7 +4,6 @@ few keys have several; all memory that no sequence wrote is NaN."""
 from __future__ import annotations
 
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.kv_layer import KVFormat
-from tests.kernels.paged import FORMATS, NOWHERE, Case, Sequence, Shape, error, numbers, paged_case, sequences
+from tests.kernels.paged import FORMATS, NOWHERE, Case, Sequence, Shape, error, numbers, one_launch_and_two, paged_case, sequences
 
 attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention", reason="triton is not installed")
 decode = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode", reason="triton is not installed")
@@ -167,18 +166,8 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, h
     factor = numbers(shape, 5, rows).abs() if scaled else None
     places = [int(case.meta.block_table[i, (s.length - 1) // 8]) * 8 + (s.length - 1) % 8 for i, s in enumerate(DECODING)]
     case.meta.slot_mapping = torch.tensor(places)
-    layers, outs = [], []
-    for kernels in (attention, None):
-        layer = replace(deepcopy(case.layer), key_center=numbers(shape, 9, 2, head_dim) if centred else None)
-        q, k, v = torch.split(qkv.clone(), [4, 2, 2], 1)
-        out = torch.full((rows, 4 * head_dim), float("nan"))
-        if kernels is not None:
-            assert attention.rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, 0.3, 0, out) is out
-        else:
-            REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta.slot_mapping)
-            REFERENCE.attention(q, k, v, layer, case.meta, 0.3, 0, out)
-        layers.append(layer)
-        outs.append(out)
+    center = numbers(shape, 9, 2, head_dim) if centred else None
+    layers, outs = one_launch_and_two(attention.rope_attention, REFERENCE, case, shape, qkv, angles, factor, center, 0.3)
     assert error(outs[0], outs[1]) <= TOLERANCE[torch.float32] * (2 if layers[0].rotation is None else 1e4)  # a rotation rounds: a number may fall otherwise
     if layers[0].rotation is None:
         for name in ("key", "value", "key_scales", "value_scales"):

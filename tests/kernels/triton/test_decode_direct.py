@@ -3,7 +3,6 @@ against the reference. Pieces are short here, and what no sequence wrote is NaN.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from lmdeploy.kernels.reference import REFERENCE
 from lmdeploy.kv_layer import KVFormat
-from tests.kernels.paged import FORMATS, NOWHERE, Shape, error, numbers, paged_case, sequences
+from tests.kernels.paged import FORMATS, NOWHERE, Shape, error, numbers, one_launch_and_two, paged_case, sequences
 
 attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention", reason="triton is not installed")
 decode = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode", reason="triton is not installed")
@@ -85,18 +84,8 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, r
         numbers(SHAPE, 5, rows).float().abs() if scaled else None,
     )
     case.meta.slot_mapping = torch.tensor([int(case.meta.block_table[i, (n - 1) // 64]) * 64 + (n - 1) % 64 for i, (n, _) in enumerate(LENGTHS)])
-    layers, outs = [], []
-    for kernels in (attention, None):
-        layer = replace(deepcopy(case.layer), key_center=numbers(SHAPE, 9, 2, 128).float() if centred else None)
-        q, k, v = torch.split(qkv.clone(), [8, 2, 2], 1)
-        out = torch.full((rows, 8 * 128), float("nan"), dtype=torch.float16)
-        if kernels is not None:
-            assert attention.rope_attention(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta, 0.1, 0, out) is out
-        else:
-            REFERENCE.rope_write_kv(q, k, v, angles.cos(), angles.sin(), factor, layer, case.meta.slot_mapping)
-            REFERENCE.attention(q, k, v, layer, case.meta, 0.1, 0, out)
-        layers.append(layer)
-        outs.append(out)
+    center = numbers(SHAPE, 9, 2, 128).float() if centred else None
+    layers, outs = one_launch_and_two(attention.rope_attention, REFERENCE, case, SHAPE, qkv, angles, factor, center, 0.1)
     rotated = layers[0].rotation is not None  # a rotation rounds: a number may fall otherwise
     assert error(outs[0], outs[1]) <= (5e-2 if rotated else TOLERANCE[torch.float16])
     for name in ("key", "value"):
