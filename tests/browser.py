@@ -13,6 +13,12 @@ from typing import Any
 import pytest
 
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+#: the last bubble is the line of figures, or an error, and the buttons wait for the reader
+ENDED = """() => {
+  const last = [...document.querySelectorAll("#lm-chat .lm-note, #lm-chat .lm-error, #lm-chat [data-testid=user]")].pop();
+  return last?.matches(".lm-note, .lm-error") && !last.innerText.startsWith("waiting for")
+    && document.querySelector("[data-testid=submit-button]") && document.querySelector("#lm-retry:not([disabled])");
+}"""
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -81,9 +87,8 @@ class Reader:
         return self.finished()
 
     def finished(self) -> str:
-        """Wait until nothing runs; the last answer."""
-        self.page.wait_for_selector("[data-testid=submit-button]")
-        self.page.wait_for_selector("#lm-retry:not([disabled])")
+        """Wait until nothing runs; the last answer. The end is in the conversation first, in the buttons a moment later."""
+        self.page.wait_for_function(ENDED)
         return self.answer()
 
     def answer(self) -> str:

@@ -153,13 +153,13 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
     async def ask(value: dict[str, Any], history: list[Exchange], known: list[ModelCard], *chosen: Any) -> AsyncGenerator[tuple[Any, ...], None]:
         question = (value.get("text") or "").strip()[: ui_chat.MAX_QUESTION]
         images = [str(path) for path in value.get("files") or ()][: ui_chat.MAX_IMAGES]
-        if question or images:
+        if (question or images) and not _open(history):
             history = ui_chat.kept([*history, Exchange(question, images)])
             async for picture in _answer(server, history, known, chosen):
                 yield picture
 
     async def retry(history: list[Exchange], known: list[ModelCard], *chosen: Any) -> AsyncGenerator[tuple[Any, ...], None]:
-        if history:
+        if history and not _open(history):
             again = Exchange(history[-1].question, history[-1].images)
             async for picture in _answer(server, [*history[:-1], again], known, chosen):
                 yield picture
@@ -177,8 +177,10 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
 
     shown = [exchanges, *parts.all()]
     page.load(refresh, None, [cards, settings[0], parts.box, head], **_PRIVATE)
-    parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
-    parts.retry.click(retry, [exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE)
+    # `multiple`: an answer is in sight, and the page ready, a moment before gradio calls its event ended; until then `once` would drop what the reader asks next
+    asking: dict[str, Any] = {"concurrency_limit": QUEUE, "trigger_mode": "multiple", **_PRIVATE}
+    parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, **asking)
+    parts.retry.click(retry, [exchanges, cards, *settings], shown, **asking)
     # these wait in no queue: a full one must not keep a reader from Stop
     parts.box.stop(stop, exchanges, None, queue=False, **_PRIVATE)
     parts.undo.click(undo, exchanges, shown, queue=False, **_PRIVATE)
@@ -196,6 +198,8 @@ async def _answer(server: ChatServer, history: list[Exchange], known: list[Model
     except LmdeployError as e:
         history[-1].error = ui_chat.in_words(e)
         history[-1].close("failed")
+    finally:
+        history[-1].close("stopped")  # whatever ended it: an open one would keep the tab from asking again
     yield history, *_picture(history)
 
 
@@ -208,9 +212,14 @@ def _read(known: list[ModelCard], chosen: tuple[Any, ...]) -> Settings:
     return Settings(model=card.name, system=system or "", session_len=card.session_len, **{**values, **whole})
 
 
+def _open(history: list[Exchange]) -> bool:
+    """Whether the last answer is still under way."""
+    return bool(history) and history[-1].open
+
+
 def _picture(history: list[Exchange], box: dict[str, Any] | None = None) -> tuple[Any, ...]:
     """Values of `Parts.all()`; `box` replaces what the reader is typing, None leaves it alone."""
-    running = bool(history) and history[-1].open
+    running = _open(history)
     ready = gr.update(interactive=bool(history) and not running)
     typed: dict[str, Any] = {} if box is None else {"value": box}
     return ui_chat.bubbles(history), gr.update(submit_btn=not running, stop_btn="Stop" if running else False, **typed), ready, ready, ready

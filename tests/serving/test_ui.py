@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,44 @@ def test_every_setting_is_in_the_request(visit: Visit, scripted: ScriptedServer,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def test_a_question_that_follows_at_once_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, visit: Visit, scripted: ScriptedServer, scripted_page: RunningPage
+) -> None:
+    """An answer is in sight before gradio calls its event ended: a busy machine lost the Enter of whoever was quicker."""
+    from lmdeploy.serving import ui
+
+    answer, ends = ui._answer, threading.Event()
+
+    async def ends_late(*arguments: Any) -> AsyncIterator[Any]:
+        async for picture in answer(*arguments):
+            yield picture
+        while not ends.is_set():
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(ui, "_answer", ends_late)
+    try:
+        reader, asked = visit(scripted_page), len(scripted.bodies)
+        assert [reader.ask(question) for question in ("one", "two")] == ["one", "two"]
+        reader.press("retry")
+        while len(scripted.bodies) < asked + 3:
+            reader.page.wait_for_timeout(20)
+        assert scripted.bodies[-1] == scripted.bodies[-2]
+    finally:
+        ends.set()
+
+
+def test_enter_while_an_answer_is_written_keeps_the_text(page: RunningPage, visit: Visit) -> None:
+    reader = visit(page)
+    reader.send(ENDLESS)
+    reader.page.fill("#lm-box textarea", "and then?")
+    reader.page.press("#lm-box textarea", "Enter")
+    reader.page.wait_for_timeout(300)
+    assert reader.questions() == [ENDLESS] and reader.page.input_value("#lm-box textarea") == "and then?"
+    reader.page.click("#lm-box .stop-button")
+    reader.finished()
+    assert reader.questions() == [ENDLESS]
 
 
 def test_html_in_an_answer_is_shown_and_does_nothing(visit: Visit, scripted: ScriptedServer, scripted_page: RunningPage) -> None:
