@@ -1,8 +1,8 @@
 """What the engine's own Python costs a step: `python -m benchmark.host_loop --batch 1 64 256`.
 
 The real Engine, Scheduler, ModelRunner and Frontend over a model that computes nothing and a pretended device: a step takes it --device-ms
-after the one before, tokens are random. So every microsecond is the host's. Three tables: the parts of a decode step when the batch is
-full, the same while requests end and arrive all the time, and how long the pretended device had nothing to do while a thread of the same
+after the one before, tokens are random. So every microsecond is the host's. Four tables: the parts of a decode step when the batch is
+full, the same with prompts of different lengths, while requests end and arrive all the time, and how long the pretended device had nothing to do while a thread of the same
 process turned tokens into text (the offline pipeline).
 """
 
@@ -193,20 +193,21 @@ class Clock:
         return statistics.median(self.parts[part]) * 1e6
 
 
-def request(number: int, new_tokens: int) -> EngineRequest:
+def request(number: int, new_tokens: int, prompt: int = PROMPT) -> EngineRequest:
     """Greedy, with the end-of-sequence token that a real request has, which never comes."""
-    ids = np.random.default_rng(number).integers(0, 5000, PROMPT).tolist()
+    ids = np.random.default_rng(number).integers(0, 5000, prompt).tolist()
     return EngineRequest(request_id=number, token_ids=ids, sampling=SamplingParams(max_new_tokens=new_tokens, stop_token_ids=(2,)))
 
 
-def parts_of_a_step(batch: int, steps: int, *, steady: bool) -> list[str]:
-    """A row of the first table (a full batch decodes) or the second one (answers of 100 tokens, a new request for each that ends)."""
+def parts_of_a_step(batch: int, steps: int, *, steady: bool, spread: bool = False) -> list[str]:
+    """A row of the first two tables (a full batch decodes) or the third one (answers of 100 tokens, a new request for each that ends). `spread`: prompts of
+    different lengths, so that a few answers need a new block in every step; otherwise all do in the same one."""
     bench = build(batch, 0.0)
     engine, clock = bench.engine, Clock()
     executor = engine._executor
     for number in range(batch):
         tokens = steps + 20 if steady else 1 + number * 100 // batch
-        engine.add(request(number, tokens))
+        engine.add(request(number, tokens, PROMPT + (number * 7 % BLOCK if spread else 0)))
     number = batch
     for _ in range(8 if steady else 120):
         for output in engine.step().others:
@@ -285,6 +286,8 @@ def main() -> None:
     head = ["batch", "schedule", "submit", "result", "update", "whole step"]
     print("us a step (median), a full batch decodes")
     common.print_table([head, *(parts_of_a_step(batch, args.steps, steady=True) for batch in args.batch)])
+    print("\nus a step (median), the same with prompts of different lengths")
+    common.print_table([head, *(parts_of_a_step(batch, args.steps, steady=True, spread=True) for batch in args.batch)])
     print("\nus a step (median), a request ends and one arrives every 100 / batch steps")
     common.print_table([head, *(parts_of_a_step(batch, args.steps, steady=False) for batch in args.batch)])
     print(

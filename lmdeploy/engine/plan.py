@@ -45,7 +45,7 @@ class PlanItem(msgspec.Struct, array_like=True):
     sample: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Items:
     """The `PlanItem`s of a step as columns; new blocks, which few rows have, by slot."""
 
@@ -54,7 +54,7 @@ class Items:
     counts: Ints
     sample: NDArray[np.bool_]
     new_blocks: dict[int, list[int]]
-    plain: bool = False  # known: every row is the next token of an answer, neither its first nor its last one
+    again: bool = False  # known: the rows of the plan before, each one token further, none of them the first or the last one of its answer
 
     @classmethod
     def of(cls, items: Sequence[PlanItem]) -> Items:
@@ -119,7 +119,6 @@ class StepResult:
     step: int
     tokens: Ints
     more: dict[int, SlotResult] = field(default_factory=dict)
-    seconds: float = 0.0
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepResult:
@@ -156,5 +155,6 @@ class Rows:
     def note_tokens(self, tokens: Ints, error: str) -> None:
         """The token of each row; `error` is that of a row with -1."""
         self.result.tokens[self.places] = tokens
-        for row in np.flatnonzero(tokens < 0).tolist():
-            self[row].error = error
+        if len(tokens) and tokens.min() < 0:
+            for row in np.flatnonzero(tokens < 0).tolist():
+                self[row].error = error

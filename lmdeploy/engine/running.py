@@ -27,10 +27,22 @@ class _Steady:
     """What the next steps are as long as nobody comes or goes: a token of each answer, neither its first nor its last one."""
 
     order: Ints
+    epochs: Ints
     starts: Ints  # where the next tokens are
     ones: Ints
     all: NDArray[np.bool_]
+    active: Ints  # 1 for each slot that is in `order`, else 0
     left: int  # steps until one may have its last token
+    names: tuple[list[list[int]], list[int], list[int]] | None = None  # the answers' `token_ids`, requests and indices, when they were first asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Who had the slots of a plan's items when it was launched."""
+
+    leavings: int  # until then
+    epochs: Ints
+    steady: _Steady | None  # of items that are known to be such
 
 
 class Running:
@@ -43,7 +55,9 @@ class Running:
         self._tokens: dict[int, list[int]] = {}  # by slot, `token_ids` of its holder
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._epochs = np.zeros(num_slots, dtype=np.int64)
-        self._table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
+        self._leavings = 0
+        self._table = table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
+        self._launched, self._pending, self._arrived = table[COMPUTED : PENDING + 1], table[PENDING], table[KNOWN : DONE + 1]
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
         self._steady: _Steady | None = None  # holds while `_order` is its order
@@ -85,12 +99,19 @@ class Running:
         del self._holders[seq.slot], self._tokens[seq.slot]
         self._free_slots.append(seq.slot)
         self._epochs[seq.slot] += 1
+        self._leavings += 1
         seq.leave_slot()
         self._order = None
 
-    def epochs(self, items: Items) -> Ints:
-        """Of the items' slots."""
-        return self._epochs[items.slots]
+    def stamp(self, items: Items) -> Stamp:
+        """To know later who of these still has his slot."""
+        steady = self._steady if items.again else None
+        return Stamp(self._leavings, self._epochs[items.slots] if steady is None else steady.epochs, steady)
+
+    def remaining(self, items: Items, stamp: Stamp) -> NDArray[np.bool_]:
+        """Which of these still have their slots."""
+        found: NDArray[np.bool_] = self._epochs[items.slots] == stamp.epochs
+        return found
 
     # ------------------------------------------------------------------ what to compute
 
@@ -99,13 +120,15 @@ class Running:
             self._order = np.array([seq.slot for seq in self._sequences], dtype=np.int64)
         return self._order
 
-    def shares(self, budget_of: Callable[[int, int], int]) -> tuple[Items, Ints, int]:
-        """What each sequence computes next, perhaps no token, in order of arrival; how many blocks that takes; and the budget that was kept to, which
-        `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
+    def shares(self, budget_of: Callable[[int, int], int]) -> tuple[Items, list[tuple[int, int]], int]:
+        """What each sequence computes next, perhaps no token, in order of arrival; how many blocks the rows that lack some lack; and the budget that was kept
+        to, which `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
         order, table, steady = self._standing(), self._table, self._steady
         if steady is not None and steady.order is order and steady.left and (budget := budget_of(len(order), 0)) >= len(order):
-            steady.starts, steady.left, starts = steady.starts + 1, steady.left - 1, steady.starts
-            return Items(order, starts, steady.ones, steady.all, {}, plain=True), self._missing(order, steady.starts), budget
+            starts = steady.starts
+            steady.starts, steady.left = starts + 1, steady.left - 1
+            lacking = [(row, 1) for row in (starts % self._block_size == 0).nonzero()[0].tolist()]
+            return Items(order, starts, steady.ones, steady.all, {}, again=True), lacking, budget
         pending, computed = table[PENDING][order], table[COMPUTED][order]
         known, limit = table[KNOWN][order] + pending, table[LIMIT][order]
         todo = known - computed
@@ -116,13 +139,12 @@ class Running:
         ends = computed + counts
         sample = (ends == known) & (table[SAMPLES][order] > 0)
         if ones == len(order) and sample.all():
-            self._steady = _Steady(order, ends, counts, sample, max(int((limit - known).min()) - 2, 0))
-        return Items(order, computed, counts, sample, {}), self._missing(order, ends), budget
-
-    def _missing(self, order: Ints, ends: Ints) -> Ints:
-        """How many blocks those with keys up to `ends` lack."""
-        lack: Ints = -(-ends // self._block_size) - self._table[BLOCKS][order]
-        return lack
+            active = np.zeros(table.shape[1], dtype=np.int64)
+            active[order] = 1
+            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, active, max(int((limit - known).min()) - 2, 0))
+        lack = -(-ends // self._block_size) - table[BLOCKS][order]
+        rows = (lack > 0).nonzero()[0]
+        return Items(order, computed, counts, sample, {}), list(zip(rows.tolist(), lack[rows].tolist(), strict=True)), budget
 
     def unsettle(self) -> None:
         """Their counts were changed from outside."""
@@ -136,38 +158,61 @@ class Running:
 
     def count_as_computed(self, items: Items) -> None:
         """A plan with these items is launched."""
+        if items.again:
+            assert self._steady is not None
+            self._launched += self._steady.active
+            return
         self._table[COMPUTED][items.slots] = items.starts + items.counts
-        self._table[PENDING][items.slots] += items.sample
+        self._pending[items.slots] += items.sample
 
     # ------------------------------------------------------------------ what it brought
 
-    def take_tokens(self, items: Items, result: StepResult, valid: NDArray[np.bool_]) -> tuple[StepOutputs, list[Sequence], Ints]:
-        """Add the tokens of the rows that brought nothing else; whose of these have filled a block, and the other valid rows, which are to be looked at."""
-        tokens, table = result.tokens, self._table
+    def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[Sequence], list[int]]:
+        """Add the tokens of the rows that brought nothing else; whose of these have filled a block, and the other rows that still count, which are to be looked at."""
+        tokens, steady = result.tokens, stamp.steady
+        if steady is not None and stamp.leavings == self._leavings and not result.more and not self._any_stops(tokens):
+            outputs = self._take_all(steady, tokens)
+            return outputs, self._who_filled(items.slots, items.starts + 1), []
+        valid = self.remaining(items, stamp)
         plain = self._only_tokens(items, result) & valid
-        if plain.all():
-            slots, done = items.slots, items.starts + 1
-        else:
-            slots, done, tokens = items.slots[plain], items.starts[plain] + 1, tokens[plain]
-        table[DONE][slots] = done
-        table[PENDING][slots] -= 1
-        table[KNOWN][slots] += 1
+        slots, done, numbers = items.slots[plain], items.starts[plain] + 1, tokens[plain].tolist()
+        self._table[DONE][slots] = done
+        self._pending[slots] -= 1
+        self._table[KNOWN][slots] += 1
+        _append([self._tokens[slot] for slot in slots.tolist()], numbers)
+        outputs = StepOutputs(self._table[REQUEST][slots].tolist(), self._table[INDEX][slots].tolist(), numbers)
+        return outputs, self._who_filled(slots, done), (valid & ~plain).nonzero()[0].tolist()
+
+    def _take_all(self, steady: _Steady, tokens: Ints) -> StepOutputs:
+        """The next token of each answer, and nothing else."""
+        self._pending -= steady.active
+        self._arrived += steady.active
+        if steady.names is None:
+            order = steady.order
+            lists = [self._tokens[slot] for slot in order.tolist()]
+            steady.names = lists, self._table[REQUEST][order].tolist(), self._table[INDEX][order].tolist()
+        lists, requests, indices = steady.names
         numbers = tokens.tolist()
-        deque(map(list.append, map(self._tokens.__getitem__, slots.tolist()), numbers), maxlen=0)  # one by one, in C
-        outputs = StepOutputs(table[REQUEST][slots].tolist(), table[INDEX][slots].tolist(), numbers)
-        full = [self._holders[slot] for slot in slots[done % self._block_size == 0].tolist()]
-        return outputs, full, np.flatnonzero(valid & ~plain)
+        _append(lists, numbers)
+        return StepOutputs(requests, indices, numbers)
+
+    def _who_filled(self, slots: Ints, done: Ints) -> list[Sequence]:
+        """Whose last block is full with so many keys."""
+        return [self._holders[slot] for slot in slots[done % self._block_size == 0].tolist()]
+
+    def _any_stops(self, tokens: Ints) -> bool:
+        """Whether one of the tokens may end an answer."""
+        if len(self._stops) > FEW_STOPS:
+            return not self._stops.keys().isdisjoint(tokens.tolist())
+        return any([(tokens == token).any() for token in self._stops])
 
     def _only_tokens(self, items: Items, result: StepResult) -> NDArray[np.bool_]:
         """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens."""
         plain: NDArray[np.bool_] = result.tokens >= 0
-        if not items.plain:
+        if not items.again:
             slots, ends = items.slots, items.starts + 1
             plain &= (items.counts == 1) & (ends > self._table[PROMPT][slots]) & (ends + 1 < self._table[LIMIT][slots])
-        if len(self._stops) <= FEW_STOPS:
-            for token in self._stops:
-                plain &= result.tokens != token
-        elif not self._stops.keys().isdisjoint(result.tokens.tolist()):
+        if self._any_stops(result.tokens):
             plain &= ~np.isin(result.tokens, list(self._stops))
         if result.more:
             plain[list(result.more)] = False
@@ -190,6 +235,11 @@ class Running:
 
 def _arrival(seq: Sequence) -> int:
     return seq.arrival
+
+
+def _append(lists: list[list[int]], numbers: list[int]) -> None:
+    """A number to each; one by one, but in C."""
+    deque(map(list.append, lists, numbers), maxlen=0)
 
 
 def _shared_out(todo: Ints, budget: int) -> Ints:

@@ -19,9 +19,9 @@ import numpy as np
 
 from lmdeploy.engine.blocks import BlockPool
 from lmdeploy.engine.outputs import final_output, step_output
-from lmdeploy.engine.plan import NOTHING_MORE, Ints, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.plan import NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.prefix_cache import PrefixCache, RootKey
-from lmdeploy.engine.running import Running
+from lmdeploy.engine.running import Running, Stamp
 from lmdeploy.engine.sequence import BLOCKS, Sequence
 from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason, StepOutputs
 
@@ -77,10 +77,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A plan whose result is not known, and the epochs of its slots then: one that has passed on since has another."""
+    """A plan whose result is not known, and who had its slots then."""
 
     plan: StepPlan
-    epochs: Ints
+    stamp: Stamp
 
 
 class Scheduler:
@@ -183,7 +183,7 @@ class Scheduler:
         plan = StepPlan(self._next_step, self._released, new, items)
         self._released = []
         self._next_step += 1
-        self._flights.append(_Flight(plan, self._running.epochs(items)))
+        self._flights.append(_Flight(plan, self._running.stamp(items)))
         return plan
 
     def _budget(self, decodes: int, unread: int) -> int:
@@ -203,16 +203,16 @@ class Scheduler:
         running = self._running
         if not running:
             return Items.of(()), self._budget(0, 0)
-        items, missing, budget = running.shares(self._budget)
-        for i in np.flatnonzero(missing > 0).tolist():
-            if i >= len(running) or not self._make_room(running[i], missing.item(i)):
+        items, lacking, budget = running.shares(self._budget)
+        for i, missing in lacking:
+            if i >= len(running) or not self._make_room(running[i], missing):
                 break  # it, or one before it, was the last one, and had to go
-            seq, new = running[i], self.pool.allocate(missing.item(i))
+            seq, new = running[i], self.pool.allocate(missing)
             seq.blocks += new
             seq.counts[BLOCKS] += len(new)
             items.new_blocks[seq.slot] = new
         computed = items.counts[: len(running)]  # pre-emption shortens the list from its end
-        if len(computed) < len(items) or not computed.all():
+        if len(computed) < len(items) or not (items.again or computed.all()):
             items = items.take(np.flatnonzero(computed))
         running.count_as_computed(items)
         return items, budget
@@ -321,13 +321,12 @@ class Scheduler:
         assert flight.plan is plan and result.step == plan.step and len(result.tokens) == len(plan.items), "results must come in the order of the plans"
         self.counts.steps += 1
         items = plan.items
-        valid = self._running.epochs(items) == flight.epochs  # others have ended or were pre-empted since
-        outputs, full, rows = self._running.take_tokens(items, result, valid)
+        outputs, full, rows = self._running.take_tokens(items, result, flight.stamp)
         self.counts.generated_tokens += len(outputs)
         if self.cache is not None:
             for seq in full:
                 self._publish(seq, self.cache)
-        for row in rows.tolist():
+        for row in rows:
             output = self._take_result(self._running.at(items.slots.item(row)), items[row], result.tokens.item(row), result.more.get(row, NOTHING_MORE))
             if output is not None:
                 outputs.others.append(output)
@@ -423,7 +422,7 @@ class Scheduler:
         for flight in self._flights:
             released += flight.plan.released
             items = flight.plan.items
-            held.update(items.slots[self._running.epochs(items) == flight.epochs].tolist())
+            held.update(items.slots[self._running.remaining(items, flight.stamp)].tolist())
         self._flights.clear()
         self._released = list(dict.fromkeys(released + self._released))  # the rank may not have seen them
         found = [seq for seq in self._running if seq.slot in held]

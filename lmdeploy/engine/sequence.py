@@ -16,8 +16,8 @@ from lmdeploy.engine.plan import Ints
 from lmdeploy.engine.prefix_cache import Node
 from lmdeploy.messages import EngineRequest, Picture, SamplingParams, TokenLogprobs
 
-#: columns of a sequence's counts
-KNOWN, PENDING, COMPUTED, DONE, BLOCKS, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(10)
+#: columns of a sequence's counts: a launch changes the first two, a result the second and the two behind it
+COMPUTED, PENDING, KNOWN, DONE, BLOCKS, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(10)
 
 
 class Sequence:
@@ -43,7 +43,7 @@ class Sequence:
         self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
         self.token_ids = list(request.token_ids)  # prompt and known generated tokens; `append` adds one
         self.prompt_len = length = len(request.token_ids)
-        self.counts: Ints = np.array([length, 0, 0, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
+        self.counts: Ints = np.array([0, 0, length, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
         self.blocks: list[int] = []  # block table; each entry holds one reference
         self.slot = -1  # place on the rank; -1 while waiting
         self.node: Node | None = None  # the last published block in the prefix cache
