@@ -67,6 +67,16 @@ class SlotTables:
 
     def append_blocks(self, new: Iterable[tuple[int, list[int]]]) -> None:
         """Append (slot, blocks) to the slots' block tables, in one copy to the device."""
+        places, numbers = self.note_blocks(new)
+        table = self.blocks.view(-1)
+        if len(places) == 1:  # a prompt alone: straight to its place
+            table[places[0].start : places[0].stop].copy_(torch.from_numpy(np.array(numbers, dtype=np.int32)), non_blocking=True)
+        elif numbers:
+            both = upload(np.array([list(chain.from_iterable(places)), numbers], dtype=np.int64), self.device)
+            table.index_copy_(0, both[0], both[1].int())
+
+    def note_blocks(self, new: Iterable[tuple[int, list[int]]]) -> tuple[list[range], list[int]]:
+        """What `append_blocks` has to do: the places of slots' new blocks among all entries of the tables, and the blocks. They count as appended."""
         places: list[range] = []
         numbers: list[int] = []
         for slot, blocks in new:
@@ -76,12 +86,7 @@ class SlotTables:
                 assert end <= self.max_blocks, f"slot {slot}: {end} blocks, the table has {self.max_blocks}"
                 places.append(range(slot * self.max_blocks + start, slot * self.max_blocks + end))
                 numbers += blocks
-        table = self.blocks.view(-1)
-        if len(places) == 1:  # a prompt alone: straight to its place
-            table[places[0].start : places[0].stop].copy_(torch.from_numpy(np.array(numbers, dtype=np.int32)), non_blocking=True)
-        elif numbers:
-            both = upload(np.array([list(chain.from_iterable(places)), numbers], dtype=np.int64), self.device)
-            table.index_copy_(0, both[0], both[1].int())
+        return places, numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +147,10 @@ class BatchBuilder:
         self._stages = [torch.empty(most, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES if pinned else 1)]
         self._stage = 0
         self._find_places = places_kernel(tables.device.type) or _find_places
-        self._sorted: tuple[Ints, Ints, Ints] | None = None  # slots, where they belong, their order
 
     def build(self, items: Items, all_rows: Sequence[bool] | None) -> StepBatch:
         """`all_rows[i]`: the hidden rows of all of items[i]'s tokens are wanted, not only of a sampled last one; None = of no item."""
-        if all_rows is None and (items.plain or (items.sample.all() and (items.counts == 1).all())):
+        if all_rows is None and (items.again or (items.sample.all() and (items.counts == 1).all())):
             return self._next_tokens(items)
         order = np.arange(len(items))
         place = np.where(items.counts > 1, 1, -(items.starts // LENGTH_STEP))
@@ -178,16 +182,10 @@ class BatchBuilder:
         order = rows = starts[:-1]
         place = items.starts // LENGTH_STEP
         if (place[1:] > place[:-1]).any():
-            order = self._longest_first(items.slots, place)
+            order = np.argsort(-place, kind="stable")
             items = items.take(order)
         layout = StepLayout(items.starts, items.slots, items.slots, items.starts + 1, starts, rows, rows, len(items))
         return StepBatch(layout, items, order, rows, np.ones(len(items), dtype=np.int64), None)
-
-    def _longest_first(self, slots: Ints, place: Ints) -> Ints:
-        """Sequences by their `place`, the largest first; steady steps have the same `slots`, and the same order for long."""
-        if self._sorted is None or self._sorted[0] is not slots or not np.array_equal(self._sorted[1], place):
-            self._sorted = slots, place, np.argsort(-place, kind="stable")
-        return self._sorted[2]
 
     def inputs(self, layout: StepLayout) -> ForwardInputs:
         """The step on the device, in one copy."""

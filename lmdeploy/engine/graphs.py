@@ -44,6 +44,10 @@ LENGTHS = 512
 KERNEL_ROWS = (1, 8, 16, 32, 64, 128, 192, 384)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
 DECODES_BESIDE = (0, 16, 64, 128, 256)
+#: new blocks that come with a step's input
+BLOCKS_ALONG = 64
+#: int64 words before the parts of an input: the places of these blocks, and their numbers, int32
+HEAD = BLOCKS_ALONG + BLOCKS_ALONG // 2
 
 
 def row_buckets(most: int) -> list[int]:
@@ -170,11 +174,37 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True)
+class _Stage:
+    """An input on the host."""
+
+    whole: Tensor
+    places: Ints  # of new blocks
+    numbers: NDArray[np.int32]
+    flat: Ints  # behind them
+    parts: list[Ints]  # of `flat`
+
+    @classmethod
+    def of(cls, whole: Tensor, shape: Shape) -> _Stage:
+        """A view of it."""
+        words: Ints = whole.numpy()
+        return cls(whole, words[:BLOCKS_ALONG], words[BLOCKS_ALONG:HEAD].view(np.int32), words[HEAD:], parts_of(shape, words[HEAD:]))
+
+
+@dataclass(slots=True)
 class _Input:
-    """Where the input of a shape is on the device, and its copies on the host, one for each step that may be on its way: as a tensor, and its parts."""
+    """Where the input of a shape is on the device, and its copies on the host, one for each step that may be on its way."""
 
     there: Tensor
-    stages: list[tuple[Tensor, list[Ints]]]
+    stages: list[_Stage]
+    further: Ints | None = None  # what a step's `flat` has more than the one before, when each of its sequences is a token further
+
+
+def _further(shape: Shape, stage: _Stage, filler: int) -> Ints:
+    """See `_Input`; what fills up stays where it is."""
+    flat = np.zeros_like(stage.flat)
+    positions, _, _, ends, _, _, _, to_places = parts_of(shape, flat)
+    positions[:] = ends[:] = to_places[:] = stage.parts[2] != filler
+    return flat
 
 
 class StepGraphs:
@@ -191,11 +221,14 @@ class StepGraphs:
         shapes = [*(Shape(size, 0) for size in self._sizes), *mixed]
         self._largest = [shapes[len(self._sizes) - 1], *sorted(mixed, key=lambda shape: (shape.rows, shape.decodes))[-1:]]
         self._filler = tables.tokens.shape[0] - 1
-        longest = max(sum(shape.lengths()) for shape in shapes)
+        longest = HEAD + max(sum(shape.lengths()) for shape in shapes)
         self._inputs = torch.zeros(longest, dtype=torch.int64, device=tables.device)
+        self._block_places, self._block_numbers = self._inputs[:BLOCKS_ALONG], self._inputs[BLOCKS_ALONG:HEAD].view(torch.int32)
+        self._block_table = tables.blocks.view(-1)
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
+        self._before: Shape | None = None  # of the step before, where it can be launched `again`
         self._logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
@@ -222,7 +255,35 @@ class StepGraphs:
         self._sampler.table.refresh()
         graph.replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
+        if every:
+            self._before, self._input_of[shape].further = shape, None
         return Ran(self._logits[: shape.sequences], tokens, slice(0, layout.num_decode) if every else in_shape(layout, shape))
+
+    def again(self, new_blocks: dict[int, list[int]]) -> Tensor:
+        """The step before once more, each of its sequences a token further, some with a new block; the tokens of its shape. Only behind a `run` that took a
+        token of each sequence and gave it one, and nothing else was computed since, or behind another `again`."""
+        shape = self._before
+        assert shape is not None
+        known = self._input_of[shape]
+        before, now = known.stages[self._stage - 1], known.stages[self._stage]
+        self._stage = (self._stage + 1) % STAGES
+        if known.further is None:
+            known.further = _further(shape, before, self._filler)
+        np.add(before.flat, known.further, out=now.flat)
+        graph, tokens = self._graphs[shape]
+        if not new_blocks:
+            known.there.copy_(now.whole, non_blocking=True)
+        elif len(new_blocks) > BLOCKS_ALONG:
+            self._tables.append_blocks(new_blocks.items())
+            known.there.copy_(now.whole, non_blocking=True)
+        else:
+            places, numbers = self._tables.note_blocks(new_blocks.items())
+            now.places[:], now.numbers[:] = places[0].start, numbers[0]  # what fills up says the same once more
+            now.places[: len(numbers)], now.numbers[: len(numbers)] = [place.start for place in places], numbers
+            known.there.copy_(now.whole, non_blocking=True)
+            self._block_table.index_copy_(0, self._block_places, self._block_numbers)
+        graph.replay()
+        return tokens
 
     def drop(self) -> None:
         """Destroy what was captured, now."""
@@ -285,13 +346,12 @@ class StepGraphs:
     def _send(self, layout: StepLayout, shape: Shape) -> None:
         found = self._input_of.get(shape)
         if found is None:
-            total = sum(shape.lengths())
-            found = _Input(self._inputs[:total], [(stage[:total], parts_of(shape, stage[:total].numpy())) for stage in self._stages])
-            self._input_of[shape] = found
-        stage, parts = found.stages[self._stage]
-        self._stage = (self._stage + 1) % STAGES
-        lay_out(layout, shape, self._filler, parts)
-        found.there.copy_(stage, non_blocking=True)
+            total = HEAD + sum(shape.lengths())
+            found = self._input_of[shape] = _Input(self._inputs[:total], [_Stage.of(stage[:total], shape) for stage in self._stages])
+        stage = found.stages[self._stage]
+        self._stage, self._before = (self._stage + 1) % STAGES, None
+        lay_out(layout, shape, self._filler, stage.parts)
+        found.there.copy_(stage.whole, non_blocking=True)
 
     def _captured(self, shape: Shape) -> None:
         self._try_out(shape)
@@ -314,7 +374,7 @@ class StepGraphs:
 
     def _step(self, shape: Shape) -> Tensor:
         """The whole step, from the device's own tables."""
-        parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
+        parts = torch.split(self._inputs[HEAD : HEAD + sum(shape.lengths())], list(shape.lengths()))
         slots, places = parts[6:]
         inputs = self._builder.on_device(Places(*parts[:6]), [], [], shape.decodes)
         logits = self._logits[: shape.sequences]

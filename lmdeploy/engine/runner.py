@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, SlotTables, StepBatch, upload
+from lmdeploy.engine.arrivals import Arrivals, Finish, Owed
+from lmdeploy.engine.batch import LENGTH_STEP, MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.graphs import Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
@@ -33,79 +35,22 @@ from lmdeploy.models.vision import VisionEncoder
 
 logger = get_logger(__name__)
 Tensor = torch.Tensor
-Finish = Callable[[], None]
 
 #: bytes kept for the graphs of smaller steps
 GRAPH_ROOM = 256 << 20
+#: so many steps in a row leave sequences in an order: it is one of lengths, and only roughly
+REPEATS = LENGTH_STEP // 8
 NO_TOKEN = "no token can be chosen: the logits are not numbers, or every token is forbidden"  # noqa: S105
 DEAD_END = "no token satisfies the grammar and the request's other limits (logit_bias, bad_words) at once, or the logits are not numbers"
 
 
-class Arrivals:
-    """Chosen tokens on their way to the host: a few pinned buffers and events in turn, so that nothing waits before it must."""
+@dataclass(slots=True)
+class _Repeat:
+    """What lets the next step be the last one once more: a graph computed it, its tokens were taken as they came."""
 
-    def __init__(self, most_rows: int, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
-        self._arrays = [buffer.numpy() for buffer in self._buffers]
-        self._events = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
-        self._next = 0
-
-    def end(self) -> Finish | None:
-        """Waits for all that has been launched; None where nothing runs beside the host. So no step is more than one behind the host, sampled or not."""
-        if not self._cuda:
-            return None
-        reached = self._events[self._turn()]
-        reached.record()
-        wait: Finish = reached.synchronize
-        return wait
-
-    def begin(self, tokens: Tensor, places: slice | Ints) -> Callable[[], Ints]:
-        """Start to copy int64 [B]; the returned function waits and gives those at `places`."""
-        if not self._cuda:
-            return lambda: tokens.numpy()[places]
-        turn, count = self._turn(), tokens.shape[0]
-        arrived, found = self._events[turn], self._arrays[turn][:count]
-        self._buffers[turn][:count].copy_(tokens, non_blocking=True)
-        arrived.record()
-
-        def wait() -> Ints:
-            arrived.synchronize()
-            return found[places]
-
-        return wait
-
-    def _turn(self) -> int:
-        turn, self._next = self._next, (self._next + 1) % STAGES
-        return turn
-
-
-class Owed:
-    """The choice among the logits of a step with grammars: launched when the next step is, or when its result is asked for, when the tokens before it are known."""
-
-    def __init__(self, choose: Callable[[], Finish], device: torch.device) -> None:
-        self._choose: Callable[[], Finish] | None = choose
-        self._device = device
-        self._finish: Finish | Exception | None = None
-
-    @torch.inference_mode()
-    def settle(self) -> None:
-        """Launch it, once; what goes wrong is raised by `finish`."""
-        choose, self._choose = self._choose, None
-        if choose is not None:
-            try:
-                with device_turn(self._device):
-                    self._finish = choose()
-            except Exception as error:
-                self._finish = error
-
-    def finish(self) -> None:
-        """Wait for it."""
-        self.settle()
-        if isinstance(self._finish, Exception):
-            raise self._finish
-        assert self._finish is not None
-        self._finish()
+    rows: Ints  # of the plan, in the order of the step's sequences
+    places: slice  # of the tokens among those of the graph
+    left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
 
 
 class ModelRunner:
@@ -134,6 +79,7 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
         self._owed: Owed | None = None  # of the step that was launched last
+        self._repeat: _Repeat | None = None
         self.graphed = graphed
         spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
@@ -191,6 +137,7 @@ class ModelRunner:
 
     def renew_graphs(self, *, awake: bool = True) -> None:
         """Forget all captured steps: weights or cache are, or may be, elsewhere. New ones are captured when they are needed, once both are there (`awake`)."""
+        self._repeat = None
         if self.graphs is not None:
             self.graphs.drop()
         self.graphs = self._make_graphs() if self.graphed and awake else None
@@ -199,6 +146,7 @@ class ModelRunner:
         """Capture a graph that no step has needed yet, or compute what comes without one; True while there are more."""
         if self.graphs is None:
             return False
+        self._repeat = None
         with device_turn(self.device):
             return self.graphs.prepare_next()
 
@@ -232,7 +180,18 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Begin to compute a plan; the returned function waits for its results, which come in the order of the items. Call it once, before the one after next."""
-        start = time.perf_counter()
+        result = StepResult.of(plan)
+        finish = self._launch_again(plan.items, result) if plan.items.again and self._repeat is not None else self._launch(plan, result)
+
+        def wait() -> StepResult:
+            if finish is not None:
+                finish()
+            return result
+
+        return wait
+
+    def _launch(self, plan: StepPlan, result: StepResult) -> Finish | None:
+        self._repeat = None
         if plan.released or plan.new:
             self._settle()  # what it writes must not reach those who come after
         for slot in plan.released:
@@ -243,23 +202,24 @@ class ModelRunner:
                 self.guided.release(slot)
         for new in plan.new:
             self._set_up(new)
-        result = StepResult.of(plan)
         items, rows = plan.items, result.rows()
         if self._broken:
             items, rows = self._sound(items, rows)
-        finish: Finish | None = None
-        if len(items):
-            with device_turn(self.device):
-                self.tables.append_blocks(items.new_blocks.items())
-                finish = self._compute(items, rows) or self.arrivals.end()
+        if not len(items):
+            return None
+        with device_turn(self.device):
+            self.tables.append_blocks(items.new_blocks.items())
+            return self._compute(items, rows) or self.arrivals.end()
 
-        def wait() -> StepResult:
-            if finish is not None:
-                finish()
-            result.seconds = time.perf_counter() - start
-            return result
-
-        return wait
+    def _launch_again(self, items: Items, result: StepResult) -> Finish:
+        """The step before once more, each of its sequences a token further: nothing else has changed that would have to be looked at."""
+        repeat, self._repeat = self._repeat, None
+        assert repeat is not None and self.graphs is not None
+        with device_turn(self.device):
+            finish = self._fetch(self.graphs.again(items.new_blocks), Rows(result, repeat.rows), repeat.places)
+        repeat.left -= 1
+        self._repeat = repeat if repeat.left else None
+        return finish
 
     def _sound(self, items: Items, rows: Rows) -> tuple[Items, Rows]:
         """Without the items whose slots could not be set up, which have an error instead."""
@@ -324,6 +284,8 @@ class ModelRunner:
     def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
+            if isinstance(ran.places, slice) and len(results) == len(results.result.tokens):
+                self._repeat = _Repeat(results.places, ran.places, REPEATS)
             return self._fetch(ran.tokens, results, ran.places)
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
