@@ -65,10 +65,11 @@ class PrefixCache:
             parent = self._roots.get(key) or self._new_root(key)
         elif parent.block < 0:
             return None
-        node = parent.children.get(tokens)
-        if node is None:
+        new = Node(parent, tokens, block)
+        node = parent.children.setdefault(tokens, new)
+        if node is new:
             self._pool.mark_cached(block)
-            node = parent.children[tokens] = self._nodes[block] = Node(parent, tokens, block)
+            self._nodes[block] = new
         return node
 
     def clear(self) -> None:

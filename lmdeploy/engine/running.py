@@ -7,7 +7,7 @@ one by one only where something else happens to them. Knows no blocks but their 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class _Steady:
     all: NDArray[np.bool_]
     active: Ints  # 1 for each slot that is in `order`, else 0
     left: int  # steps until one may have its last token
-    names: tuple[list[list[int]], list[int], list[int]] | None = None  # the answers' `token_ids`, requests and indices, when they were first asked for
+    names: tuple[list[int], list[int]] | None = None  # the answers' requests and indices, when they were first asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,13 @@ class Running:
         self._block_size = block_size
         self._sequences: list[Sequence] = []
         self._holders: dict[int, Sequence] = {}  # by slot
-        self._tokens: dict[int, list[int]] = {}  # by slot, `token_ids` of its holder
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._epochs = np.zeros(num_slots, dtype=np.int64)
         self._leavings = 0
         self._table = table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
         self._launched, self._pending, self._arrived = table[COMPUTED : PENDING + 1], table[PENDING], table[KNOWN : DONE + 1]
+        self._tails = np.zeros((num_slots, block_size), dtype=np.int64)  # the last tokens of each slot; see `Sequence.take_slot`
+        self._flat_tails = self._tails.reshape(-1)
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
         self._steady: _Steady | None = None  # holds while `_order` is its order
@@ -83,8 +84,8 @@ class Running:
     def enter(self, seq: Sequence) -> None:
         """Give a sequence a slot."""
         slot = self._free_slots.pop()
-        seq.take_slot(slot, self._table[:, slot])
-        self._holders[slot], self._tokens[slot] = seq, seq.token_ids
+        seq.take_slot(slot, self._table[:, slot], self._tails[slot])
+        self._holders[slot] = seq
         insort(self._sequences, seq, key=_arrival)
         self._stops.update(seq.stop_ids)
         self._order = None
@@ -96,7 +97,7 @@ class Running:
             self._stops[token] -= 1
             if not self._stops[token]:
                 del self._stops[token]
-        del self._holders[seq.slot], self._tokens[seq.slot]
+        del self._holders[seq.slot]
         self._free_slots.append(seq.slot)
         self._epochs[seq.slot] += 1
         self._leavings += 1
@@ -169,36 +170,33 @@ class Running:
 
     def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[Sequence], list[int]]:
         """Add the tokens of the rows that brought nothing else; whose of these have filled a block, and the other rows that still count, which are to be looked at."""
-        tokens, steady = result.tokens, stamp.steady
+        tokens, steady, table = result.tokens, stamp.steady, self._table
         if steady is not None and stamp.leavings == self._leavings and not result.more and not self._any_stops(tokens):
-            outputs = self._take_all(steady, tokens)
-            return outputs, self._who_filled(items.slots, items.starts + 1), []
+            full = self._keep(items.slots, items.starts + 1, tokens)
+            self._pending -= steady.active
+            self._arrived += steady.active
+            if steady.names is None:
+                steady.names = table[REQUEST][steady.order].tolist(), table[INDEX][steady.order].tolist()
+            return StepOutputs(*steady.names, tokens.tolist()), full, []
         valid = self.remaining(items, stamp)
         plain = self._only_tokens(items, result) & valid
-        slots, done, numbers = items.slots[plain], items.starts[plain] + 1, tokens[plain].tolist()
-        self._table[DONE][slots] = done
+        slots, done, tokens = items.slots[plain], items.starts[plain] + 1, tokens[plain]
+        full = self._keep(slots, done, tokens)
+        table[DONE][slots] = done
         self._pending[slots] -= 1
-        self._table[KNOWN][slots] += 1
-        _append([self._tokens[slot] for slot in slots.tolist()], numbers)
-        outputs = StepOutputs(self._table[REQUEST][slots].tolist(), self._table[INDEX][slots].tolist(), numbers)
-        return outputs, self._who_filled(slots, done), (valid & ~plain).nonzero()[0].tolist()
+        table[KNOWN][slots] += 1
+        outputs = StepOutputs(table[REQUEST][slots].tolist(), table[INDEX][slots].tolist(), tokens.tolist())
+        return outputs, full, (valid & ~plain).nonzero()[0].tolist()
 
-    def _take_all(self, steady: _Steady, tokens: Ints) -> StepOutputs:
-        """The next token of each answer, and nothing else."""
-        self._pending -= steady.active
-        self._arrived += steady.active
-        if steady.names is None:
-            order = steady.order
-            lists = [self._tokens[slot] for slot in order.tolist()]
-            steady.names = lists, self._table[REQUEST][order].tolist(), self._table[INDEX][order].tolist()
-        lists, requests, indices = steady.names
-        numbers = tokens.tolist()
-        _append(lists, numbers)
-        return StepOutputs(requests, indices, numbers)
-
-    def _who_filled(self, slots: Ints, done: Ints) -> list[Sequence]:
-        """Whose last block is full with so many keys."""
-        return [self._holders[slot] for slot in slots[done % self._block_size == 0].tolist()]
+    def _keep(self, slots: Ints, done: Ints, tokens: Ints) -> list[Sequence]:
+        """Put tokens, not counted yet, behind so many others; whose last block is full with these. Sequences are looked at a block at a time: lists that grow by
+        one number each in turn have their numbers all over the memory."""
+        places = done % self._block_size
+        full = [self._holders[slot] for slot in slots[places == 0].tolist()]
+        for seq in full:
+            seq.catch_up()
+        self._flat_tails[slots * self._block_size + places] = tokens
+        return full
 
     def _any_stops(self, tokens: Ints) -> bool:
         """Whether one of the tokens may end an answer."""
@@ -230,16 +228,11 @@ class Running:
             assert (steady.starts >= table[PROMPT][order]).all() and (steady.starts + steady.left + 1 < table[LIMIT][order]).all()
         for seq in self:
             assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
-            assert seq.counts.item(KNOWN) == len(seq.token_ids) and seq.counts.item(LIMIT) == seq.max_tokens
+            assert 0 <= seq.num_behind <= self._block_size and seq.counts.item(LIMIT) == seq.max_tokens
 
 
 def _arrival(seq: Sequence) -> int:
     return seq.arrival
-
-
-def _append(lists: list[list[int]], numbers: list[int]) -> None:
-    """A number to each; one by one, but in C."""
-    deque(map(list.append, lists, numbers), maxlen=0)
 
 
 def _shared_out(todo: Ints, budget: int) -> Ints:

@@ -161,7 +161,8 @@ class Scheduler:
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
         max_tokens = min(len(request.token_ids) + sampling.max_new_tokens, self.limits.max_tokens)
         self._next_arrival += 1
-        return Sequence(request, index, self._next_arrival, sampling, max_tokens)
+        rope_length = (request.rope_length or len(request.token_ids)) if self.limits.rope_depends_on_length else 0
+        return Sequence(request, index, self._next_arrival, sampling, max_tokens, RootKey(request.cache_salt, rope_length))
 
     def _wait(self, seq: Sequence) -> None:
         heapq.heappush(self._waiting, (seq.arrival, seq))
@@ -205,9 +206,9 @@ class Scheduler:
             return Items.of(()), self._budget(0, 0)
         items, lacking, budget = running.shares(self._budget)
         for i, missing in lacking:
-            if i >= len(running) or not self._make_room(running[i], missing):
+            if i >= len(running) or not self._make_room(seq := running[i], missing):
                 break  # it, or one before it, was the last one, and had to go
-            seq, new = running[i], self.pool.allocate(missing)
+            new = self.pool.allocate(missing)
             seq.blocks += new
             seq.counts[BLOCKS] += len(new)
             items.new_blocks[seq.slot] = new
@@ -249,7 +250,7 @@ class Scheduler:
         if seq.retry_version == pool.version:
             return False  # nothing was released since
         shares = bool(seq.blocks)
-        hits, node = ([], None) if shares or self.cache is None else self.cache.match(self._root_key(seq), seq.cache_ids, seq.max_reusable)
+        hits, node = ([], None) if shares or self.cache is None else self.cache.match(seq.root_key, seq.cache_ids, seq.max_reusable)
         missing = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits)
         room = pool.num_free - sum(pool.references(block) == 0 for block in hits)
         if self._running and room < missing + len(self._running):
@@ -309,10 +310,6 @@ class Scheduler:
         rope_length = seq.request.rope_length or len(seq.request.token_ids)
         return NewSequence(seq.slot, seq.token_ids.copy(), seq.prompt_len, seq.sampling, rope_length, seq.request.pictures)
 
-    def _root_key(self, seq: Sequence) -> RootKey:
-        request = seq.request
-        return RootKey(request.cache_salt, (request.rope_length or len(request.token_ids)) if self.limits.rope_depends_on_length else 0)
-
     # ------------------------------------------------------------------ results
 
     def update(self, plan: StepPlan, result: StepResult) -> StepOutputs:
@@ -357,14 +354,14 @@ class Scheduler:
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         if token_id in seq.stop_ids and seq.num_generated > seq.sampling.min_new_tokens:
             return "stop"
-        return "length" if len(seq.token_ids) >= seq.max_tokens else None
+        return "length" if seq.num_known >= seq.max_tokens else None
 
     def _publish(self, seq: Sequence, cache: PrefixCache) -> None:
         """Offer the full blocks that are now certain to the prefix cache."""
-        size, key, ids = self.limits.block_size, self._root_key(seq), seq.cache_ids
-        while seq.num_published < seq.num_done // size:
+        size, ids, full = self.limits.block_size, seq.cache_ids, seq.num_done // self.limits.block_size
+        while seq.num_published < full:
             i = seq.num_published
-            node = cache.publish(key, seq.node, tuple(ids[i * size : (i + 1) * size]), seq.blocks[i])
+            node = cache.publish(seq.root_key, seq.node, tuple(ids[i * size : (i + 1) * size]), seq.blocks[i])
             # its prefix was someone else's copy and has been evicted: publish our own from the start
             seq.node, seq.num_published = node, (0 if node is None else i + 1)
 

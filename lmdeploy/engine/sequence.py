@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdeploy.engine.plan import Ints
-from lmdeploy.engine.prefix_cache import Node
+from lmdeploy.engine.prefix_cache import Node, RootKey
 from lmdeploy.messages import EngineRequest, Picture, SamplingParams, TokenLogprobs
 
 #: columns of a sequence's counts: a launch changes the first two, a result the second and the two behind it
 COMPUTED, PENDING, KNOWN, DONE, BLOCKS, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(10)
+_NO_TAIL: Ints = np.zeros(1, dtype=np.int64)
 
 
 class Sequence:
@@ -28,20 +29,22 @@ class Sequence:
     """
 
     __slots__ = (
-        *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "token_ids", "prompt_len", "ended"),
-        *("counts", "blocks", "slot", "retry_version", "siblings"),
+        *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "prompt_len", "ended", "root_key"),
+        *("counts", "_ids", "_tail", "blocks", "slot", "retry_version", "siblings"),
         *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
         *("created", "queue_seconds", "compiled"),
     )
 
-    def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int) -> None:
+    def __init__(self, request: EngineRequest, index: int, arrival: int, sampling: SamplingParams, max_tokens: int, root_key: RootKey) -> None:
         self.request = request
         self.index = index  # which of the n answers
         self.arrival = arrival  # order and priority: lower goes first
         self.sampling = sampling  # the request's, seed offset by index
         self.max_tokens = max_tokens  # prompt + answer end here at the latest
         self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
-        self.token_ids = list(request.token_ids)  # prompt and known generated tokens; `append` adds one
+        self.root_key = root_key  # the prefixes that it may share
+        self._ids = list(request.token_ids)  # of `token_ids`, those that are not in the tail only
+        self._tail = _NO_TAIL
         self.prompt_len = length = len(request.token_ids)
         self.counts: Ints = np.array([0, 0, length, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
         self.blocks: list[int] = []  # block table; each entry holds one reference
@@ -61,21 +64,46 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.embedding: NDArray[np.float64] | None = None  # [M], pooled so far
 
-    def take_slot(self, slot: int, row: Ints) -> None:
-        """Move the counts to the row of a slot."""
+    def take_slot(self, slot: int, row: Ints, tail: Ints) -> None:
+        """Move the counts to the row of a slot. `tail`: where others may put new tokens while they count them, each at its place modulo the length, if they
+        call `catch_up` before they come round to the first place."""
         row[:] = self.counts
         row[BLOCKS] = len(self.blocks)
-        self.slot, self.counts = slot, row
+        self.slot, self.counts, self._tail = slot, row, tail
 
     def leave_slot(self) -> None:
         """Without slot and blocks nothing is computed."""
-        self.slot, self.counts = -1, self.counts.copy()
+        self.catch_up()
+        self.slot, self.counts, self._tail = -1, self.counts.copy(), _NO_TAIL
         self.counts[[PENDING, COMPUTED, DONE, BLOCKS]] = 0
+
+    @property
+    def num_behind(self) -> int:
+        """Known tokens that are in the tail only."""
+        return self.num_known - len(self._ids)
+
+    def catch_up(self) -> None:
+        """Take over the tokens that are in the tail only."""
+        behind = self.num_behind
+        if behind:
+            first = len(self._ids) % len(self._tail)
+            self._ids += self._tail[first : first + behind].tolist()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and known generated tokens; `append` adds one."""
+        self.catch_up()
+        return self._ids
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
         self.counts[KNOWN] += 1
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose numbers are known."""
+        return self.counts.item(KNOWN)
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +147,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Known tokens of the answer."""
-        return len(self.token_ids) - self.prompt_len
+        return self.num_known - self.prompt_len
 
     @property
     def max_reusable(self) -> int:

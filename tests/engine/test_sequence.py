@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from lmdeploy.engine.prefix_cache import RootKey
 from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineRequest, SamplingParams
 
 
 def build(**sampling: object) -> Sequence:
     params = SamplingParams(max_new_tokens=5, **sampling)  # type: ignore[arg-type]
-    return Sequence(EngineRequest(request_id=1, token_ids=[1, 2, 3, 4], sampling=params), 0, 1, params, 9)
+    return Sequence(EngineRequest(request_id=1, token_ids=[1, 2, 3, 4], sampling=params), 0, 1, params, 9, RootKey("", 0))
 
 
 def test_tokens_in_flight_count_as_tokens_but_not_as_generated() -> None:
