@@ -22,6 +22,7 @@ class Arrivals:
         self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
         self._parts: dict[int, list[tuple[Tensor, Ints]]] = {}  # their first so many places, made when first needed: slices of tensors take their time
         self._events = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on: to ask for it takes its time
         self._next = 0
 
     def end(self) -> Finish | None:
@@ -29,7 +30,7 @@ class Arrivals:
         if not self._cuda:
             return None
         reached = self._events[self._turn()]
-        reached.record()
+        reached.record(self._stream)
         wait: Finish = reached.synchronize
         return wait
 
@@ -42,7 +43,7 @@ class Arrivals:
             self._parts[count] = [(buffer[:count], buffer[:count].numpy()) for buffer in self._buffers]
         arrived, (buffer, found) = self._events[turn], self._parts[count][turn]
         buffer.copy_(tokens, non_blocking=True)
-        arrived.record()
+        arrived.record(self._stream)
 
         def wait() -> Ints:
             arrived.synchronize()

@@ -202,7 +202,7 @@ class Running:
         """Whether one of the tokens may end an answer."""
         if len(self._stops) > FEW_STOPS:
             return not self._stops.keys().isdisjoint(tokens.tolist())
-        return any([(tokens == token).any() for token in self._stops])
+        return any((tokens == token).any() for token in self._stops)
 
     def _only_tokens(self, items: Items, result: StepResult) -> NDArray[np.bool_]:
         """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine import graphs as graphs_of_steps
-from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, Places, SlotTables
+from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, SlotTables
 from lmdeploy.engine.graphs import HEAD, Shape, StepGraphs, device_turn, in_shape, lay_out, parts_of, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.engine.sampler import Sampler, SamplingTable
@@ -215,3 +216,26 @@ def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int,
     unsampled = np.setdiff1d(np.arange(shape.sequences), places)
     assert all(parts[6][i] == FILLER for i in unsampled)
     assert shape.sequences <= shape.decodes + MOST_PROMPTS
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 20), min_size=1, max_size=FILLER), st.integers(1, STAGES + 2)), min_size=1, max_size=4))
+@example([([3] * 7, 1), ([5] * 8, 2), ([5] * 5, 1)])  # several numbers of sequences in one shape
+def test_a_step_again_is_laid_out_as_the_step_itself(runs: list[tuple[list[int], int]]) -> None:
+    graphs = Captures()
+    for starts, times in runs:
+        items = [PlanItem(slot, start, 1, [], True) for slot, start in enumerate(starts)]
+        layout = builder().build(Items.of(items), None).layout
+        assert graphs.run(layout, lambda: None) is not None
+        for further in range(1, times + 1):
+            layout = replace(layout, positions=layout.positions + 1, ends=layout.ends + 1)
+            new = {0: [50 + further]} if further % 2 else {}
+            graphs._tables.num_blocks[0] = 3
+            graphs.again(new)
+            shape = graphs._shape(layout)
+            assert shape is not None
+            wanted = np.zeros(sum(shape.lengths()), dtype=np.int64)
+            lay_out(layout, shape, FILLER, parts_of(shape, wanted))
+            assert np.array_equal(graphs._inputs[HEAD : HEAD + len(wanted)].numpy(), wanted)
+            if new:
+                assert graphs._tables.blocks[0, :5].tolist() == [0, 1, 2, 50 + further, 4]
