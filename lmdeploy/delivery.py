@@ -110,18 +110,18 @@ def deliver(outputs: StepOutputs, sinks: Sinks) -> set[int]:
 
 
 def _by_reader(outputs: StepOutputs, sinks: Sinks) -> dict[ThreadSink | asyncio.AbstractEventLoop, StepOutputs]:
-    whole = [None if (entry := sinks.get(output.request_id)) is None else entry[0].reader for output in outputs.others]
-    readers = [None if (entry := sinks.get(request_id)) is None else entry[0].reader for request_id in outputs.request_ids]
-    found = {*whole, *readers} - {None}
+    entries = [*map(sinks.get, outputs.request_ids), *[sinks.get(output.request_id) for output in outputs.others]]
+    found = {entry[0].reader for entry in entries if entry is not None}
     if len(found) == 1:
-        return {found.pop(): outputs}  # type: ignore[dict-item]
-    parts = {reader: StepOutputs() for reader in found if reader is not None}
-    for reader, output in zip(whole, outputs.others, strict=True):
-        if reader is not None:
-            parts[reader].others.append(output)
-    for reader, *row in zip(readers, outputs.request_ids, outputs.indices, outputs.token_ids, strict=True):
-        if reader is not None:
-            parts[reader].add_token(*row)
+        return {found.pop(): outputs}
+    parts: dict[ThreadSink | asyncio.AbstractEventLoop, StepOutputs] = {reader: StepOutputs() for reader in found}
+    rows = zip(outputs.request_ids, outputs.indices, outputs.token_ids, strict=True)
+    for row, entry in zip(rows, entries, strict=False):
+        if entry is not None:
+            parts[entry[0].reader].add_token(*row)
+    for output, entry in zip(outputs.others, entries[len(outputs.token_ids) :], strict=True):
+        if entry is not None:
+            parts[entry[0].reader].others.append(output)
     return parts
 
 
