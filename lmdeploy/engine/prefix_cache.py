@@ -1,12 +1,13 @@
-"""`PrefixCache`: which KV blocks hold which token prefixes. A tree whose nodes are full blocks, children found by their tokens.
+"""`PrefixCache`: which KV blocks hold which token prefixes. A tree whose nodes are full blocks, children found by their content: their tokens, as bytes.
 
-A node is reached only from its parent by its exact tokens (dict look-up: hash, then equality), so a hash collision cannot
+A node is reached only from its parent by its exact content (dict look-up: hash, then equality), so a hash collision cannot
 serve wrong KV. Trees are apart by what else the keys depend on: the cache salt, and the rope length where rope depends on it.
 Invariant: a known node's parent is known; evicting a block forgets its whole subtree, which could not be reached any more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,9 +26,9 @@ class Node:
     """One full block of one prefix. `block` is -1 at a root and after the cache forgot the node."""
 
     parent: Node | None
-    tokens: tuple[int, ...]
+    content: bytes
     block: int
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[bytes, Node] = field(default_factory=dict)
     root_key: RootKey | None = None  # of a root
 
 
@@ -41,32 +42,31 @@ class PrefixCache:
         self._nodes: dict[int, Node] = {}  # block -> node
         pool.on_evict = self._on_evict
 
-    def match(self, key: RootKey, token_ids: list[int], max_tokens: int) -> tuple[list[int], Node | None]:
-        """Blocks of the longest known prefix of at most `max_tokens` tokens, and its last node. Takes no references."""
+    def match(self, key: RootKey, content: Callable[[int], bytes], max_tokens: int) -> tuple[list[int], Node | None]:
+        """Blocks of the longest known prefix of at most `max_tokens` tokens, and its last node. `content` is told the number of a full block. Takes no references."""
         blocks: list[int] = []
         node = self._roots.get(key)
         last = None
-        size = self._block_size
-        for start in range(0, max_tokens - size + 1, size):
-            node = node.children.get(tuple(token_ids[start : start + size])) if node is not None else None
+        for number in range(max_tokens // self._block_size):
+            node = node.children.get(content(number)) if node is not None else None
             if node is None:
                 break
             blocks.append(node.block)
             last = node
         return blocks, last
 
-    def publish(self, key: RootKey, parent: Node | None, tokens: tuple[int, ...], block: int) -> Node | None:
+    def publish(self, key: RootKey, parent: Node | None, content: bytes, block: int) -> Node | None:
         """Make `block` known as the continuation of `parent` (None = the first block).
 
-        Returns the node of these tokens: an older one if the content was known already (`block` then stays private), and None
+        Returns the node of this content: an older one if the content was known already (`block` then stays private), and None
         when `parent` was forgotten meanwhile: start again from the first block.
         """
         if parent is None:
             parent = self._roots.get(key) or self._new_root(key)
         elif parent.block < 0:
             return None
-        new = Node(parent, tokens, block)
-        node = parent.children.setdefault(tokens, new)
+        new = Node(parent, content, block)
+        node = parent.children.setdefault(content, new)
         if node is new:
             self._pool.mark_cached(block)
             self._nodes[block] = new
@@ -79,13 +79,13 @@ class PrefixCache:
                 self._on_evict(node.block)
 
     def _new_root(self, key: RootKey) -> Node:
-        root = self._roots[key] = Node(None, (), -1, root_key=key)
+        root = self._roots[key] = Node(None, b"", -1, root_key=key)
         return root
 
     def _on_evict(self, block: int) -> None:
         node = self._nodes[block]
         assert node.parent is not None
-        del node.parent.children[node.tokens]
+        del node.parent.children[node.content]
         self._forget_subtree(node)
         if node.parent.root_key is not None and not node.parent.children:
             del self._roots[node.parent.root_key]
@@ -101,15 +101,15 @@ class PrefixCache:
             node.children.clear()
 
     def check_integrity(self) -> None:
-        """The tree and the pool agree on what is cached, and every node is reachable with full tokens."""
+        """The tree and the pool agree on what is cached, and every node is reachable by its content."""
         reached: dict[int, Node] = {}
         for key, root in self._roots.items():
             assert root.children and root.root_key == key, f"root {key}"
             stack = list(root.children.values())
             while stack:
                 node = stack.pop()
-                assert node.parent is not None and node.parent.children[node.tokens] is node
-                assert len(node.tokens) == self._block_size and node.block not in reached
+                assert node.parent is not None and node.parent.children[node.content] is node
+                assert node.content and node.block not in reached
                 reached[node.block] = node
                 stack.extend(node.children.values())
         assert reached == self._nodes, "unreachable nodes"

@@ -57,7 +57,7 @@ class Running:
         self._leavings = 0
         self._table = table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
         self._launched, self._pending, self._arrived = table[COMPUTED : PENDING + 1], table[PENDING], table[KNOWN : DONE + 1]
-        self._tails = np.zeros((num_slots, block_size), dtype=np.int64)  # the last tokens of each slot; see `Sequence.take_slot`
+        self._tails = np.zeros((num_slots, block_size), dtype=np.int32)  # the last tokens of each slot; see `Sequence.take_slot`
         self._flat_tails = self._tails.reshape(-1)
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
@@ -189,8 +189,7 @@ class Running:
         return outputs, full, (valid & ~plain).nonzero()[0].tolist()
 
     def _keep(self, slots: Ints, done: Ints, tokens: Ints) -> list[Sequence]:
-        """Put tokens, not counted yet, behind so many others; whose last block is full with these. Sequences are looked at a block at a time: lists that grow by
-        one number each in turn have their numbers all over the memory."""
+        """Put tokens, not counted yet, behind so many others; whose last block is full with these. Sequences take their tokens over a block at a time."""
         places = done % self._block_size
         full = [self._holders[slot] for slot in slots[places == 0].tolist()]
         for seq in full:

@@ -13,6 +13,7 @@ import heapq
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -250,7 +251,7 @@ class Scheduler:
         if seq.retry_version == pool.version:
             return False  # nothing was released since
         shares = bool(seq.blocks)
-        hits, node = ([], None) if shares or self.cache is None else self.cache.match(seq.root_key, seq.cache_ids, seq.max_reusable)
+        hits, node = ([], None) if shares or self.cache is None else self.cache.match(seq.root_key, partial(seq.content, size=size), seq.max_reusable)
         missing = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits)
         room = pool.num_free - sum(pool.references(block) == 0 for block in hits)
         if self._running and room < missing + len(self._running):
@@ -308,7 +309,7 @@ class Scheduler:
     def _new_on_rank(self, seq: Sequence) -> NewSequence:
         assert seq.num_pending == 0
         rope_length = seq.request.rope_length or len(seq.request.token_ids)
-        return NewSequence(seq.slot, seq.token_ids.copy(), seq.prompt_len, seq.sampling, rope_length, seq.request.pictures)
+        return NewSequence(seq.slot, seq.token_ids, seq.prompt_len, seq.sampling, rope_length, seq.request.pictures)
 
     # ------------------------------------------------------------------ results
 
@@ -358,10 +359,10 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, cache: PrefixCache) -> None:
         """Offer the full blocks that are now certain to the prefix cache."""
-        size, ids, full = self.limits.block_size, seq.cache_ids, seq.num_done // self.limits.block_size
+        size, full = self.limits.block_size, seq.num_done // self.limits.block_size
         while seq.num_published < full:
             i = seq.num_published
-            node = cache.publish(seq.root_key, seq.node, tuple(ids[i * size : (i + 1) * size]), seq.blocks[i])
+            node = cache.publish(seq.root_key, seq.node, seq.content(i, size), seq.blocks[i])
             # its prefix was someone else's copy and has been evicted: publish our own from the start
             seq.node, seq.num_published = node, (0 if node is None else i + 1)
 

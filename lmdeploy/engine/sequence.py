@@ -8,17 +8,18 @@ Three counts move in order: `num_done <= num_computed <= num_tokens`. `num_done`
 from __future__ import annotations
 
 import time
+from array import array
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmdeploy.engine.plan import Ints
 from lmdeploy.engine.prefix_cache import Node, RootKey
-from lmdeploy.messages import EngineRequest, Picture, SamplingParams, TokenLogprobs
+from lmdeploy.messages import EngineRequest, SamplingParams, TokenLogprobs
 
 #: columns of a sequence's counts: a launch changes the first two, a result the second and the two behind it
 COMPUTED, PENDING, KNOWN, DONE, BLOCKS, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(10)
-_NO_TAIL: Ints = np.zeros(1, dtype=np.int64)
+_NO_TAIL = np.zeros(1, dtype=np.int32)
 
 
 class Sequence:
@@ -43,7 +44,7 @@ class Sequence:
         self.max_tokens = max_tokens  # prompt + answer end here at the latest
         self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
         self.root_key = root_key  # the prefixes that it may share
-        self._ids = list(request.token_ids)  # of `token_ids`, those that are not in the tail only
+        self._ids = array("i", request.token_ids)  # of `token_ids`, those that are not in the tail only; numbers in a row, which can be compared as bytes
         self._tail = _NO_TAIL
         self.prompt_len = length = len(request.token_ids)
         self.counts: Ints = np.array([0, 0, length, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
@@ -64,7 +65,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.embedding: NDArray[np.float64] | None = None  # [M], pooled so far
 
-    def take_slot(self, slot: int, row: Ints, tail: Ints) -> None:
+    def take_slot(self, slot: int, row: Ints, tail: NDArray[np.int32]) -> None:
         """Move the counts to the row of a slot. `tail`: where others may put new tokens while they count them, each at its place modulo the length, if they
         call `catch_up` before they come round to the first place."""
         row[:] = self.counts
@@ -87,17 +88,18 @@ class Sequence:
         behind = self.num_behind
         if behind:
             first = len(self._ids) % len(self._tail)
-            self._ids += self._tail[first : first + behind].tolist()
+            self._ids.frombytes(self._tail[first : first + behind].tobytes())
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and known generated tokens; `append` adds one."""
+        """Prompt and known generated tokens, a copy; `append` adds one."""
         self.catch_up()
-        return self._ids
+        return self._ids.tolist()
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
-        self.token_ids.append(token_id)
+        self.catch_up()
+        self._ids.append(token_id)
         self.counts[KNOWN] += 1
 
     @property
@@ -137,12 +139,18 @@ class Sequence:
     def num_done(self, count: int) -> None:
         self.counts[DONE] = count
 
-    @property
-    def cache_ids(self) -> list[int]:
-        """What the prefix cache compares: the tokens, those of pictures replaced by numbers that no other picture's have."""
-        if not self.request.pictures:
-            return self.token_ids
-        return with_digests(self.token_ids, self.request.pictures)
+    def content(self, block: int, size: int) -> bytes:
+        """What the prefix cache compares of a full block of so many tokens: these, but of those that stand for a picture, which one it is, and which of its parts."""
+        first, end = block * size, (block + 1) * size
+        if len(self._ids) < end:
+            self.catch_up()
+        ids, shown = self._ids[first:end], b""
+        for picture in self.request.pictures:
+            begin, behind = max(picture.start, first), min(picture.start + picture.count, end)
+            if begin < behind:
+                ids[begin - first : behind - first] = array("i", [0] * (behind - begin))
+                shown += f" {picture.digest} {first - picture.start} {picture.count}".encode()
+        return ids.tobytes() + shown
 
     @property
     def num_generated(self) -> int:
@@ -158,12 +166,3 @@ class Sequence:
         if not self.wants_rows or (not self.wants_all_rows and self.rows_done >= self.prompt_len - 1):
             return last
         return min(last, self.rows_done)
-
-
-def with_digests(token_ids: list[int], pictures: list[Picture]) -> list[int]:
-    """A copy in which a picture's tokens are numbers that no other picture's have: its digest, far above all token ids, and their place in it."""
-    ids = list(token_ids)
-    for picture in pictures:
-        first = int(picture.digest, 16) << 64
-        ids[picture.start : picture.start + picture.count] = range(first, first + picture.count)
-    return ids

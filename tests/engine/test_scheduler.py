@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
@@ -245,7 +246,7 @@ def test_a_copy_whose_published_prefix_was_evicted_publishes_its_own() -> None:
     engine.add(request(3, [50 + i for i in range(32)], max_new_tokens=1))  # takes the free blocks and one of request 1
     engine.step()
     cache = engine.scheduler.cache
-    assert cache is not None and len(cache.match(RootKey("", 0), PROMPT[:9], 8)[0]) == 1
+    assert cache is not None and len(cache.match(RootKey("", 0), lambda block: array("i", PROMPT[4 * block : 4 * block + 4]).tobytes(), 8)[0]) == 1
     answer = tokens(finish(engine)[2, 0])  # its next block evicts the other one
     known = PROMPT[:9] + expected_tokens(PROMPT[:9], 12)
     assert known[-len(answer) :] == answer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from lmdeploy.engine.prefix_cache import RootKey
-from lmdeploy.engine.sequence import Sequence
-from lmdeploy.messages import EngineRequest, SamplingParams
+from lmdeploy.engine.sequence import KNOWN, Sequence
+from lmdeploy.messages import EngineRequest, Picture, SamplingParams
 
 
 def build(**sampling: object) -> Sequence:
@@ -52,3 +53,38 @@ def test_prompt_logprobs_owe_nothing_after_the_prompt_but_all_logits_do() -> Non
         s.append(8)
         s.rows_done = 3
     assert (seq.max_reusable, every.max_reusable) == (5, 3)
+
+
+def test_tokens_that_came_while_nobody_looked_are_taken_over() -> None:
+    seq, row, tail = build(), np.zeros(10, dtype=np.int64), np.zeros(4, dtype=np.int32)
+    seq.take_slot(0, row, tail)
+    for token, place in ((50, 0), (51, 1), (52, 2)):
+        tail[place] = token
+        row[KNOWN] += 1
+    assert (seq.num_known, seq.num_behind, seq.num_generated) == (7, 3, 3)
+    assert seq.content(0, 4) == np.array([1, 2, 3, 4], dtype=np.int32).tobytes() and seq.num_behind == 3, "nothing new is needed for it"
+    seq.append(53)
+    assert seq.num_behind == 0 and seq.token_ids == [1, 2, 3, 4, 50, 51, 52, 53]
+    tail[0] = 54
+    row[KNOWN] += 1
+    assert seq.content(1, 4) == np.array([50, 51, 52, 53], dtype=np.int32).tobytes()
+    seq.leave_slot()
+    tail[:] = 0
+    assert seq.token_ids == [1, 2, 3, 4, 50, 51, 52, 53, 54] and seq.num_behind == 0
+
+
+def test_what_is_compared_of_pictures_is_which_ones_they_are_and_where() -> None:
+    def contents(*pictures: tuple[int, int, str], ids: list[int]) -> list[bytes]:
+        shown = [Picture(start=start, count=count, tiles=1, size=1, pixels=b"", digest=digest) for start, count, digest in pictures]
+        request = EngineRequest(request_id=1, token_ids=ids, sampling=SamplingParams(max_new_tokens=1), pictures=shown)
+        seq = Sequence(request, 0, 1, request.sampling, 99, RootKey("", 0))
+        return [seq.content(block, 4) for block in range(len(ids) // 4)]
+
+    ids = [5, 6, *[99] * 7, 7, 8, 9]
+    one = contents((2, 7, "ab"), ids=ids)
+    assert one == contents((2, 7, "ab"), ids=[5, 6, *[0] * 7, 7, 8, 9]), "ids of a picture's tokens say nothing"
+    other, plain, moved = contents((2, 7, "cd"), ids=ids), contents(ids=[5, 6, *[0] * 7, 7, 8, 9]), contents((1, 7, "ab"), ids=ids)
+    assert all(a != b for case in (other, plain, moved) for a, b in zip(one, case, strict=True))
+    assert len({*one, *other, *plain, *moved}) == 12
+    two = contents((0, 2, "ab"), (2, 2, "cd"), ids=[99] * 4)
+    assert two != contents((0, 2, "cd"), (2, 2, "ab"), ids=[99] * 4) and two != contents((0, 3, "ab"), (3, 1, "cd"), ids=[99] * 4)
