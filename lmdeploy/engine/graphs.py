@@ -270,18 +270,17 @@ class StepGraphs:
         if known.further is None:
             known.further = _further(shape, before, self._filler)
         np.add(before.flat, known.further, out=now.flat)
-        graph, tokens = self._graphs[shape]
-        if not new_blocks:
-            known.there.copy_(now.whole, non_blocking=True)
-        elif len(new_blocks) > BLOCKS_ALONG:
-            self._tables.append_blocks(new_blocks.items())
-            known.there.copy_(now.whole, non_blocking=True)
-        else:
+        along = 0 < len(new_blocks) <= BLOCKS_ALONG
+        if along:
             places, numbers = self._tables.note_blocks(new_blocks.items())
             now.places[:], now.numbers[:] = places[0].start, numbers[0]  # what fills up says the same once more
             now.places[: len(numbers)], now.numbers[: len(numbers)] = [place.start for place in places], numbers
-            known.there.copy_(now.whole, non_blocking=True)
+        elif new_blocks:
+            self._tables.append_blocks(new_blocks.items())
+        known.there.copy_(now.whole, non_blocking=True)
+        if along:
             self._block_table.index_copy_(0, self._block_places, self._block_numbers)
+        graph, tokens = self._graphs[shape]
         graph.replay()
         return tokens
 

@@ -79,9 +79,11 @@ class Items:
         return (self[row] for row in range(len(self)))
 
     def take(self, rows: Ints) -> Items:
-        """Some rows, in the order of `rows`."""
+        """Some rows, each once, in the order of `rows`."""
         slots = self.slots[rows]
-        blocks = {slot: self.new_blocks[slot] for slot in slots.tolist() if slot in self.new_blocks} if self.new_blocks else {}
+        blocks = self.new_blocks
+        if blocks and len(rows) < len(self):
+            blocks = {slot: blocks[slot] for slot in slots.tolist() if slot in blocks}
         return Items(slots, self.starts[rows], self.counts[rows], self.sample[rows], blocks)
 
 
