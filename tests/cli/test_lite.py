@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from lmdeploy.checkpoint.source import open_source
 from lmdeploy.cli.flags import FlagParser, config_from
 from lmdeploy.cli.lite import add_auto_awq_flags
 from lmdeploy.cli.main import main
 from lmdeploy.lite.options import AwqConfig
+from tests.helpers import write_folder
 
 TEXT = "Once upon a time there was a king who had a red boat and a small dog. The dog ran to the sea. " * 80
+
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def shallow_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layers of the embedded model: what a command does with one layer it does with ten (whole and good: tests/lite/test_api.py)."""
+    source, config = open_source(model_folder), json.loads((model_folder / "config.json").read_text())
+    deeper = [f"model.layers.{i}." for i in range(LAYERS, config["num_hidden_layers"])]
+    tensors = {name: torch.empty(source.shape(name), dtype=torch.bfloat16) for name in source.names() if not name.startswith(tuple(deeper))}
+    for name, tensor in tensors.items():
+        source.take(name, tensor)
+    folder = write_folder(tmp_path_factory.mktemp("shallow") / "model", {**config, "num_hidden_layers": LAYERS}, tensors)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(model_folder / name, folder / name)
+    return folder
 
 
 def parsed(*words: str) -> AwqConfig:
@@ -37,11 +58,11 @@ def line(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     ],
 )
 def test_the_command_lines_of_the_tutorials(
-    more: tuple[str, ...], searches: bool, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: tuple[str, ...], searches: bool, shallow_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT, encoding="utf-8")
-    assert main(line(model_folder, text, out, *more)) == 0
+    assert main(line(shallow_folder, text, out, *more)) == 0
     report = json.loads((out / "quantisation_report.json").read_text())
     assert report["search_scale"] is searches
     assert (report["samples"], report["seqlen"], report["group_size"]) == (4, 128, 128)
@@ -50,7 +71,7 @@ def test_the_command_lines_of_the_tutorials(
         assert f"\n{word}" in printed.out
     assert "not measured" not in printed.out
     assert "quantising: 100%" in printed.err
-    assert main(line(model_folder, text, out, "--calib-samples", "0")) == 0, "our own folder may be made again"
+    assert main(line(shallow_folder, text, out, "--calib-samples", "0")) == 0, "our own folder may be made again"
 
 
 @pytest.mark.parametrize(
@@ -63,12 +84,12 @@ def test_the_command_lines_of_the_tutorials(
     ],
 )
 def test_the_other_commands_write_a_model_and_print_a_report(
-    words: str, method: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, method: str, shallow_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT, encoding="utf-8")
     name, *more = words.split()
-    line = ["lite", name, str(model_folder), "--calib-dataset", str(text), "--calib-samples", "4", "--calib-seqlen", "128", *more]
+    line = ["lite", name, str(shallow_folder), "--calib-dataset", str(text), "--calib-samples", "4", "--calib-seqlen", "128", *more]
     assert main([*line, "--work-dir", str(out)]) == 0
     assert json.loads((out / "quantisation_report.json").read_text())["method"] == method
     printed = capsys.readouterr()
@@ -77,13 +98,13 @@ def test_the_other_commands_write_a_model_and_print_a_report(
     assert "quantising: 100%" in printed.err
 
 
-def test_calibrate_names_the_loudest_modules(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_names_the_loudest_modules(shallow_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT, encoding="utf-8")
     flags = "--calib-samples 2 --calib-seqlen 64 --batch-size 1 --search-scale False --w-bits 4 --w-group-size 128"
-    assert main(["lite", "calibrate", str(model_folder), "--calib-dataset", str(text), *flags.split(), "--work-dir", str(out)]) == 0
+    assert main(["lite", "calibrate", str(shallow_folder), "--calib-dataset", str(text), *flags.split(), "--work-dir", str(out)]) == 0
     assert "  model.layers." in capsys.readouterr().out
-    assert len(json.loads((out / "activations.json").read_text())["modules"]) == 10 * 5
+    assert len(json.loads((out / "activations.json").read_text())["modules"]) == LAYERS * 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from lmdeploy.kernels.build import VARIANTS, NativeBuild, load_native
 
 @pytest.fixture(scope="session")
 def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of this session's own, so that tests never run yesterday's object."""
-    return tmp_path_factory.mktemp("native")
+    """A cache folder of this session's own, so that tests never run yesterday's object; xdist's workers share it (a lock lets one compile)."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return tmp_path_factory.mktemp("native")
+    shared = tmp_path_factory.getbasetemp().parent / "native"
+    shared.mkdir(mode=0o700, exist_ok=True)
+    return shared
 
 
 @pytest.fixture(scope="session", params=[variant.name for variant in VARIANTS])

@@ -115,8 +115,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("fp16", [False, True])
-@pytest.mark.parametrize(("rows", "outer", "inner"), [(32, 4096, 14336), (64, 28672, 4096), (64, 2048, 2048), (128, 4096, 4096), (384, 28672, 4096)])
+# Every launch that is chosen somewhere; each number type with split sums and without, with few rows and many, and both where registers are scarcest.
+@pytest.mark.parametrize(
+    ("rows", "outer", "inner", "fp16"),
+    [
+        (32, 4096, 14336, False),
+        (64, 28672, 4096, True),
+        (64, 2048, 2048, False),
+        (128, 4096, 4096, True),
+        (384, 28672, 4096, False),
+        (384, 28672, 4096, True),
+    ],
+)
 def test_the_gluon_kernel_compiles_for_hopper(rows: int, outer: int, inner: int, fp16: bool) -> None:
     module = pytest.importorskip("lmdeploy.kernels.triton_kernels.linear_w4_async", reason="a Triton without Gluon")
     source_of = pytest.importorskip("triton.experimental.gluon._runtime").GluonASTSource
@@ -136,8 +146,11 @@ def test_the_gluon_kernel_compiles_for_hopper(rows: int, outer: int, inner: int,
     assert copies and all("0x10" in line for line in copies), "16 bytes at a time, whatever the number of rows"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("key", "value", "groups"), [("8", "8", 1), ("4", "4", 1), ("4", "4", 2), ("fp8", "fp8", 1), ("8", "4", 2)])
+# Each width of keys, each of values and both numbers of groups on each chip; a width is read by the same instructions whatever the other one is.
+@pytest.mark.parametrize(
+    ("capability", "key", "value", "groups"),
+    [(80, "8", "8", 1), (80, "4", "4", 2), (80, "fp8", "fp8", 1), (90, "4", "4", 1), (90, "8", "4", 2), (90, "8", "8", 1), (90, "fp8", "fp8", 1)],
+)
 def test_decoding_straight_into_registers_compiles(key: str, value: str, groups: int, capability: int) -> None:
     kernel, hopper = decode_direct._direct_decode_kernel, capability >= 90
     types = {

@@ -14,9 +14,18 @@ from lmdeploy.errors import CheckpointError, ConfigError
 from lmdeploy.lite import api, auto_awq
 from lmdeploy.lite.report import Report
 from tests.helpers import write_llama
+from tests.lite.modes import MODES, check_search_is_best, divergence, loss
 from tests.lite.unpacking import dequantised, read_folder
 
 TEXT = "It was a cold morning, and the fox walked along the river to find the king. " * 60
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Report]:
+    """Mode -> report of the embedded model, quantised by search, by the formula, and by plain rounding; `Path(report.work_dir)` is the folder."""
+    root = tmp_path_factory.mktemp("awq")
+    common = {"calib_dataset": "embedded", "calib_samples": 6, "calib_seqlen": 256, "batch_size": 2}
+    return {mode: auto_awq(str(model_folder), work_dir=str(root / mode), **{**common, **options}) for mode, options in MODES.items()}
 
 
 @pytest.fixture
@@ -74,6 +83,16 @@ def test_perplexity_is_measured_and_within_five_percent(reports: dict[str, Repor
     assert after is not None
     assert mode == "search" or before < after  # searched weights are so near that on little text chance decides; KL tells (test_quality.py)
     assert after != before and after < 1.05 * before
+
+
+def test_search_is_best_on_the_embedded_model(reports: dict[str, Report]) -> None:
+    check_search_is_best(reports)
+
+
+def test_every_mode_keeps_the_embedded_models_quality(reports: dict[str, Report]) -> None:
+    for mode, limit in (("search", 0.034), ("plain", 0.053), ("fixed", 0.059)):
+        assert divergence(reports[mode]) < limit, mode
+        assert loss(reports[mode]) < 0.05, mode
 
 
 @pytest.mark.parametrize("mode", ["search", "fixed"])
