@@ -24,6 +24,14 @@ def model_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shallow_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of the embedded model's ten layers, for commands whose work grows with layers and whose answers do not matter."""
+    from tests.helpers import write_shallow
+
+    return write_shallow(tmp_path_factory.mktemp("shallow") / "model", model_folder)
+
+
+@pytest.fixture(scope="session")
 def pipe(model_folder: Path) -> Iterator[object]:
     """A pipeline on the embedded model in float32, so that tokens do not depend on the machine."""
     from lmdeploy import TurbomindEngineConfig, pipeline

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from lmdeploy.parallel import Parallel
 from lmdeploy.spec import load_spec
 
 Tensor = torch.Tensor
+SHALLOW = 2  # layers of a real model that `write_shallow` keeps
 
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -108,6 +110,19 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_shallow(folder: Path, model: Path, layers: int = SHALLOW) -> Path:
+    """The first layers of a real model, with its tokenizer: what a command does with one layer it does with ten."""
+    source, config = open_source(model), json.loads((model / "config.json").read_text())
+    deeper = tuple(f"model.layers.{i}." for i in range(layers, config["num_hidden_layers"]))
+    tensors = {name: torch.empty(source.shape(name), dtype=torch.bfloat16) for name in source.names() if not name.startswith(deeper)}
+    for name, tensor in tensors.items():
+        source.take(name, tensor)
+    write_folder(folder, {**config, "num_hidden_layers": layers}, tensors)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(model / name, folder / name)
     return folder
 
 

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from lmdeploy.checkpoint.source import open_source
 from lmdeploy.cli.flags import FlagParser, config_from
 from lmdeploy.cli.lite import add_auto_awq_flags
 from lmdeploy.cli.main import main
 from lmdeploy.lite.options import AwqConfig
-from tests.helpers import write_folder
+from tests.helpers import SHALLOW
 
 TEXT = "Once upon a time there was a king who had a red boat and a small dog. The dog ran to the sea. " * 80
-
-
-LAYERS = 2
-
-
-@pytest.fixture(scope="module")
-def shallow_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first layers of the embedded model: what a command does with one layer it does with ten (whole and good: tests/lite/test_api.py)."""
-    source, config = open_source(model_folder), json.loads((model_folder / "config.json").read_text())
-    deeper = [f"model.layers.{i}." for i in range(LAYERS, config["num_hidden_layers"])]
-    tensors = {name: torch.empty(source.shape(name), dtype=torch.bfloat16) for name in source.names() if not name.startswith(tuple(deeper))}
-    for name, tensor in tensors.items():
-        source.take(name, tensor)
-    folder = write_folder(tmp_path_factory.mktemp("shallow") / "model", {**config, "num_hidden_layers": LAYERS}, tensors)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(model_folder / name, folder / name)
-    return folder
 
 
 def parsed(*words: str) -> AwqConfig:
@@ -104,7 +84,7 @@ def test_calibrate_names_the_loudest_modules(shallow_folder: Path, tmp_path: Pat
     flags = "--calib-samples 2 --calib-seqlen 64 --batch-size 1 --search-scale False --w-bits 4 --w-group-size 128"
     assert main(["lite", "calibrate", str(shallow_folder), "--calib-dataset", str(text), *flags.split(), "--work-dir", str(out)]) == 0
     assert "  model.layers." in capsys.readouterr().out
-    assert len(json.loads((out / "activations.json").read_text())["modules"]) == LAYERS * 5
+    assert len(json.loads((out / "activations.json").read_text())["modules"]) == SHALLOW * 5
 
 
 @pytest.mark.parametrize(

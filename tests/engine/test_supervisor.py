@@ -356,7 +356,7 @@ def test_a_dead_parent_leaves_no_engine_behind_also_after_a_restart(model_folder
 
 
 @pytest.mark.slow
-def test_twenty_restarts_leak_neither_descriptors_nor_threads_nor_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_restarts_leak_neither_descriptors_nor_threads_nor_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmdeploy.engine.supervisor.MAX_DELAY_SECONDS", 0.0)
     me = psutil.Process()
     others = set(me.children())  # servers of the other tests of this process
@@ -365,7 +365,7 @@ def test_twenty_restarts_leak_neither_descriptors_nor_threads_nor_memory(start: 
         folder = Path("/dev/shm")
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
-    engine, inbox = start(max_restarts=30)
+    engine, inbox = start(max_restarts=20)
 
     def crash(count: int) -> None:
         engine.submit(long_request(count))
@@ -378,12 +378,12 @@ def test_twenty_restarts_leak_neither_descriptors_nor_threads_nor_memory(start: 
         crash(count)
     before, shared = (me.num_fds(), threading.active_count()), segments()
     memory = me.memory_info().rss
-    for count in range(4, 24):
+    for count in range(4, 14):
         crash(count)
     assert (me.num_fds(), threading.active_count()) == before
     deadline = time.monotonic() + 20
     while (left := segments() - shared) and time.monotonic() < deadline:  # a browser of another test has some for a moment
         time.sleep(0.1)
     assert not left
-    assert me.memory_info().rss - memory < 8 << 20
+    assert me.memory_info().rss - memory < 4 << 20
     assert len(set(me.children()) - others) == 1

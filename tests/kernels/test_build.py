@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from lmdeploy.kernels import build
 from lmdeploy.kernels.build import VARIANTS, NativeBuild, cpu_features, load_native
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 GENERIC = VARIANTS[-1:]
+LMDEPLOY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def small_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources that compile in a moment, where the test is about when and where and not about what."""
+    folder = tmp_path_factory.mktemp("native")
+    (folder / "small.cpp").write_text('extern "C" __attribute__((visibility("default"))) int lmd_enable_amx() { return 1; }\n')
+    return folder
 
 
 def test_the_library_shares_torchs_openmp_runtime(best_build: NativeBuild, native_cache: Path) -> None:
@@ -32,13 +42,13 @@ def test_a_second_load_compiles_nothing(best_build: NativeBuild, native_cache: P
 
 
 @needs_compiler
-def test_processes_that_start_together_compile_once_and_leave_no_rubbish(tmp_path: Path) -> None:
+def test_processes_that_start_together_compile_once_and_leave_no_rubbish(small_sources: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from lmdeploy.kernels.build import VARIANTS, load_native;"
-        "b = load_native(Path(sys.argv[1]), variants=VARIANTS[-1:]); print(b.path, b.path.stat().st_mtime_ns)"
+        "import sys; from pathlib import Path; from lmdeploy.kernels import build; from lmdeploy.kernels.build import VARIANTS, load_native;"
+        "build.SOURCES = Path(sys.argv[2]); b = load_native(Path(sys.argv[1]), variants=VARIANTS[-1:]); print(b.path, b.path.stat().st_mtime_ns)"
     )
     folder = tmp_path / "new" / "cache"
-    started = [subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(small_sources)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     answers = {process.communicate(timeout=100)[0] for process in started}
     assert len(answers) == 1 and "kernels-generic-" in answers.pop()
     assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".so"]
@@ -46,8 +56,10 @@ def test_processes_that_start_together_compile_once_and_leave_no_rubbish(tmp_pat
 
 
 @needs_compiler
-def test_a_damaged_object_is_compiled_again(native_cache: Path, tmp_path: Path) -> None:
-    built = load_native(native_cache, variants=GENERIC)
+def test_a_damaged_object_is_compiled_again(small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SOURCES", small_sources)
+    (tmp_path / "whole").mkdir(mode=0o700)
+    built = load_native(tmp_path / "whole", variants=GENERIC)
     assert built.path is not None
     (tmp_path / built.path.name).write_bytes(b"not a library")
     tmp_path.chmod(0o700)
@@ -96,9 +108,13 @@ def test_every_variant_asks_the_cpu_for_what_its_flags_use() -> None:
 
 
 @needs_compiler
-def test_without_a_writable_home_a_private_temporary_folder_serves(tmp_path: Path) -> None:
-    code = "from lmdeploy.kernels.build import load_native; b = load_native(); print(b.path, b.reason)"
+def test_without_a_writable_home_a_private_temporary_folder_serves(small_sources: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lmdeploy.kernels import build;"
+        "build.SOURCES = Path(sys.argv[1]); b = build.load_native(); print(b.path, b.reason)"
+    )
     environment = {"PATH": os.environ["PATH"], "HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=True)
+    command = [sys.executable, "-c", code, str(small_sources)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LMDEPLOY, check=True)
     assert done.stdout.startswith(str(tmp_path)), done.stdout
     assert (tmp_path / f"lmdeploy-{os.getuid()}").stat().st_mode & 0o077 == 0
