@@ -9,12 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import longest_first
+
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch is loaded: tests share the machine with the servers that they start
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs begin so, and hand it on: Ctrl-C would do nothing in any program under test
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers' files in the order of the collection (see tests/order.py)."""
+    if hasattr(config.option, "loadscopereorder"):  # xdist's
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = longest_first(items)
 
 
 @pytest.fixture(scope="session")
