@@ -108,7 +108,7 @@ class StepOutputs(msgspec.Struct, array_like=True):
     """What one step brought. Nearly all answers get one more token and nothing else: these are columns; `others` are told whole.
 
     An answer is in it once at most, but for outputs of its end. Reading it as a sequence of `EngineOutput`s makes those of the columns, without the
-    counts that every answer's first and last outputs have.
+    counts that every answer's first and last outputs have. Steps of the same answers may share the lists of requests and indices: they are for reading.
     """
 
     request_ids: list[int] = []
