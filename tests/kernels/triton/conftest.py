@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,10 @@ def pytest_sessionfinish() -> None:
 
 class ChildRun(pytest.Item):
     """All tests of one file."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_marker(pytest.mark.timeout(1800))  # a file's, whose tests have each their own limit: a busy machine takes minutes for one
 
     def runtest(self) -> None:
         if find_spec("triton") is None:
