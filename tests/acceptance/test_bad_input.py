@@ -163,7 +163,8 @@ def test_a_spoilt_folder_is_one_line_and_leaves_no_thread(spoil: Spoil, words: l
         ({"cache_max_entry_count": 1.5}, ["cache_max_entry_count=1.5"]),
         ({"cpu_threads": 10**6}, ["cpu_threads=1000000", "1024"]),
         ({"session_len": 0}, ["session_len=0"]),
-        ({"session_len": 1 << 31, "max_batch_size": 65536}, ["not enough memory", "bytes", "session_len"]),
+        # tables of five times the free memory, after a pool of a tenth of it, which is filled; by default it would be most of the machine
+        ({"session_len": 1 << 31, "max_batch_size": 65536, "cache_max_entry_count": 0.1}, ["not enough memory", "bytes", "session_len"]),
         ({"session_len": 10**30}, ["session_len=1000000000000000000000000000000", "2147483648"]),
         ({"max_batch_size": 10**9}, ["max_batch_size=1000000000"]),
     ],

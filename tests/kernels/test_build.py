@@ -22,15 +22,19 @@ LMDEPLOY = Path(__file__).parents[2]
 def small_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources that compile in a moment, where the test is about when and where and not about what."""
     folder = tmp_path_factory.mktemp("native")
-    (folder / "small.cpp").write_text('extern "C" __attribute__((visibility("default"))) int lmd_enable_amx() { return 1; }\n')
+    function = "int lmd_enable_amx() {\nint n = 0;\n#pragma omp parallel reduction(+ : n)\nn++;\nreturn n > 0;\n}\n"
+    (folder / "small.cpp").write_text('extern "C" __attribute__((visibility("default"))) ' + function)
     return folder
 
 
-def test_the_library_shares_torchs_openmp_runtime(best_build: NativeBuild, native_cache: Path) -> None:
+def test_the_library_shares_torchs_openmp_runtime(best_build: NativeBuild, small_sources: Path, tmp_path: Path) -> None:
     assert best_build.path is not None
     assert str(best_build.path) in Path("/proc/self/maps").read_text()
-    code = "import sys; from pathlib import Path; from lmdeploy.kernels.build import *; load_native(Path(sys.argv[1])); print(len(mapped_openmp()))"
-    done = subprocess.run([sys.executable, "-c", code, str(native_cache)], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from pathlib import Path; from lmdeploy.kernels import build; build.SOURCES = Path(sys.argv[2]);"
+        "assert build.load_native(Path(sys.argv[1]) / 'cache').library.lmd_enable_amx() == 1; print(len(build.mapped_openmp()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(small_sources)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1", "other packages (sentencepiece) bring one of their own, so a fresh process is asked"
 
 
