@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmdeploy.engine.host_memory import host_free
 from lmdeploy.engine.plan import Ints, Items, NewSequence
 from lmdeploy.inputs import AttentionMeta, ForwardInputs, Scratch
 from lmdeploy.kernels.select import places_kernel
@@ -44,6 +45,9 @@ class SlotTables:
         self.width, self.block_size, self.device = session_len + 1, block_size, device
         self._keeps_rope_lengths = keeps_rope_lengths
         self.max_blocks = -(-session_len // block_size) + 1
+        needed = num_slots * (self.width + self.max_blocks) * 4
+        if device.type == "cpu" and needed > host_free():  # the system would give it, and kill the process that uses it
+            raise MemoryError(f"tried to allocate {needed} bytes for the tables of {num_slots} sequences of up to {session_len} tokens")
         # zero_() rather than zeros(): the pages must be resident before the memory bill is written
         self.tokens = torch.empty((num_slots, self.width), dtype=torch.int32, device=device).zero_()
         self.blocks = torch.empty((num_slots, self.max_blocks), dtype=torch.int32, device=device).zero_()

@@ -105,7 +105,11 @@ class EngineThread:
         built: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(build, built), name="lmdeploy-engine", daemon=True)
         self._thread.start()
-        self._engine = built.result()
+        try:
+            self._engine = built.result()
+        except Exception:
+            self._thread.join()  # it still frees what it had; a program that ends meanwhile would be aborted within torch
+            raise
 
     @property
     def info(self) -> EngineInfo:

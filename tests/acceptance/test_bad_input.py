@@ -176,6 +176,17 @@ def test_an_option_that_cannot_work_is_one_line(options: dict[str, Any], words: 
     assert all(word in one_line(caught.value) for word in words), caught.value
 
 
+def test_a_program_whose_start_failed_ends_as_any_other() -> None:
+    """What the engine's thread had is freed before the error is raised; a program that ended beside it was aborted."""
+    script = (
+        "import lmdeploy\n"
+        "try: lmdeploy.pipeline(None, lmdeploy.TurbomindEngineConfig(session_len=1 << 31, max_batch_size=65536, cache_max_entry_count=0.02))\n"
+        "except ValueError as e: print(e)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "not enough memory" in ended.stdout, ended.stdout + ended.stderr
+
+
 def test_five_blocks_serve_what_they_hold_and_refuse_the_rest() -> None:
     with pipeline(None, TurbomindEngineConfig(cache_max_entry_count=5, session_len=2048)) as pipe:
         assert short_answer(pipe)

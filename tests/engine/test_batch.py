@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.engine.batch import BatchBuilder, SlotTables
+from lmdeploy.engine.host_memory import host_free
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.inputs import Scratch
 from lmdeploy.messages import SamplingParams
@@ -125,3 +126,9 @@ def test_a_step_of_single_tokens_is_built_as_any_other() -> None:
             assert found.sample_rows is wanted.sample_rows is None and found.layout.num_decode == 5
             for name in ("positions", "token_slots", "slots", "ends", "query_start", "rows", "chosen"):
                 assert np.array_equal(getattr(found.layout, name), getattr(wanted.layout, name)), name
+
+
+def test_tables_beyond_the_free_memory_are_refused_before_the_system_kills_whoever_fills_them() -> None:
+    rows = 1 << 16
+    with pytest.raises(MemoryError, match=f"{rows} sequences"):
+        SlotTables(rows, host_free() // (rows * 4), BLOCK, CPU)
