@@ -154,14 +154,14 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
         question = (value.get("text") or "").strip()[: ui_chat.MAX_QUESTION]
         images = [str(path) for path in value.get("files") or ()][: ui_chat.MAX_IMAGES]
         if (question or images) and not _open(history):
-            history = ui_chat.kept([*history, Exchange(question, images)])
+            history[:] = ui_chat.kept([*history, Exchange(question, images)])  # in place: this very list is what a second Enter finds, however soon it comes
             async for picture in _answer(server, history, known, chosen):
                 yield picture
 
     async def retry(history: list[Exchange], known: list[ModelCard], *chosen: Any) -> AsyncGenerator[tuple[Any, ...], None]:
         if history and not _open(history):
-            again = Exchange(history[-1].question, history[-1].images)
-            async for picture in _answer(server, [*history[:-1], again], known, chosen):
+            history[-1] = Exchange(history[-1].question, history[-1].images)
+            async for picture in _answer(server, history, known, chosen):
                 yield picture
 
     async def stop(history: list[Exchange]) -> None:
@@ -177,10 +177,10 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
 
     shown = [exchanges, *parts.all()]
     page.load(refresh, None, [cards, settings[0], parts.box, head], **_PRIVATE)
-    # `multiple`: an answer is in sight, and the page ready, a moment before gradio calls its event ended; until then `once` would drop what the reader asks next
-    asking: dict[str, Any] = {"concurrency_limit": QUEUE, "trigger_mode": "multiple", **_PRIVATE}
-    parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, **asking)
-    parts.retry.click(retry, [exchanges, cards, *settings], shown, **asking)
+    # gradio ignores a question while it counts the last one's event as under way, which is a moment longer than the answer: the buttons wait for that end, too
+    ready = (lambda history: _buttons(history), exchanges, parts.all()[1:])
+    parts.box.submit(ask, [parts.box, exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE).then(*ready, queue=False, **_PRIVATE)
+    parts.retry.click(retry, [exchanges, cards, *settings], shown, concurrency_limit=QUEUE, **_PRIVATE).then(*ready, queue=False, **_PRIVATE)
     # these wait in no queue: a full one must not keep a reader from Stop
     parts.box.stop(stop, exchanges, None, queue=False, **_PRIVATE)
     parts.undo.click(undo, exchanges, shown, queue=False, **_PRIVATE)
@@ -188,19 +188,19 @@ def _connect(page: Any, server: ChatServer, parts: Parts, settings: list[Any], e
 
 
 async def _answer(server: ChatServer, history: list[Exchange], known: list[ModelCard], chosen: tuple[Any, ...]) -> AsyncGenerator[tuple[Any, ...], None]:
-    """Pictures of the page while the last exchange is answered. The first one empties the box; the state is stored with it."""
-    yield history, *_picture(history, {"text": "", "files": []})
+    """Pictures of the page while the last exchange is answered. The first one empties the box; the state is stored with it. The last one's buttons still wait."""
+    yield history, *_picture(history, {"text": "", "files": []}, busy=True)
     try:
         if not known:  # the server was not there when the page was loaded
             known = await server.models()
         async for _ in ui_chat.answer(server, history, _read(known, chosen)):
-            yield gr.skip(), *_picture(history)
+            yield gr.skip(), *_picture(history, busy=True)
     except LmdeployError as e:
         history[-1].error = ui_chat.in_words(e)
         history[-1].close("failed")
     finally:
         history[-1].close("stopped")  # whatever ended it: an open one would keep the tab from asking again
-    yield history, *_picture(history)
+    yield history, *_picture(history, busy=True)
 
 
 def _read(known: list[ModelCard], chosen: tuple[Any, ...]) -> Settings:
@@ -217,12 +217,17 @@ def _open(history: list[Exchange]) -> bool:
     return bool(history) and history[-1].open
 
 
-def _picture(history: list[Exchange], box: dict[str, Any] | None = None) -> tuple[Any, ...]:
-    """Values of `Parts.all()`; `box` replaces what the reader is typing, None leaves it alone."""
-    running = _open(history)
+def _picture(history: list[Exchange], box: dict[str, Any] | None = None, *, busy: bool = False) -> tuple[Any, ...]:
+    """Values of `Parts.all()`; `box` replaces what the reader is typing, None leaves it alone. `busy`: the buttons are as while an answer is written."""
+    return ui_chat.bubbles(history), *_buttons(history, box, busy=busy)
+
+
+def _buttons(history: list[Exchange], box: dict[str, Any] | None = None, *, busy: bool = False) -> tuple[Any, ...]:
+    """Values of all but the chat."""
+    running = busy or _open(history)
     ready = gr.update(interactive=bool(history) and not running)
     typed: dict[str, Any] = {} if box is None else {"value": box}
-    return ui_chat.bubbles(history), gr.update(submit_btn=not running, stop_btn="Stop" if running else False, **typed), ready, ready, ready
+    return gr.update(submit_btn=not running, stop_btn="Stop" if running else False, **typed), ready, ready, ready
 
 
 def _picker(found: list[ModelCard]) -> Any:

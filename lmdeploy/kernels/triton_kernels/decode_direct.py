@@ -405,10 +405,9 @@ def _direct_decode_kernel(
 def serves(q: Tensor, kv: KVLayer) -> bool:
     """Whether a layer's decoding is computed here."""
     quantised = kv.key_width != "16" != kv.value_width
+    # rounded weights times numbers that have a mean: an error alike in all dims, which the rotation gathers in one; too large for float16 alone
     if kv.rotation is not None and q.dtype is torch.float16:
-        return (
-            False  # rounded weights times numbers that have a mean: an error alike in all dims, which the rotation gathers in one; too large for float16 alone
-        )
+        return False
     return quantised and q.is_cuda and q.shape[2] == 2 * HALF.value and q.dtype is not torch.float32 and kv.key.shape[2] % GROUP_KEYS.value == 0
 
 
