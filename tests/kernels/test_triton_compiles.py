@@ -11,11 +11,13 @@ import pytest
 compiler = pytest.importorskip("triton.compiler", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from lmdeploy.kernels.triton_kernels import (  # noqa: E402
     activation,
     decode_direct,
+    decode_plain,
     experts,
     linear16,
     linear_w4,
@@ -172,6 +174,33 @@ def test_decoding_straight_into_registers_compiles(key: str, value: str, groups:
     assert len(layouts) == 1, "a thread has its own number of every tensor"
     name = layouts.pop()
     assert f"#{name} = #ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [1], order = [0]}}>" in compiled.asm["ttgir"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decoding_asks_for_keys_before_it_waits(capability: int) -> None:
+    """What the pipeline loads ahead stands before the wait for the kernel before, which is in the loop's first turn; queries and the new key come after."""
+    kernel, hopper = decode_plain.plain_decode_kernel, capability >= 90
+    types = {
+        **dict.fromkeys(("q_ptr", "out_ptr", "key_ptr", "value_ptr", "k_ptr", "v_ptr", "factor_ptr"), BF16),
+        **dict.fromkeys(("sums_ptr", "parts_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+        **dict.fromkeys(("table_ptr", "kv_lens_ptr", "counters_ptr"), I32),
+        "scale": "fp32",
+    }
+    constants = {"GROUP": 4, "HEADS": 8, "SLOTS": 64, "KEY_TYPE": tl.bfloat16, "HALF": 64, "PADDED": 64, "FUSED": True, "ROPE_HALF": 64, "SCALED": False}
+    constants |= {"PIECES": 16, "PIECE": 512, "CUT": 128, "M": 16, "N": 64, "ROWS": 4, "CHUNK": 8, "EARLY": True, "PDL": hopper}
+    names: list[str] = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes: dict[Any, Any] = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "i32")[0] == "*" or name.endswith("stride")
+    }
+    source = compiler.ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 5, "enable_fp_fusion": False})
+    text = compiled.asm["ptx"]
+    assert compiled.metadata.shared <= (227 << 10 if hopper else 163 << 10)
+    if hopper:
+        before, after = text.split("griddepcontrol.wait", 1)
+        assert before.count("cp.async.cg") == 4 * 4 * 4, "four tiles, keys and values in two halves each, four copies a thread"
+        assert "st.global" not in before and "griddepcontrol.wait" not in after
 
 
 @pytest.mark.parametrize("capability", [80, 90])

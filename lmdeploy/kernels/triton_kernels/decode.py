@@ -5,7 +5,7 @@ grid depends on the number of rows and never on lengths, which are read on the d
 last joins a row's pieces; a launch of its own for that would cost every layer more than most joins take.
 
 The launch may also do the work of `rope_write_kv`: a program rotates the queries that it takes up, and the one that has a row's last piece stores the new
-key and value before it reads them.
+key and value before it reads them. Caches of 16 bits have a kernel of their own (`decode_plain.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from lmdeploy.kernels.triton_kernels.cache_read import (
     query_rows,
     weighted_sums,
 )
+from lmdeploy.kernels.triton_kernels.decode_pieces import cut, join, keep_part
+from lmdeploy.kernels.triton_kernels.decode_plain import plain_decode_kernel
 from lmdeploy.kernels.triton_kernels.kv_write import cache_arguments, padded_half, roped_halves, store_row
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 from lmdeploy.kernels.triton_kernels.rows import turned
@@ -43,66 +45,8 @@ PROGRAMS, SHARES = 2048, 4
 #: programs for further pieces would begin last of all (H200, 256 rows of 14 to 1,427 keys, the longest first: 100 us with a program a piece, 81 with one a row)
 FULL, WHOLE = 512, 3
 FEW = 264  # rows times KV heads that the chip holds at once, two to a multiprocessor
+EARLY_TILES = 4  # tiles of 64 keys that few programs ask for before the kernel before has ended
 JOINED = 2048  # numbers of either half of parts that a program joins at once: 16 registers a thread
-
-
-@triton.jit
-def cut(
-    kv_len: tl.tensor, window: tl.tensor, PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Oldest key that a decode row sees, where its first piece begins, keys of a piece, number of pieces: of its length alone."""
-    oldest = tl.where(window > 0, tl.maximum(kv_len - window, 0), 0)
-    begin = oldest // CUT * CUT
-    size = tl.maximum(PIECE, tl.cdiv(tl.cdiv(kv_len - begin, PIECES), CUT) * CUT)
-    return oldest, begin, size, tl.cdiv(kv_len - begin, size)
-
-
-@triton.jit
-def joined(
-    sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, members: tl.tensor,
-    HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Sums of the weights, and both halves of those of the values, of one row's pieces for `members` heads of at most ROWS, CHUNK at a time: the order of the sums
-    depends on the number of pieces alone. sums_ptr, parts_ptr: of the first of the heads. What other programs wrote a moment ago is read past the first-level cache.
-    """
-    member, dim = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    lo, hi = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
-    total, largest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
-    for first in tl.range(0, count, CHUNK, num_stages=1):
-        piece = first + tl.arange(0, CHUNK)
-        part = member[None, :] * PIECES + piece[:, None]  # [c, r]
-        there = (piece < count)[:, None] & (member < members)[None, :]
-        peak = tl.load(sums_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.load(sums_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        row_ptr = parts_ptr + part[:, :, None] * (2 * HALF) + dim[None, None, :]
-        mask = there[:, :, None] & (dim < HALF)[None, None, :]
-        part_lo = tl.load(row_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-        part_hi = tl.load(row_ptr + HALF, mask=mask, other=0.0, cache_modifier=".cg")
-        new = tl.maximum(largest, tl.max(peak, 0))
-        level = tl.where(new == float("-inf"), 0.0, new)  # of rows that are no head
-        share, fade = tl.exp2(peak - level[None, :]), tl.exp2(largest - level)
-        total = total * fade + tl.sum(share * weight, 0)
-        lo = lo * fade[:, None] + tl.sum(share[:, :, None] * part_lo, 0)
-        hi = hi * fade[:, None] + tl.sum(share[:, :, None] * part_hi, 0)
-        largest = new
-    return total, lo, hi
-
-
-@triton.jit
-def _join(
-    sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, out_ptr: tl.tensor, rotation_ptr: tl.tensor, members: tl.tensor,
-    GROUP: tl.constexpr, ROTATED: tl.constexpr, TURNED_AS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
-) -> None:  # fmt: skip
-    """Join the pieces of one row for `members` heads, the first of which has its result at out_ptr."""
-    total, lo, hi = joined(sums_ptr, parts_ptr, count, members, HALF, PADDED, PIECES, ROWS, CHUNK)
-    member = tl.arange(0, ROWS)
-    if ROTATED and ROWS < M:  # as many rows as tensor cores multiply at least
-        total = tl.reshape(tl.broadcast_to(total[None, :], (M // ROWS, ROWS)), (M,))
-        lo = tl.reshape(tl.broadcast_to(lo[None, :, :], (M // ROWS, ROWS, PADDED)), (M, PADDED))
-        hi = tl.reshape(tl.broadcast_to(hi[None, :, :], (M // ROWS, ROWS, PADDED)), (M, PADDED))
-        member = tl.arange(0, M)
-    finish(total, lo, hi, out_ptr + member * (2 * HALF), member < members, rotation_ptr, ROTATED, TURNED_AS, HALF, PADDED)
 
 
 @triton.jit
@@ -150,22 +94,6 @@ def _new_queries(
         new_lo, new_hi = turned(lo, hi, rotation_ptr, TURNED_AS, HALF, PADDED)
         lo, hi = new_lo.to(DTYPE), new_hi.to(DTYPE)
     return lo, hi
-
-
-@triton.jit
-def _keep_part(
-    state: tl.tuple, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor, live: tl.tensor,
-    VALUE_WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, M: tl.constexpr,
-) -> None:  # fmt: skip
-    """Write the sums of a piece for M heads, the first of which has its parts at sums_ptr and parts_ptr."""
-    largest, total, lo, hi = weighted_sums(state, VALUE_WIDTH, True)
-    part = tl.arange(0, M) * PIECES + piece
-    tl.store(sums_ptr + part * 2, largest, mask=live)
-    tl.store(sums_ptr + part * 2 + 1, total, mask=live)
-    dim = tl.arange(0, PADDED)[None, :]
-    mask = live[:, None] & (dim < HALF)
-    tl.store(parts_ptr + part[:, None] * (2 * HALF) + dim, lo, mask=mask)
-    tl.store(parts_ptr + part[:, None] * (2 * HALF) + dim + HALF, hi, mask=mask)
 
 
 @triton.jit(do_not_specialize=["window", "rows", "shares", "least", "table_stride"])
@@ -231,28 +159,30 @@ def _decode_kernel(
             )  # fmt: skip
             block = block_of(table_row, first + N, end, SLOTS)
             if (first + N >= done) & (first + N < end):  # the last piece is kept below
-                _keep_part(state, sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), piece, live, VALUE_WIDTH, HALF, PADDED, PIECES, M)
+                keep_part(state, sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), piece, live, VALUE_WIDTH, HALF, PADDED, PIECES, M)
                 state = empty_state(M, PADDED, N, True)
                 piece, done = piece + 1, done + size
         if count == 1:
             largest, total, sum_lo, sum_hi = weighted_sums(state, VALUE_WIDTH, True)
             finish(total, sum_lo, sum_hi, row_out + tl.arange(0, M) * (2 * HALF), live, rotation_ptr, ROTATED, TURNED_AS, HALF, PADDED)
         else:
-            _keep_part(state, sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), piece, live, VALUE_WIDTH, HALF, PADDED, PIECES, M)
+            keep_part(state, sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), piece, live, VALUE_WIDTH, HALF, PADDED, PIECES, M)
             tl.debug_barrier()  # every thread's parts are written before this program counts as arrived
             counter_ptr = counters_ptr + sequence * (HEADS * tiles) + place
             if tl.atomic_add(counter_ptr, count - arrived, sem="acq_rel", scope="gpu") == arrived:
                 tl.store(counter_ptr, 0)  # for the next layer
-                _join(
+                join(
                     sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF), count, row_out, rotation_ptr,
                     tl.minimum(GROUP - first_member, M), GROUP, ROTATED, TURNED_AS, HALF, PADDED, PIECES, M, ROWS, CHUNK,
                 )  # fmt: skip
 
 
-def _decode_shape(group: int, head_dim: int, dtype: torch.dtype, programs: int) -> TileShape:
+def _decode_shape(group: int, head_dim: int, dtype: torch.dtype, programs: int, early: bool) -> TileShape:
     """Few programs run as deep a pipeline as pays; of many, as many as possible are to fit a multiprocessor. Neither changes a bit of the result."""
     wide = head_dim > 128 or dtype is torch.float32
     rows, keys = min(64, max(16, int(triton.next_power_of_2(group)))), 32 if wide else 64
+    if early and programs <= FEW and not wide and rows <= 16:
+        return TileShape(rows, keys, 4, EARLY_TILES + 1)
     if programs <= FEW or wide or rows > 16:
         return TileShape(rows, keys, 4, 3)
     return TileShape(rows, keys, 4, 2, 128)
@@ -292,22 +222,33 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     """The first `num_decode` sequences, which are as many rows of q. With `rope` q, k and v are not rotated yet, and the cache does not hold them."""
     rows, (heads, head_dim), kv_heads = meta.num_decode, q.shape[1:], kv.key.shape[1]
     group, padded = heads // kv_heads, padded_half(head_dim)
-    shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads), parts_of(q, meta)
+    plain, pdl = kv.plain and kv.rotation is None and kv.key_center is None, overlaps(q.device)
+    shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads, plain and pdl), parts_of(q, meta)
     joined = min(shape.M, int(triton.next_power_of_2(group)))  # rows that the join holds
     new = rope or Rope(q, q, q, q, None)
     assert CUT % shape.N == 0 == PIECE % CUT, "a tile is of one piece"
-    pdl = overlaps(q.device)
     places = kv_heads * triton.cdiv(group, shape.M)
     shares = min(PIECES, max(SHARES, PROGRAMS // (rows * places)))
     least = max(1, min(WHOLE, rows * places // FULL))
+    factor = new.q_scale if new.q_scale is not None else q
+    strides = (
+        q.stride(0), q.stride(1), new.k.stride(0), new.k.stride(1), new.v.stride(0), new.v.stride(1), new.cos.stride(0), out.stride(0), meta.block_table.stride(0),
+    )  # fmt: skip
+    constants = facts(q, kv) | {
+        "FUSED": rope is not None, "ROPE_HALF": new.cos.shape[1] if rope is not None else 0, "SCALED": new.q_scale is not None,
+        "PIECES": PIECES, "PIECE": PIECE, "CUT": CUT, "M": shape.M, "N": shape.N, "ROWS": joined, "CHUNK": max(1, min(PIECES, JOINED // (joined * padded))),
+        "num_warps": shape.warps, "num_stages": shape.stages, "maxnreg": shape.registers, "PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False,
+    }  # fmt: skip
+    if plain:
+        for name in ("KEY_WIDTH", "VALUE_WIDTH", "VALUE_TYPE", "ROTATED", "TURNED_AS"):
+            constants.pop(name)
+        plain_decode_kernel[(places, rows * shares)](
+            q, out, kv.key, kv.value, meta.block_table, meta.kv_lens, *kept, new.k, new.v, new.cos, new.sin, factor,
+            scale, window, rows, shares, least, *strides, EARLY=rope is not None and rows * kv_heads <= FEW, **constants,
+        )  # fmt: skip
+        return
     _decode_kernel[(places, rows * shares)](
-        q, out, *cache_arguments(kv, q), meta.block_table, meta.kv_lens, kv.rotation if kv.rotation is not None else q,
-        kept.counters, kept.sums, kept.parts,
-        new.k, new.v, new.cos, new.sin, new.q_scale if new.q_scale is not None else q, kv.key_center if kv.key_center is not None else q,
-        scale, window, rows, shares, least, q.stride(0), q.stride(1), new.k.stride(0), new.k.stride(1), new.v.stride(0), new.v.stride(1), new.cos.stride(0),
-        out.stride(0), meta.block_table.stride(0),
-        **facts(q, kv), FUSED=rope is not None, ROPE_HALF=new.cos.shape[1] if rope is not None else 0, SCALED=new.q_scale is not None,
-        CENTRED=kv.key_center is not None, PIECES=PIECES, PIECE=PIECE, CUT=CUT, M=shape.M, N=shape.N,
-        ROWS=joined, CHUNK=max(1, min(PIECES, JOINED // (joined * padded))), num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
-        PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
+        q, out, *cache_arguments(kv, q), meta.block_table, meta.kv_lens, kv.rotation if kv.rotation is not None else q, *kept,
+        new.k, new.v, new.cos, new.sin, factor, kv.key_center if kv.key_center is not None else q,
+        scale, window, rows, shares, least, *strides, CENTRED=kv.key_center is not None, **constants,
     )  # fmt: skip

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels.cache_read import SMALLEST, block_of, cache_rows, exponent_of, power_of_two, query_rows
-from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, cut, joined, parts_of
+from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, parts_of
+from lmdeploy.kernels.triton_kernels.decode_pieces import cut, joined
 from lmdeploy.kernels.triton_kernels.fragments import (
     HALF,
     add_values,

@@ -17,6 +17,7 @@ from tests.kernels.paged import FORMATS, NOWHERE, Case, Sequence, Shape, error, 
 
 attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention", reason="triton is not installed")
 decode = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode", reason="triton is not installed")
+kv_write = pytest.importorskip("lmdeploy.kernels.triton_kernels.kv_write", reason="triton is not installed")
 TRITON = replace(REFERENCE, attention=attention.attention)
 
 # float32: the order of sums. 16 bit: one rounding of the result; the interpreter cuts bfloat16 off instead of rounding it.
@@ -182,13 +183,34 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, h
             assert found is None or torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("window", [0, 70])
+def test_a_new_key_gives_the_same_bits_from_registers_early_or_late_and_from_the_cache(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    shape, rows = Shape(4, 2, 16, 64), sequences([(1, 1), (2, 1), (64, 1), (65, 1), (129, 1), (330, 1)])
+    qkv, angles = numbers(shape, 3, len(rows), 8, 16), numbers(shape, 4, len(rows), 8)
+    results = []
+    for few in (0, 264):
+        monkeypatch.setattr(decode, "FEW", few)
+        for fused in (True, False):
+            case, out = paged_case(FORMATS["16"], shape, rows), torch.full((len(rows), 64), float("nan"))
+            q, k, v = torch.split(qkv.clone(), [4, 2, 2], 1)
+            rope = decode.Rope(k, v, angles.cos(), angles.sin(), None) if fused else None
+            if not fused:
+                slots = [int(case.meta.block_table[i, (s.length - 1) // 64]) * 64 + (s.length - 1) % 64 for i, s in enumerate(rows)]
+                kv_write.rope_write_kv(q, k, v, angles.cos(), angles.sin(), None, case.layer, torch.tensor(slots))
+            decode.decode(q, case.layer, case.meta, 0.3, window, out, rope)
+            results.append((out, case.layer.key, case.layer.value))
+    assert results[0][0].isfinite().all()
+    for result in results[1:]:
+        assert all(torch.equal(found.nan_to_num(), wanted.nan_to_num()) for found, wanted in zip(result, results[0], strict=True))
+
+
 def test_the_bits_do_not_depend_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs, few, full, whole in ((1, 0, 512, 3), (24, 0, 512, 3), (1000, 264, 512, 3), (1000, 264, 1, 2), (1000, 0, 1, 3)):
         for name, value in (("PROGRAMS", programs), ("FEW", few), ("FULL", full), ("WHOLE", whole)):
             monkeypatch.setattr(decode, name, value)
-        results.append(paged_case(FORMATS["8"], Shape(4, 2, 16), DECODING).attend(TRITON))
-    assert all(torch.equal(results[0], result) for result in results[1:])
+        results.append([paged_case(FORMATS[fmt], Shape(4, 2, 16), DECODING).attend(TRITON) for fmt in ("8", "16")])
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 
 def test_a_captured_step_has_bounds_only() -> None:
