@@ -117,13 +117,28 @@ def _advance(level: tl.tuple, peaks: tl.tuple) -> tuple[tl.tuple, tl.tuple, tl.t
 
 
 @triton.jit
-def _weigh(totals: tl.tuple, x: tl.tuple, scales: tl.tuple, base: tl.tuple) -> tuple[tl.tuple, tl.tuple]:
-    """Add the weights, and weighted offsets, of 16 keys; their weights times scales, for their values."""
+def _lost(weight: tl.tensor) -> tl.tensor:
+    """What a weight loses as a float16."""
+    return weight - weight.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _weigh(totals: tl.tuple, x: tl.tuple, scales: tl.tuple, base: tl.tuple, WIDTH: tl.constexpr) -> tuple[tl.tuple, tl.tuple]:
+    """Add the weights, and weighted offsets, of 16 keys; their weights times scales, for their values.
+
+    What these lose as float16 would be lost of all dims alike, for numbers of 8 and 4 bits are never negative, and a rotation gathers what all dims have in one. So
+    it is given back, times the middle number, with the offsets: what is left to lose is in proportion to how far numbers are from the middle, either way.
+    """
     total_0, total_1, offset_0, offset_1 = totals
     scale_a, scale_b, middle_a, middle_b = _scale(scales[0]), _scale(scales[1]), _offset(scales[0]), _offset(scales[1])
     p0, p1, p2, p3 = tl.exp2(x[0] - base[0]), tl.exp2(x[1] - base[1]), tl.exp2(x[2] - base[0]), tl.exp2(x[3] - base[1])
-    totals = (total_0 + (p0 + p2), total_1 + (p1 + p3), offset_0 + (p0 * middle_a + p2 * middle_b), offset_1 + (p1 * middle_a + p3 * middle_b))
-    return totals, turned_weights(p0 * scale_a, p1 * scale_a, p2 * scale_b, p3 * scale_b)
+    w0, w1, w2, w3 = p0 * scale_a, p1 * scale_a, p2 * scale_b, p3 * scale_b
+    more_0, more_1 = p0 * middle_a + p2 * middle_b, p1 * middle_a + p3 * middle_b
+    if WIDTH != "fp8":
+        middle = tl.full([32], 7.5 if WIDTH == "4" else 127.5, tl.float32)
+        more_0, more_1 = tl.fma(_lost(w0) + _lost(w2), middle, more_0), tl.fma(_lost(w1) + _lost(w3), middle, more_1)
+    totals = (total_0 + (p0 + p2), total_1 + (p1 + p3), offset_0 + more_0, offset_1 + more_1)
+    return totals, turned_weights(w0, w1, w2, w3)
 
 
 @triton.jit
@@ -302,11 +317,11 @@ def _tile(
         peaks = tl.maximum(peaks[0], more[0]), tl.maximum(peaks[1], more[1]), tl.maximum(peaks[2], more[2])
     level, base, fade = _advance(level, peaks)
     totals = totals[0] * fade[0], totals[1] * fade[1], totals[2] * fade[0], totals[3] * fade[1]
-    totals, p = _weigh(totals, x, scales, base)
+    totals, p = _weigh(totals, x, scales, base, VALUE_WIDTH)
     sums = add_values(sums, fade, p, loaded[2], VALUE_WIDTH)
     v, v_scales = _values(places, row, VALUE_WIDTH)
     if GROUPS == 2:
-        totals, p = _weigh(totals, y, scales2, base)
+        totals, p = _weigh(totals, y, scales2, base, VALUE_WIDTH)
         sums = add_values(sums, (fade[0], fade[1], tl.full([32], 1, tl.int32)), p, loaded[6], VALUE_WIDTH)
         v2, v2_scales = _values(places, row + GROUP_KEYS, VALUE_WIDTH)
         following = k, k_scales, v, v_scales, k2, k2_scales, v2, v2_scales
@@ -406,9 +421,6 @@ def _direct_decode_kernel(
 def serves(q: Tensor, kv: KVLayer) -> bool:
     """Whether a layer's decoding is computed here."""
     quantised = kv.key_width != "16" != kv.value_width
-    # rounded weights times numbers that have a mean: an error alike in all dims, which the rotation gathers in one; too large for float16 alone
-    if kv.rotation is not None and q.dtype is torch.float16:
-        return False
     return quantised and q.is_cuda and q.shape[2] == 2 * HALF.value and q.dtype is not torch.float32 and kv.key.shape[2] % GROUP_KEYS.value == 0
 
 
