@@ -185,13 +185,13 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, h
 
 @pytest.mark.parametrize("window", [0, 70])
 def test_a_new_key_gives_the_same_bits_from_registers_early_or_late_and_from_the_cache(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
-    shape, rows = Shape(4, 2, 16, 64), sequences([(1, 1), (2, 1), (64, 1), (65, 1), (129, 1), (330, 1)])
-    qkv, angles = numbers(shape, 3, len(rows), 8, 16), numbers(shape, 4, len(rows), 8)
+    shape, rows = Shape(4, 2, 16, 64, torch.float16), sequences([(1, 1), (2, 1), (64, 1), (65, 1), (129, 1), (330, 1)])
+    qkv, angles = numbers(shape, 3, len(rows), 8, 16), numbers(shape, 4, len(rows), 8).float()
     results = []
     for few in (0, 264):
         monkeypatch.setattr(decode, "FEW", few)
         for fused in (True, False):
-            case, out = paged_case(FORMATS["16"], shape, rows), torch.full((len(rows), 64), float("nan"))
+            case, out = paged_case(FORMATS["16"], shape, rows), torch.full((len(rows), 64), float("nan"), dtype=shape.dtype)
             q, k, v = torch.split(qkv.clone(), [4, 2, 2], 1)
             rope = decode.Rope(k, v, angles.cos(), angles.sin(), None) if fused else None
             if not fused:
@@ -202,6 +202,11 @@ def test_a_new_key_gives_the_same_bits_from_registers_early_or_late_and_from_the
     assert results[0][0].isfinite().all()
     for result in results[1:]:
         assert all(torch.equal(found.nan_to_num(), wanted.nan_to_num()) for found, wanted in zip(result, results[0], strict=True))
+    for i, row in enumerate(rows):
+        case, out = paged_case(FORMATS["16"], shape, [row]), torch.full((1, 64), float("nan"), dtype=shape.dtype)
+        q, k, v = torch.split(qkv[i : i + 1].clone(), [4, 2, 2], 1)
+        decode.decode(q, case.layer, case.meta, 0.3, window, out, decode.Rope(k, v, angles[i : i + 1].cos(), angles[i : i + 1].sin(), None, roomy=True))
+        assert torch.equal(out[0], results[0][0][i]), "alone"
 
 
 def test_the_bits_do_not_depend_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
