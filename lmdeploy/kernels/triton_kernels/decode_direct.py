@@ -39,6 +39,7 @@ Tensor = torch.Tensor
 GROUP_KEYS = tl.constexpr(16)
 #: keys of a piece at least, multiples of CUT, and programs of a launch, as in `decode`; a program here is a quarter of one there
 PIECE, CUT, PROGRAMS, SHARES = 256, 128, 8192, 4
+REGISTERS = 128  # of a thread over 8-bit caches: a third more programs on the chip (H200, 64 rows of 16,384 keys: 576 us for 593); fewer bits gain nothing
 JOINED = 16  # rows of parts that a program joins at once: 64 registers a thread
 #: query heads of a KV head that tensor cores take at once
 MEMBERS = tl.constexpr(8)
@@ -123,10 +124,10 @@ def _lost(weight: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _weigh(totals: tl.tuple, x: tl.tuple, scales: tl.tuple, base: tl.tuple, WIDTH: tl.constexpr) -> tuple[tl.tuple, tl.tuple]:
+def _weigh(totals: tl.tuple, x: tl.tuple, scales: tl.tuple, base: tl.tuple, ROTATED: tl.constexpr, WIDTH: tl.constexpr) -> tuple[tl.tuple, tl.tuple]:
     """Add the weights, and weighted offsets, of 16 keys; their weights times scales, for their values.
 
-    What these lose as float16 would be lost of all dims alike, for numbers of 8 and 4 bits are never negative, and a rotation gathers what all dims have in one. So
+    What these lose as float16 is lost of all dims alike, for numbers of 8 and 4 bits are never negative, and a rotation gathers what all dims have in one. So there
     it is given back, times the middle number, with the offsets: what is left to lose is in proportion to how far numbers are from the middle, either way.
     """
     total_0, total_1, offset_0, offset_1 = totals
@@ -134,7 +135,7 @@ def _weigh(totals: tl.tuple, x: tl.tuple, scales: tl.tuple, base: tl.tuple, WIDT
     p0, p1, p2, p3 = tl.exp2(x[0] - base[0]), tl.exp2(x[1] - base[1]), tl.exp2(x[2] - base[0]), tl.exp2(x[3] - base[1])
     w0, w1, w2, w3 = p0 * scale_a, p1 * scale_a, p2 * scale_b, p3 * scale_b
     more_0, more_1 = p0 * middle_a + p2 * middle_b, p1 * middle_a + p3 * middle_b
-    if WIDTH != "fp8":
+    if ROTATED and WIDTH != "fp8":
         middle = tl.full([32], 7.5 if WIDTH == "4" else 127.5, tl.float32)
         more_0, more_1 = tl.fma(_lost(w0) + _lost(w2), middle, more_0), tl.fma(_lost(w1) + _lost(w3), middle, more_1)
     totals = (total_0 + (p0 + p2), total_1 + (p1 + p3), offset_0 + more_0, offset_1 + more_1)
@@ -302,7 +303,7 @@ def _values(places: tl.tuple, row: tl.tensor, WIDTH: tl.constexpr) -> tuple[tl.t
 @triton.jit
 def _tile(
     level: tl.tuple, totals: tl.tuple, sums: tl.tuple, loaded: tl.tuple, query: tl.tuple, places: tl.tuple, row: tl.tensor,
-    first: tl.tensor, g: tl.tensor, oldest: tl.tensor, last: tl.tensor, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    first: tl.tensor, g: tl.tensor, oldest: tl.tensor, last: tl.tensor, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tuple, tl.tuple, tl.tuple]:  # fmt: skip
     """A tile of GROUPS (1 or 2) groups of 16 keys, which is loaded. Keys of the next one, from `row` on, are asked for as soon as these are used up, values likewise."""
     x = _scores(loaded[0], loaded[1], query, first, g, oldest, last, KEY_WIDTH)
@@ -317,11 +318,11 @@ def _tile(
         peaks = tl.maximum(peaks[0], more[0]), tl.maximum(peaks[1], more[1]), tl.maximum(peaks[2], more[2])
     level, base, fade = _advance(level, peaks)
     totals = totals[0] * fade[0], totals[1] * fade[1], totals[2] * fade[0], totals[3] * fade[1]
-    totals, p = _weigh(totals, x, scales, base, VALUE_WIDTH)
+    totals, p = _weigh(totals, x, scales, base, ROTATED, VALUE_WIDTH)
     sums = add_values(sums, fade, p, loaded[2], VALUE_WIDTH)
     v, v_scales = _values(places, row, VALUE_WIDTH)
     if GROUPS == 2:
-        totals, p = _weigh(totals, y, scales2, base, VALUE_WIDTH)
+        totals, p = _weigh(totals, y, scales2, base, ROTATED, VALUE_WIDTH)
         sums = add_values(sums, (fade[0], fade[1], tl.full([32], 1, tl.int32)), p, loaded[6], VALUE_WIDTH)
         v2, v2_scales = _values(places, row + GROUP_KEYS, VALUE_WIDTH)
         following = k, k_scales, v, v_scales, k2, k2_scales, v2, v2_scales
@@ -405,7 +406,7 @@ def _direct_decode_kernel(
             next_tile = _tile_at(first + 2 * N, oldest, last, N)
             next_block = _block_at(table_row, next_tile, SLOTS)
             level, totals, sums, loaded = _tile(
-                level, totals, sums, loaded, query, places, row, first, g, oldest, last, KEY_WIDTH, VALUE_WIDTH, GROUPS
+                level, totals, sums, loaded, query, places, row, first, g, oldest, last, KEY_WIDTH, VALUE_WIDTH, GROUPS, ROTATED
             )  # fmt: skip
             if (first + N >= done) & (first + N < end):  # the last piece is kept below
                 _keep(level, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
@@ -443,5 +444,5 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
         GROUP=group, HEADS=kv_heads, SLOTS=slots, KEY_WIDTH=kv.key_width, VALUE_WIDTH=kv.value_width, ROTATED=kv.rotation is not None,
         FUSED=rope is not None, ROPE_HALF=new.cos.shape[1] if rope is not None else 0, SCALED=new.q_scale is not None, CENTRED=kv.key_center is not None,
         PIECES=PIECES, PIECE=PIECE, CUT=CUT, ROWS=joined, CHUNK=JOINED // joined, GROUPS=groups_of(kv), PDL=pdl, launch_pdl=pdl, num_warps=1,
-        enable_fp_fusion=False,
+        maxnreg=REGISTERS if kv.key_width == kv.value_width == "8" else None, enable_fp_fusion=False,
     )  # fmt: skip
