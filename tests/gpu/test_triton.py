@@ -219,6 +219,41 @@ def test_one_graph_serves_every_length(fmt: str) -> None:
         assert torch.equal(out, case.attend(TRITON))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_in_a_chain_attention_reads_nothing_too_early(rows: int) -> None:
+    """Few rows' programs ask for keys before the product before has ended. Replays with other numbers give what each kernel gives that runs alone."""
+    shape, layers = Shape(8, 2, 128, 64, torch.bfloat16, "cuda"), range(6)
+    cases = [paged_case(FORMATS["16"], shape, sequences([(250 + 70 * (i % 9), 1) for i in range(rows)], 50 * layer)) for layer in layers]
+    up, down = (numbers(shape, seed, outer, 1024) / 32 for seed, outer in ((5, 1536), (6, 1024)))
+    angles, start = 300 * torch.rand(rows, 64, device="cuda"), numbers(shape, 7, rows, 1024)
+    cos, sin = angles.cos(), angles.sin()  # not between the kernels, which then would not overlap
+    hidden = [start] + [torch.empty_like(start) for _ in layers]
+    qkv, outs = ([numbers(shape, 8, rows, width) for _ in layers] for width in (1536, 1024))
+
+    def run(between: Callable[[], None]) -> None:
+        for i, case in enumerate(cases):
+            TRITON.linear(hidden[i], up, None, qkv[i])
+            between()
+            heads = parts(shape, qkv[i].view(rows, 12, 128))
+            TRITON.rope_attention(*heads, cos, sin, None, case.layer, case.meta, 128**-0.5, 0, outs[i], True)
+            between()
+            TRITON.linear(outs[i], down, None, hidden[i + 1])
+            between()
+
+    run(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(lambda: None)
+    for seed in range(4):
+        start.copy_(numbers(shape, 20 + seed, rows, 1024))
+        run(torch.cuda.synchronize)
+        wanted = [out.clone() for out in outs]
+        for out in (*outs, *qkv):
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(found, alone) for found, alone in zip(outs, wanted, strict=True))
+
+
 # ---- rope_write_kv
 
 
