@@ -87,10 +87,9 @@ class Kernels:
     #: (x [T, K], weight [N, K], residual [T, N]) -> whether residual += x @ weight.T was done, rounded once; False, and nothing, where `linear` and
     #: `add_rms_norm` are as fast, and in sets that are not asked for more (None).
     linear_add: Callable[[Tensor, Tensor, Tensor], bool] | None = None
-    #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out, roomy): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
-    #: and v are undefined afterwards. roomy: the product that they come from leaves others room on the chip while it runs. Returns what `attention` writes to out:
-    #: `out`, or another tensor where that saves a copy. None: call one after the other.
-    rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor, bool], Tensor] | None = None
+    #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
+    #: and v are undefined afterwards. Returns what `attention` writes to out: `out`, or another tensor where that saves a copy. None: call one after the other.
+    rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], Tensor] | None = None
     #: (scores [T, E], normalise, chosen int64 [T, k], weights float32 [T, k]): the k largest of softmax(scores) in falling order, over their sum if `normalise`.
     #: None: torch does it.
     choose_experts: Callable[[Tensor, bool, Tensor, Tensor], None] | None = None

@@ -69,7 +69,7 @@ class Attention:
         kv, meta = inputs.kv[self.index], inputs.attention
         if self.kernels.rope_attention is not None:
             rotary = (inputs.cos, inputs.sin, inputs.q_scale)
-            return self.kernels.rope_attention(step.q, step.k, step.v, *rotary, kv, meta, self.scale, self.window, step.attn, self.qkv.roomy)
+            return self.kernels.rope_attention(step.q, step.k, step.v, *rotary, kv, meta, self.scale, self.window, step.attn)
         self.kernels.rope_write_kv(step.q, step.k, step.v, inputs.cos, inputs.sin, inputs.q_scale, kv, meta.slot_mapping)
         self.kernels.attention(step.q, step.k, step.v, kv, meta, self.scale, self.window, step.attn)
         return step.attn

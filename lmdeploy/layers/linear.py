@@ -30,13 +30,11 @@ class Linear:
         self.parts, self.expect_bias = tuple(parts), expect_bias
         self.kernels, self.dtype, self.device, self.formats = ctx.kernels, ctx.dtype, ctx.device, ctx.formats
         self.weight: WeightFormat | None = None
-        self.roomy = False  # whether the product of few rows leaves others room on the chip: a 4-bit weight is read by few programs
 
     def load(self, source: WeightSource) -> None:
         """Allocate and pull the weights."""
         bias = self.expect_bias or any(source.has(f"{part.name}.bias") for part in self.parts)
         self.weight = self.file_format(source).load(source, self.parts, bias, self.dtype, self.device)
-        self.roomy = len(self.weight.operands) == 3
 
     def file_format(self, source: WeightSource) -> FileFormat:
         """How the files hold the layer, or how it is quantised while it is read."""

@@ -235,7 +235,7 @@ def test_in_a_chain_attention_reads_nothing_too_early(rows: int) -> None:
             TRITON.linear(hidden[i], up, None, qkv[i])
             between()
             heads = parts(shape, qkv[i].view(rows, 12, 128))
-            TRITON.rope_attention(*heads, cos, sin, None, case.layer, case.meta, 128**-0.5, 0, outs[i], True)
+            TRITON.rope_attention(*heads, cos, sin, None, case.layer, case.meta, 128**-0.5, 0, outs[i])
             between()
             TRITON.linear(outs[i], down, None, hidden[i + 1])
             between()

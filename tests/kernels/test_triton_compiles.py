@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from lmdeploy.kernels.triton_kernels import (  # noqa: E402
     activation,
+    decode,
     decode_direct,
     decode_plain,
     experts,
@@ -194,12 +195,14 @@ def test_decoding_asks_for_keys_before_it_waits(capability: int) -> None:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "i32")[0] == "*" or name.endswith("stride")
     }
     source = compiler.ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
-    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 5, "enable_fp_fusion": False})
+    compiled = compiler.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": decode.EARLY_TILES + 1, "enable_fp_fusion": False}
+    )
     text = compiled.asm["ptx"]
     assert compiled.metadata.shared <= (227 << 10 if hopper else 163 << 10)
     if hopper:
         before, after = text.split("griddepcontrol.wait", 1)
-        assert before.count("cp.async.cg") == 4 * 4 * 4, "four tiles, keys and values in two halves each, four copies a thread"
+        assert before.count("cp.async.cg") == decode.EARLY_TILES * 4 * 4, "keys and values in two halves each, four copies a thread"
         assert "st.global" not in before and "griddepcontrol.wait" not in after
 
 

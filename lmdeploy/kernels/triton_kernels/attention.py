@@ -86,13 +86,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta, s
 
 
 def rope_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor,
-    roomy: bool = False,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor
+) -> Tensor:
     """`rope_write_kv` and `attention`, in one launch where every sequence decodes: see `api.Kernels`."""
     turns_by_signs = kv.rotation is None or q.shape[2] & (q.shape[2] - 1) == 0  # other rotations take more registers than a program of `decode` has
     if turns_by_signs and meta.num_decode == meta.kv_lens.shape[0] == q.shape[0]:
-        _decode(q, kv, meta, scale, window, out, Rope(k, v, cos, sin, q_scale, roomy))
+        _decode(q, kv, meta, scale, window, out, Rope(k, v, cos, sin, q_scale))
         return out
     rope_write_kv(q, k, v, cos, sin, q_scale, kv, meta.slot_mapping)
     return _attend(q, k, v, kv, meta, scale, window, out)

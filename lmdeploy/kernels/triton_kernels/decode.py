@@ -45,9 +45,9 @@ PROGRAMS, SHARES = 2048, 4
 #: programs for further pieces would begin last of all (H200, 256 rows of 14 to 1,427 keys, the longest first: 100 us with a program a piece, 81 with one a row)
 FULL, WHOLE = 512, 3
 FEW = 264  # rows times KV heads that the chip holds at once, two to a multiprocessor
-#: tiles of 64 keys that programs of few rows, and of one, ask for before the kernel before has ended (H200, us a layer of 32 heads in a chain, none and 2 to 4 tiles: 8 rows
-#: of 256 keys 8.2, 7.7, 7.0, after 4-bit products 11.7, 8.6, 9.7; 16 of 300 13.1, 10.9, 15.4; one of 256 after 4-bit products 9.0, 7.4, 6.4)
-EARLY_TILES, ONE_ROW_TILES = 3, 4
+#: tiles of 64 keys that programs of few rows ask for before the kernel before has ended (H200, us a layer of 32 heads in a chain with none, 3 and 4 tiles: 8 rows of
+#: 256 keys 8.2, 7.7, 7.0, after 4-bit products 11.7, 8.6, 9.7; 16 of 300 13.1, 10.9, 15.4; one of 256 7.6, 8.1, 8.4, after 4-bit products 9.0, 7.4, 6.4)
+EARLY_TILES = 3
 JOINED = 2048  # numbers of either half of parts that a program joins at once: 16 registers a thread
 
 
@@ -179,12 +179,12 @@ def _decode_kernel(
                 )  # fmt: skip
 
 
-def _decode_shape(group: int, head_dim: int, dtype: torch.dtype, programs: int, early: int) -> TileShape:
-    """Few programs run as deep a pipeline as pays, or as takes `early` tiles; of many, as many as possible are to fit a multiprocessor. Neither changes a bit of the result."""
+def _decode_shape(group: int, head_dim: int, dtype: torch.dtype, programs: int, early: bool) -> TileShape:
+    """Few programs run as deep a pipeline as pays, or as holds what is asked for early; of many, as many as possible are to fit a multiprocessor. No bit depends on it."""
     wide = head_dim > 128 or dtype is torch.float32
     rows, keys = min(64, max(16, int(triton.next_power_of_2(group)))), 32 if wide else 64
     if early:
-        return TileShape(rows, keys, 4, early + 1)
+        return TileShape(rows, keys, 4, EARLY_TILES + 1)
     if programs <= FEW or wide or rows > 16:
         return TileShape(rows, keys, 4, 3)
     return TileShape(rows, keys, 4, 2, 128)
@@ -211,21 +211,13 @@ def parts_of(q: Tensor, meta: AttentionMeta) -> Parts:
 
 
 class Rope(NamedTuple):
-    """What `rope_write_kv` takes beside the cache; roomy: see `api.Kernels.rope_attention`."""
+    """What `rope_write_kv` takes beside the cache."""
 
     k: Tensor
     v: Tensor
     cos: Tensor
     sin: Tensor
     q_scale: Tensor | None
-    roomy: bool = False
-
-
-def _early_tiles(rows: int, kv_heads: int, rope: Rope | None) -> int:
-    """Tiles that programs ask for before they wait. Those of one row have no place before a product that fills the chip ends, and then take their time: 8.1 us for 7.5."""
-    if rope is None or rows * kv_heads > FEW or (rows == 1 and not rope.roomy):
-        return 0
-    return EARLY_TILES if rows > 1 else ONE_ROW_TILES
 
 
 def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor, rope: Rope | None = None) -> None:
@@ -234,7 +226,7 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     group, padded = heads // kv_heads, padded_half(head_dim)
     plain, pdl = kv.plain and kv.rotation is None and kv.key_center is None, overlaps(q.device)
     narrow = head_dim <= 128 and group <= 16 and q.dtype is not torch.float32
-    early = _early_tiles(rows, kv_heads, rope) if plain and narrow and (pdl or not q.is_cuda) else 0
+    early = plain and narrow and rope is not None and rows * kv_heads <= FEW and (pdl or not q.is_cuda)
     shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads, early), parts_of(q, meta)
     joined = min(shape.M, int(triton.next_power_of_2(group)))  # rows that the join holds
     new = rope or Rope(q, q, q, q, None)
@@ -256,7 +248,7 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
             constants.pop(name)
         plain_decode_kernel[(places, rows * shares)](
             q, out, kv.key, kv.value, meta.block_table, meta.kv_lens, *kept, new.k, new.v, new.cos, new.sin, factor,
-            scale, window, rows, shares, least, *strides, EARLY=early > 0, **constants,
+            scale, window, rows, shares, least, *strides, EARLY=early, **constants,
         )  # fmt: skip
         return
     _decode_kernel[(places, rows * shares)](

@@ -205,7 +205,7 @@ def test_a_new_key_gives_the_same_bits_from_registers_early_or_late_and_from_the
     for i, row in enumerate(rows):
         case, out = paged_case(FORMATS["16"], shape, [row]), torch.full((1, 64), float("nan"), dtype=shape.dtype)
         q, k, v = torch.split(qkv[i : i + 1].clone(), [4, 2, 2], 1)
-        decode.decode(q, case.layer, case.meta, 0.3, window, out, decode.Rope(k, v, angles[i : i + 1].cos(), angles[i : i + 1].sin(), None, roomy=True))
+        decode.decode(q, case.layer, case.meta, 0.3, window, out, decode.Rope(k, v, angles[i : i + 1].cos(), angles[i : i + 1].sin(), None))
         assert torch.equal(out[0], results[0][0][i]), "alone"
 
 
