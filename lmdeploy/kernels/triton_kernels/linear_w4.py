@@ -8,8 +8,8 @@ is multiplied by the group's scale. So no weight is rounded.
 Up to FEW_ROWS rows a call is bound by reading weights. `_once_kernel` (small weights) has all of a program's on their way to registers before the kernel
 before has ended (`overlap.py`), `_few_kernel` streams them through shared memory, each warp its own groups; `linear_w4_row.py` takes one row where weight
 rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even and odd inputs are parted beforehand, and from MANY_ROWS on `linear_w4_mid.py`
-does, as far as it pays. On Hopper `linear_w4_async.py` does all of that, for more rows still. For even more weights are written out in 16 bits, a bounded
-number of weight rows at a time, for cuBLAS.
+does, as far as it pays. On Hopper `linear_w4_few.py` takes up to FEW_ROWS rows of larger weights, and above `linear_w4_async.py` all, for more rows still. For
+even more weights are written out in 16 bits, a bounded number of weight rows at a time, for cuBLAS.
 
 A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192, and 193..384
 on Hopper; where a sum is split among programs, the last one adds the parts in one order.
@@ -30,9 +30,9 @@ from lmdeploy.kernels.triton_kernels.linear_w4_sums import arrivals, ask, count_
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 
 try:
-    from lmdeploy.kernels.triton_kernels import linear_w4_async
+    from lmdeploy.kernels.triton_kernels import linear_w4_async, linear_w4_few
 except ImportError:  # a Triton without Gluon
-    linear_w4_async = None  # type: ignore[assignment]
+    linear_w4_async = linear_w4_few = None  # type: ignore[assignment]
 
 Tensor = torch.Tensor
 
@@ -380,6 +380,8 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: T
     tile = min(group & -group, TILE)
     if x.dtype is torch.float32 or x.dtype is not out.dtype or zeros.dtype is not torch.uint8 or tile < SMALLEST_TILE:
         linear.linear_w4(x, qweight, scales, zeros, bias, out)
+    elif rows <= FEW_ROWS and linear_w4_few is not None and linear_w4_few.serves(x, (qweight, scales, zeros)):
+        linear_w4_few.multiply(x, (qweight, scales, zeros), bias, out)
     elif tile == TILE and linear_w4_row.serves(x, scales.shape[0]):
         linear_w4_row.multiply(x, (qweight, scales, zeros), bias, out)
     elif rows > FEW_ROWS and linear_w4_async is not None and linear_w4_async.serves(x, (qweight, scales, zeros), tile):
@@ -432,11 +434,19 @@ def _in_registers(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], tile: int, b
 
 def rows_served(weight: tuple[Tensor, Tensor, Tensor]) -> int:
     """Up to how many rows `multiply` takes: above, more registers for what stands between tiles cost more than kernels of their own."""
+    _ask_few(weight)
     return FEW_ROWS if weight[2].dtype is torch.uint8 and _tile(weight) >= SMALLEST_TILE else 0
+
+
+def _ask_few(weight: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Find out whether `linear_w4_few.py` can be used, before a step is captured."""
+    if linear_w4_few is not None:
+        linear_w4_few.usable(weight[0].device)
 
 
 def rows_in_quarters(weight: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> range:
     """For how many rows of that dtype `linear_w4` puts x in quarters (`quarters.py`), and `multiply_quarters` serves."""
+    _ask_few(weight)
     if linear_w4_async is None or dtype is torch.float32 or weight[2].dtype is not torch.uint8 or not linear_w4_async.takes(weight, dtype, _tile(weight)):
         return range(0)
     return range(FEW_ROWS + 1, linear_w4_async.MOST_ROWS + 1)
@@ -455,7 +465,9 @@ def _tile(weight: tuple[Tensor, Tensor, Tensor]) -> int:
 def multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, out: Tensor, inside: Inside) -> None:
     """out = x @ W.T + bias of up to `rows_served` rows in bfloat16, with SiLU and norms inside."""
     tile = _tile(weight)
-    if tile == TILE and not inside.silu and linear_w4_row.serves(x, weight[1].shape[0]):
+    if linear_w4_few is not None and linear_w4_few.serves(x, weight):
+        linear_w4_few.multiply(x, weight, bias, out, inside.silu, inside.before, inside.after)
+    elif tile == TILE and not inside.silu and linear_w4_row.serves(x, weight[1].shape[0]):
         linear_w4_row.multiply(x, weight, bias, out, inside.before, inside.after)
     else:
         _in_registers(x, weight, tile, bias, out, inside)
