@@ -5,6 +5,7 @@ of x: four words of numbers a channel, nibble n of word i being input 8 i + n. N
 
 A nibble at bit 0 or 4 of a bfloat16 is a subnormal number, n * 2^-133 or n * 2^-129 (exponents 0 and 1 stand for the same power of two). So inputs are
 multiplied by 2^96 or 2^92, which is exact, and sums by 2^37: eight weights take five operations, and nothing has to be taken from the sum but the zero point.
+Inputs from 2^32 on become infinite.
 """
 
 from __future__ import annotations
