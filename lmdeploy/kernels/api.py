@@ -34,6 +34,19 @@ class After(NamedTuple):
     squares: Tensor  # int64
 
 
+class RopeRule(NamedTuple):
+    """Where the frequencies of a rotary embedding come from. Fixed (`limit` 0): frequencies [R/2]. By the length L of the sequence: frequencies [2, R/2], of
+    which the second row is for L > limit; or, with a theta, 1 / base^e of the exponents e [R/2], base = theta * (factor * max(L, limit) / limit - factor + 1)^power.
+    Cosines and sines are multiplied by `scale`."""
+
+    frequencies: Tensor  # float32
+    scale: float = 1.0
+    limit: int = 0
+    theta: float = 0.0
+    factor: float = 1.0
+    power: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class NormedProducts:
     """Products of few rows with the RMSNorms around them inside. A weight is (numbers,) in 16 bits or (qweight, scales, zeros) as for `linear_w4`."""
@@ -90,6 +103,8 @@ class Kernels:
     #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
     #: and v are undefined afterwards. Returns what `attention` writes to out: `out`, or another tensor where that saves a copy. None: call one after the other.
     rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], Tensor] | None = None
+    #: (positions int64 [T], rule, lengths int64 [T] | None): cos and sin, float32 [T, R/2], in one launch. None: torch's operators, one after the other.
+    rope_angles: Callable[[Tensor, RopeRule, Tensor | None], tuple[Tensor, Tensor]] | None = None
     #: (scores [T, E], normalise, chosen int64 [T, k], weights float32 [T, k]): the k largest of softmax(scores) in falling order, over their sum if `normalise`.
     #: None: torch does it.
     choose_experts: Callable[[Tensor, bool, Tensor, Tensor], None] | None = None

@@ -68,6 +68,7 @@ class TritonSet:
     name: str = "triton"
     operators: dict[str, Callable[..., None]] = field(default_factory=dict)
     rope_attention: Callable[..., Tensor] | None = None
+    rope_angles: Callable[..., tuple[Tensor, Tensor]] | None = None
     choose_experts: Callable[..., None] | None = None
     linear_add: Callable[..., bool] | None = None
     normed: NormedProducts | None = None
@@ -107,6 +108,7 @@ def _triton_for(need: Need) -> TritonSet:
         triton_set.NAME,
         triton_set.OPERATORS,
         triton_set.ROPE_ATTENTION,
+        triton_set.ROPE_ANGLES,
         triton_set.CHOOSE_EXPERTS,
         triton_set.LINEAR_ADD,
         triton_set.NORMED_PRODUCTS,
@@ -177,10 +179,11 @@ def select(
     if names["linear_silu"] == "torch":
         functions["linear_silu"] = gated(functions["linear"], functions["silu_mul"])
     together = triton.rope_attention if names["attention"] == names["rope_write_kv"] == triton.name else None
+    angles = triton.rope_angles if names["rope_write_kv"] == triton.name else None
     routing = triton.choose_experts if names["experts"] == triton.name else None
     added = triton.linear_add if names["linear"] == triton.name else None
     normed = triton.normed if all(names[operator] == triton.name for operator in ("linear", "linear_silu", "linear_w4", "add_rms_norm")) else None
-    kernels = Kernels(**functions, names=names, rope_attention=together, choose_experts=routing, linear_add=added, normed=normed)
+    kernels = Kernels(**functions, names=names, rope_attention=together, rope_angles=angles, choose_experts=routing, linear_add=added, normed=normed)
     if triton.in_quarters is None or any(names[operator] != triton.name for operator in ("linear_w4", "rms_norm", "add_rms_norm", "silu_mul")):
         return kernels
     return replace(kernels, quarters=triton.in_quarters(kernels))

@@ -2,18 +2,21 @@
 
 The attention factor of yarn and longrope is folded into cos and sin. Frequencies are float32 and made by the same arithmetic as
 the published models' own code, for at position 100,000 a last-bit difference in a frequency is visible in the logits.
-No table is kept: a table must cover the longest session (0.5 GB at a million positions), and the direct way is four small operations.
+No table is kept: a table must cover the longest session (0.5 GB at a million positions), and the direct way is four small operations, or on CUDA one kernel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from lmdeploy.kernels.api import RopeRule
 from lmdeploy.spec import RopeSpec
 
 Tensor = torch.Tensor
+RopeAngles = Callable[[Tensor, RopeRule, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Rope:
@@ -22,9 +25,17 @@ class Rope:
     def __init__(self, inv_freq: Tensor, attention_factor: float = 1.0) -> None:
         self.inv_freq = inv_freq  # float32 [R/2]
         self.attention_factor = attention_factor
+        self.kernel: RopeAngles | None = None
+
+    @property
+    def rule(self) -> RopeRule:
+        """What a kernel is told of it."""
+        return RopeRule(self.inv_freq, self.attention_factor)
 
     def cos_sin(self, positions: Tensor, rope_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [T, R/2], of positions [T]; `rope_lengths` [T] is needed by the kinds that depend on the length."""
+        if self.kernel is not None:
+            return self.kernel(positions, self.rule, rope_lengths)
         angles = positions.unsqueeze(1) * self._frequencies(rope_lengths)
         cos, sin = torch.cos(angles), torch.sin(angles)
         if self.attention_factor != 1.0:
@@ -43,11 +54,21 @@ class DynamicRope(Rope):
         self.rope = rope
         self.exponents = _exponents(rope.rotary_dim, device)
 
+    @property
+    def rule(self) -> RopeRule:
+        """What a kernel is told of it."""
+        rope = self.rope
+        return RopeRule(self.exponents, 1.0, rope.original_max_position, rope.theta, rope.factor, self._power)
+
+    @property
+    def _power(self) -> float:
+        return self.rope.rotary_dim / (self.rope.rotary_dim - 2)
+
     def _frequencies(self, rope_lengths: Tensor | None) -> Tensor:
         assert rope_lengths is not None, "a dynamic rope needs the lengths that fix its base"
         rope, limit = self.rope, self.rope.original_max_position
         stretch = rope.factor * rope_lengths.clamp(min=limit) / limit - (rope.factor - 1)  # 1 up to M
-        base = rope.theta * _power(stretch, rope.rotary_dim / (rope.rotary_dim - 2))
+        base = rope.theta * _power(stretch, self._power)
         return 1.0 / _power(base.unsqueeze(1), self.exponents)  # [T, R/2]
 
 
@@ -60,13 +81,24 @@ class LongRope(Rope):
         self.limit = rope.original_max_position
         self.both = torch.stack((short, long))  # [2, R/2]
 
+    @property
+    def rule(self) -> RopeRule:
+        """What a kernel is told of it."""
+        return RopeRule(self.both, self.attention_factor, self.limit)
+
     def _frequencies(self, rope_lengths: Tensor | None) -> Tensor:
         assert rope_lengths is not None, "longrope needs the lengths that choose its factors"
         return self.both[(rope_lengths > self.limit).long()]  # [T, R/2]
 
 
-def build_rope(rope: RopeSpec, device: torch.device) -> Rope:
-    """The rotary embedding that `rope` describes."""
+def build_rope(rope: RopeSpec, device: torch.device, kernel: RopeAngles | None = None) -> Rope:
+    """The rotary embedding that `rope` describes; `kernel` computes it, if there is one."""
+    built = _built(rope, device)
+    built.kernel = kernel
+    return built
+
+
+def _built(rope: RopeSpec, device: torch.device) -> Rope:
     if rope.kind == "dynamic":
         return DynamicRope(rope, device)
     if rope.kind == "longrope":

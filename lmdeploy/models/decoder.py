@@ -84,7 +84,7 @@ class Decoder:
         self.layers = [self.build_layer(index) for index in range(spec.num_layers)]
         self.norm = RMSNorm(ctx, prefix + names.norm, spec.hidden_size)
         self.head = self._build_head()
-        self.rope = build_rope(spec.rope, ctx.device)
+        self.rope = build_rope(spec.rope, ctx.device, ctx.kernels.rope_angles)
         self.shape = StepShape.of(ctx, dense_mlp=any(isinstance(layer.mlp, MLP) for layer in self.layers))
         self.normed_rows = 0  # up to how many rows norms are done by the products around them; known once loaded
         self.quartered_rows = range(0)  # for how many rows activations are in quarters; known once loaded

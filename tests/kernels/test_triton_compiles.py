@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from lmdeploy.kernels.triton_kernels import (  # noqa: E402
     activation,
+    angles,
     decode,
     decode_direct,
     decode_plain,
@@ -48,6 +49,22 @@ PLACES = {
     **dict.fromkeys(("positions_ptr", "token_slots_ptr", "slots_ptr", "ends_ptr", "starts_ptr", "ids_ptr", "mapping_ptr"), I64),
     **dict.fromkeys(("tokens_ptr", "blocks_ptr", "lens_ptr", "query_start_ptr", "table_ptr"), I32),
     **dict.fromkeys(("num_tokens", "num_sequences", "context", "max_blocks", "width"), "i32"),
+}
+ANGLES = {
+    **dict.fromkeys(("positions_ptr", "lengths_ptr"), I64),
+    **dict.fromkeys(("frequencies_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+    **dict.fromkeys(("num_tokens", "limit"), "i32"),
+}
+DYNAMIC = {
+    "BY_LENGTH": True,
+    "THETA": 1e6,
+    "FACTOR": 2.0,
+    "SHARE": 1 / 32768,
+    "POWER": 128 / 126,
+    "SCALE": 1.0,
+    "HALF": 64,
+    "PADDED": 64,
+    "ROWS": 4,
 }
 SORT = {"chosen": I64, "order": I32, "tiles": I32, "pairs": "i32", "most": "i32"}
 GROUPED = {"x": BF16, "weight": BF16, "out": BF16, "order": I32, "tiles": I32, **dict.fromkeys(("N", "K", "x_row", "most", "choices"), "i32")}
@@ -107,6 +124,8 @@ CASES = {
     "4-bit weights": (linear_w4_mid._mid_kernel, W4, MID, 3),
     "quarters of rows": (linear_w4_mid._part_kernel, PARTED, {"QUARTER": 32, "SUMS": True, "BT": 8}, 3),
     "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
+    "angles of a dynamic rope": (angles._angles_kernel, ANGLES, DYNAMIC, 3),
+    "angles of fixed frequencies": (angles._angles_kernel, ANGLES, {**DYNAMIC, "BY_LENGTH": False, "THETA": 0.0}, 3),
     "sort by expert": (experts._sort_kernel, SORT, {"COUNT": 128, "BINS": 128, "BM": 16, "BLOCK": 1024}, 3),
     "experts of few tokens": (experts._product_kernel, GROUPED, {"SILU": False, "BM": 16, "BN": 64, "BK": 128}, 4),
     "experts of many tokens": (experts._product_kernel, GROUPED, {"SILU": True, "BM": 64, "BN": 128, "BK": 64}, 3),
