@@ -206,8 +206,9 @@ class BatchBuilder:
         """The step whose places are on the device; the lists are empty where the host does not know, as in a CUDA graph."""
         tables, size, positions = self.tables, self.tables.block_size, places.positions
         most_blocks = -(-max(kv_lens) // size) if kv_lens else tables.max_blocks
-        token_ids, slot_mapping, lens, query_start, block_table = self._find_places(
-            positions, places.token_slots, places.slots, places.ends, places.query_start, tables.tokens, tables.blocks, size, most_blocks
+        lengths = tables.rope_lengths if self.uses_rope_lengths else None
+        token_ids, slot_mapping, lens, query_start, block_table, rope = self._find_places(
+            positions, places.token_slots, places.slots, places.ends, places.query_start, tables.tokens, tables.blocks, lengths, size, most_blocks
         )
         meta = AttentionMeta(
             query_start=query_start,
@@ -218,18 +219,19 @@ class BatchBuilder:
             kv_lens_host=kv_lens,
             num_decode=num_decode,
         )
-        rope = tables.rope_lengths.index_select(0, places.token_slots) if self.uses_rope_lengths else None
         every_row = num_decode == len(places.slots) and len(places.rows) == len(positions)
         return ForwardInputs(token_ids, positions, rope, meta, self.kv, places.rows, self.scratch, every_row=every_row)
 
 
 def _find_places(
-    positions: Tensor, token_slots: Tensor, slots: Tensor, ends: Tensor, query_start: Tensor, tokens: Tensor, blocks: Tensor, block_size: int, context: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    positions: Tensor, token_slots: Tensor, slots: Tensor, ends: Tensor, query_start: Tensor, tokens: Tensor, blocks: Tensor, rope_lengths: Tensor | None,
+    block_size: int, context: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As the kernel of that name, in torch."""
+    ropes = None if rope_lengths is None else rope_lengths.index_select(0, token_slots)
     block = blocks.view(-1).index_select(0, token_slots * blocks.shape[1] + positions // block_size).long()
     token_ids = tokens.view(-1).index_select(0, token_slots * tokens.shape[1] + positions).long()
-    return token_ids, block * block_size + positions % block_size, ends.int(), query_start.int(), blocks[:, :context].index_select(0, slots)
+    return token_ids, block * block_size + positions % block_size, ends.int(), query_start.int(), blocks[:, :context].index_select(0, slots), ropes
 
 
 def _per_token(slots: Ints, starts: Ints, counts: Ints, query_start: Ints) -> tuple[Ints, Ints]:

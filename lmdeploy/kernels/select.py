@@ -207,7 +207,7 @@ def token_kernel(device_type: str) -> TokenKernel | None:
     return TokenKernel(sampling.choose_tokens, sampling.scratch_width())
 
 
-def places_kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None:
+def places_kernel(device_type: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]] | None:
     """`triton_kernels.places.find_places`; None where torch serves. The same for every backend."""
     triton = _triton_for(Need("turbomind", device_type, torch.float32))
     if triton.reasons_against is None or triton.reasons_against("find_places", torch.float32, None):

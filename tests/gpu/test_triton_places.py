@@ -25,7 +25,8 @@ def test_a_step_finds_what_torch_finds(counts: list[int]) -> None:
     blocks = torch.randint(0, 100000, (300, 65), generator=generator, dtype=torch.int32)
     positions = torch.cat([torch.arange(end - count, end) for end, count in zip(lens, counts, strict=True)])
     token_slots, starts = torch.repeat_interleave(slots, torch.tensor(counts)), torch.tensor([0, *counts]).cumsum(0)
-    arguments = [x.cuda() for x in (positions, token_slots, slots, torch.tensor(lens), starts, tokens, blocks)]
+    lengths = torch.randint(1, 5000, (300,), generator=generator)
+    arguments = [x.cuda() for x in (positions, token_slots, slots, torch.tensor(lens), starts, tokens, blocks, lengths)]
     for found, wanted in zip(places.find_places(*arguments, 64, 64), _find_places(*arguments, 64, 64), strict=True):
         assert found.dtype is wanted.dtype and torch.equal(found, wanted)
 

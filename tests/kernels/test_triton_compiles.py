@@ -46,7 +46,9 @@ NORM = {
 }
 SILU = {"both_ptr": BF16, "out_ptr": BF16, "both_stride": "i32", "out_stride": "i32", "width": "i32"}
 PLACES = {
-    **dict.fromkeys(("positions_ptr", "token_slots_ptr", "slots_ptr", "ends_ptr", "starts_ptr", "ids_ptr", "mapping_ptr"), I64),
+    **dict.fromkeys(
+        ("positions_ptr", "token_slots_ptr", "slots_ptr", "ends_ptr", "starts_ptr", "rope_lengths_ptr", "ids_ptr", "mapping_ptr", "ropes_ptr"), I64
+    ),
     **dict.fromkeys(("tokens_ptr", "blocks_ptr", "lens_ptr", "query_start_ptr", "table_ptr"), I32),
     **dict.fromkeys(("num_tokens", "num_sequences", "context", "max_blocks", "width"), "i32"),
 }
@@ -123,7 +125,7 @@ CASES = {
     ),
     "4-bit weights": (linear_w4_mid._mid_kernel, W4, MID, 3),
     "quarters of rows": (linear_w4_mid._part_kernel, PARTED, {"QUARTER": 32, "SUMS": True, "BT": 8}, 3),
-    "places": (places._places_kernel, PLACES, {"SIZE": 64, "BLOCK": 128}, 3),
+    "places": (places._places_kernel, PLACES, {"ROPES": True, "SIZE": 64, "BLOCK": 128}, 3),
     "angles of a dynamic rope": (angles._angles_kernel, ANGLES, DYNAMIC, 3),
     "angles of fixed frequencies": (angles._angles_kernel, ANGLES, {**DYNAMIC, "BY_LENGTH": False, "THETA": 0.0}, 3),
     "sort by expert": (experts._sort_kernel, SORT, {"COUNT": 128, "BINS": 128, "BM": 16, "BLOCK": 1024}, 3),
