@@ -100,6 +100,7 @@ def device_seconds_per_call(case: Case, kernels: Kernels) -> float:
     if not case.captured:
         return common.cuda_seconds(run) / calls
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())  # which may still be filling the case's data
     with torch.cuda.stream(side):
         case.run(kernels, 0)
     side.synchronize()

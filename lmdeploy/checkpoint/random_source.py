@@ -60,7 +60,8 @@ class RandomSource:
         if out.dim() == 1 and name.endswith("weight"):  # a norm
             out.add_(1.0)
         elif name.endswith(".scales"):
-            out.mul_(0.01).add_(self.scale / SPREAD)
+            # of both signs: numbers 0..15 around 8 (or 9) are less than zero in the mean, which adds up to more with each layer
+            out.copy_((out * 0.01 + self.scale / SPREAD).copysign_(out))
         elif name.endswith(SCALES8):
             out.fill_(self.scale / SPREAD8)
 

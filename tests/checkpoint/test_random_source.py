@@ -77,7 +77,7 @@ def test_packed_weights_are_random_numbers_around_zero() -> None:
     nibbles = torch.cat([words >> (4 * i) & 15 for i in range(8)]).float()
     assert abs(nibbles.mean() - 7.5) < 0.1 and abs(nibbles.std() - 4.61) < 0.05
     assert set((zeros >> 28 & 15).flatten().tolist()) == {8}
-    assert scales.min() > 0 and abs(scales.mean() * 4.61 - source.scale) < 1e-3
+    assert scales.abs().min() > 0 and abs(scales.abs().mean() * 4.61 - source.scale) < 1e-3 and 0.3 < (scales < 0).float().mean() < 0.7
     assert not source.has("a.g_idx")
 
 
@@ -109,3 +109,16 @@ def test_a_tied_head_reads_the_random_embedding() -> None:
     model = build_model(ModelSpec.from_config({**LLAMA_CONFIG, "tie_word_embeddings": True}), torch.float32, "cpu", REFERENCE, Parallel())
     model.load(RandomSource())
     assert Harness(model).step([(0, [1, 2, 3])])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("middle", [8, 9])  # of AWQ; of GPTQ, which stores one less
+def test_sums_of_4_bit_weights_are_around_zero(middle: int) -> None:
+    """Else layers push activations in one direction: to 77,000 after the 32 layers of a 7B shape, whose squares no kernel has room for."""
+    inner, outer, group = 4096, 256, 128
+    words = torch.empty(inner, outer // 8, dtype=torch.int32)
+    RandomSource().take("x.qweight", words)
+    numbers = ((words[:, :, None] >> torch.arange(0, 32, 4)) & 15).reshape(inner, outer) - middle
+    weight = numbers * taken("x.scales", inner // group, outer).repeat_interleave(group, 0)
+    spread = 0.02 * inner**0.5
+    assert 0.9 * 0.02 < weight.std() < 1.2 * 0.02
+    assert weight.sum(0).mean().abs() < spread and weight.sum(0).std() < 5 * spread
