@@ -92,22 +92,8 @@ def seconds_per_call(case: Case, kernels: Kernels, budget: float) -> float:
 def device_seconds_per_call(case: Case, kernels: Kernels) -> float:
     """The same on a CUDA device: of all calls of a graph, the median of five replays; launched one by one where a graph cannot hold them."""
     calls = min(case.copies, CALLS) if case.copies > 1 else CALLS // 4
-
-    def run() -> None:
-        for i in range(calls):
-            case.run(kernels, i % case.copies)
-
-    if not case.captured:
-        return common.cuda_seconds(run) / calls
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())  # which may still be filling the case's data
-    with torch.cuda.stream(side):
-        case.run(kernels, 0)
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        run()
-    return common.cuda_seconds(graph.replay) / calls
+    runs = [partial(case.run, kernels, i % case.copies) for i in range(calls)]
+    return common.cuda_seconds_per_call(runs) if case.captured else common.cuda_seconds(lambda: [run() for run in runs]) / calls
 
 
 def linear_case(sizes: Sizes, name: str, rows: int, dtype: torch.dtype, pool: Tensor) -> Case:

@@ -8,8 +8,7 @@ all layers, without the head.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -34,37 +33,15 @@ def weight(outer: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
     return qweight, scales, torch.randint(0, 16, scales.shape, dtype=torch.uint8, device="cuda")
 
 
-def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of one call, as a graph of all of them: the median of five replays."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        calls[0]()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def measure(rows: int, outer: int, inner: int) -> tuple[float, float, int]:
     """(microseconds in 4 bits, in 16 bits, bytes of a 4-bit weight)."""
     x, out = torch.randn(rows, inner, device="cuda").bfloat16(), torch.empty(rows, outer, dtype=torch.bfloat16, device="cuda")
     first = weight(outer, inner)
     nbytes = sum(part.nbytes for part in first)
     weights = [first] + [weight(outer, inner) for _ in range(max(2, ROTATED // nbytes))]
-    four = microseconds([lambda w=w: linear_w4(x, *w, None, out) for w in weights])  # type: ignore[misc]
+    four = 1e6 * common.cuda_seconds_per_call([partial(linear_w4, x, *w, None, out) for w in weights])
     dense = [torch.randn(outer, inner, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, ROTATED // (2 * outer * inner)))]
-    return four, microseconds([lambda w=w: torch.mm(x, w.t(), out=out) for w in dense]), nbytes  # type: ignore[misc]
+    return four, 1e6 * common.cuda_seconds_per_call([partial(torch.mm, x, w.t(), out=out) for w in dense]), nbytes
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from lmdeploy.kernels.triton_kernels.cache_read import (
     query_rows,
     weighted_sums,
 )
-from lmdeploy.kernels.triton_kernels.decode_pieces import cut, join, keep_part
+from lmdeploy.kernels.triton_kernels.decode_pieces import join, keep_part, own_pieces
 from lmdeploy.kernels.triton_kernels.decode_plain import plain_decode_kernel
 from lmdeploy.kernels.triton_kernels.kv_write import cache_arguments, padded_half, roped_halves, store_row
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
@@ -125,12 +125,9 @@ def _decode_kernel(
     member = first_member + tl.arange(0, M)
     sequence64 = sequence.to(tl.int64)
     table_row = table_ptr + sequence64 * table_stride
-    likely = share * PIECE  # where this program's keys begin, unless the row is long or windowed: its block is looked up while the length is on its way
-    early = tl.load(table_row + tl.minimum(likely // SLOTS, table_stride - 1))
-    kv_len = tl.load(kv_lens_ptr + sequence)
-    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
-    each = tl.maximum(tl.cdiv(count, shares), least)
-    piece, last_piece = share * each, tl.minimum(share * each + each, count)
+    likely, early, kv_len, oldest, begin, size, count, piece, last_piece = own_pieces(
+        table_row, kv_lens_ptr, sequence, share, shares, least, window, table_stride, SLOTS, PIECES, PIECE, CUT
+    )
     if piece < last_piece:
         live, query_head = member < GROUP, head * GROUP + member
         row_ptr = q_ptr + sequence64 * q_stride + query_head * q_head_stride

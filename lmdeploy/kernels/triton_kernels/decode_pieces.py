@@ -20,6 +20,22 @@ def cut(
 
 
 @triton.jit
+def own_pieces(
+    table_row: tl.tensor, kv_lens_ptr: tl.tensor, sequence: tl.tensor, share: tl.tensor, shares: tl.tensor, least: tl.tensor, window: tl.tensor, table_stride: tl.tensor,
+    SLOTS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Of a row and one of its `shares` programs: where the program's keys begin, unless the row is long or windowed, and their block, which is looked up while the
+    length is on its way; the length; the oldest key that is seen; where pieces begin, their size, their number; and the first of the program's own and the one
+    behind its last, which is not above it where there are none."""
+    likely = share * PIECE
+    early = tl.load(table_row + tl.minimum(likely // SLOTS, table_stride - 1))
+    kv_len = tl.load(kv_lens_ptr + sequence)
+    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
+    each = tl.maximum(tl.cdiv(count, shares), least)
+    return likely, early, kv_len, oldest, begin, size, count, share * each, tl.minimum(share * each + each, count)
+
+
+@triton.jit
 def joined(
     sums_ptr: tl.tensor, parts_ptr: tl.tensor, count: tl.tensor, members: tl.tensor,
     HALF: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.triton_kernels.cache_read import SMALLEST, as_operands, attend_tile, block_of, empty_state, finish, weighted_sums
-from lmdeploy.kernels.triton_kernels.decode_pieces import cut, join, keep_part
+from lmdeploy.kernels.triton_kernels.decode_pieces import join, keep_part, own_pieces
 from lmdeploy.kernels.triton_kernels.kv_write import roped_halves
 from lmdeploy.kernels.triton_kernels.overlap import wait_for_previous
 
@@ -131,12 +131,9 @@ def plain_decode_kernel(
     head, first_member = place // tiles, place % tiles * M
     member, sequence64 = first_member + tl.arange(0, M), sequence.to(tl.int64)
     table_row = table_ptr + sequence64 * table_stride
-    likely = share * PIECE  # where this program's keys begin, unless the row is long or windowed: its block is looked up while the length is on its way
-    early = tl.load(table_row + tl.minimum(likely // SLOTS, table_stride - 1))
-    kv_len = tl.load(kv_lens_ptr + sequence)
-    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
-    each = tl.maximum(tl.cdiv(count, shares), least)
-    piece, last_piece = share * each, tl.minimum(share * each + each, count)
+    likely, early, kv_len, oldest, begin, size, count, piece, last_piece = own_pieces(
+        table_row, kv_lens_ptr, sequence, share, shares, least, window, table_stride, SLOTS, PIECES, PIECE, CUT
+    )
     if piece < last_piece:
         own, limit = last_piece - piece, kv_len - 1  # old keys are those below the limit
         start = begin + piece * size

@@ -9,8 +9,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-#: Squares are counted in these (`deferred.py`).
-SQUARES = gl.constexpr(16777216.0)
+from lmdeploy.kernels.triton_kernels.deferred import UNIT as SQUARES
+
 # what later and earlier Tritons call it
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
