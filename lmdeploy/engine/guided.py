@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.grammar_compiler import MOST_LEXERS, GrammarCompiler, reason_of
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler, reason_of
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 
@@ -112,7 +112,7 @@ class GuidedSlots:
         self._own = np.zeros((num_slots, 1), dtype=bool)
         self._guided = np.zeros(num_slots, dtype=bool)
         self._masks: Tensor | None = None  # made with the first grammar
-        self._executor = llguidance.LLExecutor(MOST_LEXERS)  # more threads than locks only wait
+        self._executor = llguidance.LLExecutor(MASK_THREADS)
         self._filler: _Filler | None = None  # with the first grammar
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmdeploy.engine import grammar_compiler
 from lmdeploy.engine.grammar_compiler import MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots, _Filler, forbid
 from lmdeploy.grammar import Grammar
@@ -122,6 +123,23 @@ def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[Gr
         slots.release(slot)
     slots.set(0, SamplingParams(max_new_tokens=9, grammar=digits), [])
     assert len(grammars.prepare(digits).result().matchers) == MOST_LEXERS
+
+
+def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
+    compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars, _ = compiler
+    monkeypatch.setattr(grammar_compiler, "MOST_LEXERS", 3)
+    monkeypatch.setattr(grammar_compiler, "MOST_MORE_LEXERS", 3)
+    early, late = Grammar("regex", "[a-f]{1,30}"), Grammar("regex", "[g-k]{1,30}")
+    for users in range(3 * USERS_TOGETHER):
+        held = grammars.matcher(early, users)
+    assert len(grammars.prepare(early).result().matchers) == 3
+    for users in range(3 * USERS_TOGETHER):
+        grammars.matcher(late, users)
+    assert len(grammars.prepare(late).result().matchers) == 3
+    assert len(grammars.prepare(early).result().matchers) == 1  # four were too many
+    assert held.compute_bitmask() == grammars.matcher(early).compute_bitmask()  # whoever has one goes on with it
 
 
 def test_a_library_that_panics_leaves_nobody_waiting() -> None:
