@@ -69,18 +69,9 @@ class SlotTables:
         if self._keeps_rope_lengths:
             self.rope_lengths[new.slot].fill_(new.rope_length or count)
 
+    @torch.inference_mode()
     def append_blocks(self, new: Iterable[tuple[int, list[int]]]) -> None:
         """Append (slot, blocks) to the slots' block tables, in one copy to the device."""
-        places, numbers = self.note_blocks(new)
-        table = self.blocks.view(-1)
-        if len(places) == 1:  # a prompt alone: straight to its place
-            table[places[0].start : places[0].stop].copy_(torch.from_numpy(np.array(numbers, dtype=np.int32)), non_blocking=True)
-        elif numbers:
-            both = upload(np.array([list(chain.from_iterable(places)), numbers], dtype=np.int64), self.device)
-            table.index_copy_(0, both[0], both[1].int())
-
-    def note_blocks(self, new: Iterable[tuple[int, list[int]]]) -> tuple[list[range], list[int]]:
-        """What `append_blocks` has to do: the places of slots' new blocks among all entries of the tables, and the blocks. They count as appended."""
         places: list[range] = []
         numbers: list[int] = []
         for slot, blocks in new:
@@ -90,7 +81,12 @@ class SlotTables:
                 assert end <= self.max_blocks, f"slot {slot}: {end} blocks, the table has {self.max_blocks}"
                 places.append(range(slot * self.max_blocks + start, slot * self.max_blocks + end))
                 numbers += blocks
-        return places, numbers
+        table = self.blocks.view(-1)
+        if len(places) == 1:  # a prompt alone: straight to its place
+            table[places[0].start : places[0].stop].copy_(torch.from_numpy(np.array(numbers, dtype=np.int32)), non_blocking=True)
+        elif numbers:
+            both = upload(np.array([list(chain.from_iterable(places)), numbers], dtype=np.int64), self.device)
+            table.index_copy_(0, both[0], both[1].int())
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,13 +49,12 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one reference each; the caller has checked `num_free`."""
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        blocks = []
-        for _ in range(count):
-            if not self._free:
-                self._evict_oldest()  # an eviction can free more than one block
-            block = self._free.pop()
+        free = self._free
+        while len(free) < count:
+            self._evict_oldest()  # an eviction can free more than one block
+        blocks = [free.pop() for _ in range(count)]
+        for block in blocks:
             self._refs[block] = 1
-            blocks.append(block)
         return blocks
 
     def acquire(self, blocks: Iterable[int]) -> None:

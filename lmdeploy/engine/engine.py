@@ -106,7 +106,6 @@ class Engine:
         """Compute one step; what it brought each answer. Raises EngineError when the executor is lost."""
         start = time.monotonic()
         ended, self._outputs = self._outputs, []
-        outputs = StepOutputs()
         if self._preparing:
             ended += self._take_prepared(block=not (ended or self._in_flight or self._scheduler.has_unfinished))
         plan = self._scheduler.schedule()
@@ -117,11 +116,11 @@ class Engine:
             raise
         except Exception as e:
             logger.warning("a step failed (%s: %s); its sequences are computed one by one", type(e).__name__, e, exc_info=True)
-            ended += self._isolate()
+            outputs = StepOutputs(others=self._isolate())
         else:
-            if done is not None:
-                outputs = self._scheduler.update(*done)
-        outputs.others[:0] = ended
+            outputs = StepOutputs() if done is None else self._scheduler.update(*done)
+        if ended:
+            outputs.others[:0] = ended
         self._last_step_time = time.monotonic()
         self._step_seconds = self._last_step_time - start
         self._rate.add(self._last_step_time, self._scheduler.counts.generated_tokens)
@@ -261,8 +260,11 @@ class _Rate:
         self._points: deque[tuple[float, int]] = deque()
 
     def add(self, now: float, count: int) -> None:
-        """Note the counter's value; points older than the window go, but for one at its edge."""
+        """Note the counter's value, a hundred times in the window at most; points older than that go, but for one at its edge."""
         points = self._points
+        if len(points) > 1 and now - points[-2][0] < self._seconds / 100:
+            points[-1] = now, count
+            return
         points.append((now, count))
         while len(points) > 2 and points[1][0] < now - self._seconds:
             points.popleft()

@@ -44,10 +44,6 @@ LENGTHS = 512
 KERNEL_ROWS = (1, 8, 16, 32, 64, 128, 192, 384)
 #: sequences with one token beside prompts: few sizes, for there is a graph for each of them and each of PROMPT_TOKENS
 DECODES_BESIDE = (0, 16, 64, 128, 256)
-#: new blocks that come with a step's input
-BLOCKS_ALONG = 64
-#: int64 words before the parts of an input: the places of these blocks, and their numbers, int32
-HEAD = BLOCKS_ALONG + BLOCKS_ALONG // 2
 
 
 def row_buckets(most: int) -> list[int]:
@@ -178,16 +174,13 @@ class _Stage:
     """An input on the host."""
 
     whole: Tensor
-    places: Ints  # of new blocks
-    numbers: NDArray[np.int32]
-    flat: Ints  # behind them
+    flat: Ints  # a view of it
     parts: list[Ints]  # of `flat`
 
     @classmethod
     def of(cls, whole: Tensor, shape: Shape) -> _Stage:
-        """A view of it."""
-        words: Ints = whole.numpy()
-        return cls(whole, words[:BLOCKS_ALONG], words[BLOCKS_ALONG:HEAD].view(np.int32), words[HEAD:], parts_of(shape, words[HEAD:]))
+        """Views of it."""
+        return cls(whole, whole.numpy(), parts_of(shape, whole.numpy()))
 
 
 @dataclass(slots=True)
@@ -221,10 +214,8 @@ class StepGraphs:
         shapes = [*(Shape(size, 0) for size in self._sizes), *mixed]
         self._largest = [shapes[len(self._sizes) - 1], *sorted(mixed, key=lambda shape: (shape.rows, shape.decodes))[-1:]]
         self._filler = tables.tokens.shape[0] - 1
-        longest = HEAD + max(sum(shape.lengths()) for shape in shapes)
+        longest = max(sum(shape.lengths()) for shape in shapes)
         self._inputs = torch.zeros(longest, dtype=torch.int64, device=tables.device)
-        self._block_places, self._block_numbers = self._inputs[:BLOCKS_ALONG], self._inputs[BLOCKS_ALONG:HEAD].view(torch.int32)
-        self._block_table = tables.blocks.view(-1)
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
@@ -270,16 +261,9 @@ class StepGraphs:
         if known.further is None:
             known.further = _further(shape, before, self._filler)
         np.add(before.flat, known.further, out=now.flat)
-        along = 0 < len(new_blocks) <= BLOCKS_ALONG
-        if along:
-            places, numbers = self._tables.note_blocks(new_blocks.items())
-            now.places[:], now.numbers[:] = places[0].start, numbers[0]  # what fills up says the same once more
-            now.places[: len(numbers)], now.numbers[: len(numbers)] = [place.start for place in places], numbers
-        elif new_blocks:
+        if new_blocks:
             self._tables.append_blocks(new_blocks.items())
         known.there.copy_(now.whole, non_blocking=True)
-        if along:
-            self._block_table.index_copy_(0, self._block_places, self._block_numbers)
         graph, tokens = self._graphs[shape]
         graph.replay()
         return tokens
@@ -345,7 +329,7 @@ class StepGraphs:
     def _send(self, layout: StepLayout, shape: Shape) -> None:
         found = self._input_of.get(shape)
         if found is None:
-            total = HEAD + sum(shape.lengths())
+            total = sum(shape.lengths())
             found = self._input_of[shape] = _Input(self._inputs[:total], [_Stage.of(stage[:total], shape) for stage in self._stages])
         stage = found.stages[self._stage]
         self._stage, self._before = (self._stage + 1) % STAGES, None
@@ -373,7 +357,7 @@ class StepGraphs:
 
     def _step(self, shape: Shape) -> Tensor:
         """The whole step, from the device's own tables."""
-        parts = torch.split(self._inputs[HEAD : HEAD + sum(shape.lengths())], list(shape.lengths()))
+        parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
         slots, places = parts[6:]
         inputs = self._builder.on_device(Places(*parts[:6]), [], [], shape.decodes)
         logits = self._logits[: shape.sequences]

@@ -94,11 +94,12 @@ class PrefixCache:
         stack = [top]
         while stack:
             node = stack.pop()
-            stack.extend(node.children.values())
             del self._nodes[node.block]
             self._pool.forget(node.block)
             node.block = -1
-            node.children.clear()
+            if node.children:
+                stack.extend(node.children.values())
+                node.children.clear()
 
     def check_integrity(self) -> None:
         """The tree and the pool agree on what is cached, and every node is reachable by its content."""

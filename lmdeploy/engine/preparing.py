@@ -48,6 +48,9 @@ class Preparing:
     def __len__(self) -> int:
         return sum(w.request.n for w in self._waiting.values())
 
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
     @property
     def unfinished(self) -> list[int]:
         """Ids of the requests."""

@@ -48,8 +48,7 @@ DEAD_END = "no token satisfies the grammar and the request's other limits (logit
 class _Repeat:
     """What lets the next step be the last one once more: a graph computed it, its tokens were taken as they came."""
 
-    rows: Ints  # of the plan, in the order of the step's sequences
-    places: slice  # of the tokens among those of the graph
+    places: Ints  # of the plan's tokens among those of the graph
     left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
 
 
@@ -72,6 +71,7 @@ class ModelRunner:
     ) -> None:
         assert config.max_batch_size is not None
         self.model, self.device, self.dtype = model, device, dtype
+        self._turn = device_turn(device)
         self.max_batch_size, self.max_tokens = config.max_batch_size, config.max_prefill_token_num
         self.scratch = Scratch(self.max_tokens, dtype, device)
         self.pictures = PictureSlots(vision)
@@ -147,7 +147,7 @@ class ModelRunner:
         if self.graphs is None:
             return False
         self._repeat = None
-        with device_turn(self.device):
+        with self._turn:
             return self.graphs.prepare_next()
 
     def set_layout(self, layout: KVLayout) -> None:
@@ -177,11 +177,12 @@ class ModelRunner:
         """Compute a plan; results in the order of its items."""
         return self.launch(plan)()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Begin to compute a plan; the returned function waits for its results, which come in the order of the items. Call it once, before the one after next."""
+        if plan.items.again and self._repeat is not None:
+            return self._launch_again(plan)
         result = StepResult.of(plan)
-        finish = self._launch_again(plan.items, result) if plan.items.again and self._repeat is not None else self._launch(plan, result)
+        finish = self._launch(plan, result)
 
         def wait() -> StepResult:
             if finish is not None:
@@ -190,6 +191,7 @@ class ModelRunner:
 
         return wait
 
+    @torch.inference_mode()
     def _launch(self, plan: StepPlan, result: StepResult) -> Finish | None:
         self._repeat = None
         if plan.released or plan.new:
@@ -207,19 +209,23 @@ class ModelRunner:
             items, rows = self._sound(items, rows)
         if not len(items):
             return None
-        with device_turn(self.device):
+        with self._turn:
             self.tables.append_blocks(items.new_blocks.items())
             return self._compute(items, rows) or self.arrivals.end()
 
-    def _launch_again(self, items: Items, result: StepResult) -> Finish:
+    def _launch_again(self, plan: StepPlan) -> Callable[[], StepResult]:
         """The step before once more, each of its sequences a token further: nothing else has changed that would have to be looked at."""
         repeat, self._repeat = self._repeat, None
         assert repeat is not None and self.graphs is not None
-        with device_turn(self.device):
-            finish = self._fetch(self.graphs.again(items.new_blocks), Rows(result, repeat.rows), repeat.places)
+        with self._turn:
+            arrived = self.arrivals.begin(self.graphs.again(plan.items.new_blocks), repeat.places)
         repeat.left -= 1
         self._repeat = repeat if repeat.left else None
-        return finish
+
+        def wait() -> StepResult:
+            return StepResult.plain(plan.step, arrived(), NO_TOKEN)
+
+        return wait
 
     def _sound(self, items: Items, rows: Rows) -> tuple[Items, Rows]:
         """Without the items whose slots could not be set up, which have an error instead."""
@@ -285,7 +291,7 @@ class ModelRunner:
         """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
             if isinstance(ran.places, slice) and len(results) == len(results.result.tokens):
-                self._repeat = _Repeat(results.places, ran.places, REPEATS)
+                self._repeat = _Repeat(np.argsort(results.places), REPEATS)
             return self._fetch(ran.tokens, results, ran.places)
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
@@ -378,7 +384,7 @@ class ModelRunner:
     def _graph_bytes(self) -> int:
         """What graphs take beside the cache: the memory of the largest one, which all share, and room for what each needs of the driver's."""
         trim()
-        with device_turn(self.device):  # another engine of this process may be at work
+        with self._turn:  # another engine of this process may be at work
             before = free_bytes(self.device)
             graphs = self._make_graphs()
             graphs.warm_up()

@@ -6,7 +6,7 @@ one by one only where something else happens to them. Knows no blocks but their 
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdeploy.engine.plan import Ints, Items, StepResult
-from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, REQUEST, SAMPLES, Sequence
+from lmdeploy.engine.plan import ONE, Ints, Items, StepResult, any_of
+from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, PUBLISHED, REQUEST, SAMPLES, Sequence, TokenLog
 from lmdeploy.messages import StepOutputs
 
 #: so many tokens that end answers are looked for one by one
 FEW_STOPS = 4
+#: steps whose tokens are kept side by side before sequences take them over
+LOGGED = 128
 
 
 @dataclass(slots=True)
@@ -31,8 +33,11 @@ class _Steady:
     starts: Ints  # where the next tokens are
     ones: Ints
     all: NDArray[np.bool_]
-    active: Ints  # 1 for each slot that is in `order`, else 0
+    launched: Ints  # what a launch changes of the counts of all slots, as they lie in the table
+    arrived: Ints  # and what a result does
     left: int  # steps until one may have its last token
+    room: int  # steps for which all have blocks
+    stamp: Stamp | None = None  # of all their plans
     names: tuple[list[int], list[int]] | None = None  # the answers' requests and indices, when they were first asked for
 
 
@@ -50,17 +55,18 @@ class Running:
 
     def __init__(self, num_slots: int, block_size: int) -> None:
         self._block_size = block_size
+        self._ahead = max(block_size // 2, 1)  # steps for which sequences get blocks at once
         self._sequences: list[Sequence] = []
         self._holders: dict[int, Sequence] = {}  # by slot
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._epochs = np.zeros(num_slots, dtype=np.int64)
         self._leavings = 0
         self._table = table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
-        self._launched, self._pending, self._arrived = table[COMPUTED : PENDING + 1], table[PENDING], table[KNOWN : DONE + 1]
-        self._tails = np.zeros((num_slots, block_size), dtype=np.int32)  # the last tokens of each slot; see `Sequence.take_slot`
-        self._flat_tails = self._tails.reshape(-1)
+        self._launched, self._pending, self._arrived = table[COMPUTED : PENDING + 1], table[PENDING], table[PENDING : DONE + 1]
+        self._log = TokenLog(LOGGED, num_slots)
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
+        self._stop_arrays: list[Ints] | None = None  # these tokens; None = to be made again
         self._steady: _Steady | None = None  # holds while `_order` is its order
 
     def __len__(self) -> int:
@@ -89,10 +95,11 @@ class Running:
     def enter(self, seq: Sequence) -> None:
         """Give a sequence a slot."""
         slot = self._free_slots.pop()
-        seq.take_slot(slot, self._table[:, slot], self._tails[slot])
+        seq.take_slot(slot, self._table[:, slot], self._log)
         self._holders[slot] = seq
         insort(self._sequences, seq, key=_arrival)
         self._stops.update(seq.stop_ids)
+        self._stop_arrays = None
         self._order = None
 
     def leave(self, seq: Sequence) -> None:
@@ -102,6 +109,7 @@ class Running:
             self._stops[token] -= 1
             if not self._stops[token]:
                 del self._stops[token]
+                self._stop_arrays = None
         del self._holders[seq.slot]
         self._free_slots.append(seq.slot)
         self._epochs[seq.slot] += 1
@@ -112,7 +120,11 @@ class Running:
     def stamp(self, items: Items) -> Stamp:
         """To know later who of these still has his slot."""
         steady = self._steady if items.again else None
-        return Stamp(self._leavings, self._epochs[items.slots] if steady is None else steady.epochs, steady)
+        if steady is None:
+            return Stamp(self._leavings, self._epochs[items.slots], None)
+        if steady.stamp is None:
+            steady.stamp = Stamp(self._leavings, steady.epochs, steady)
+        return steady.stamp
 
     def remaining(self, items: Items, stamp: Stamp) -> NDArray[np.bool_]:
         """Which of these still have their slots."""
@@ -126,14 +138,16 @@ class Running:
             self._order = np.array([seq.slot for seq in self._sequences], dtype=np.int64)
         return self._order
 
-    def shares(self, budget_of: Callable[[int, int], int]) -> tuple[Items, list[tuple[int, int]], int]:
-        """What each sequence computes next, perhaps no token, in order of arrival; how many blocks the rows that lack some lack; and the budget that was kept
-        to, which `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
+    def shares(self, budget_of: Callable[[int, int], int], num_free: int) -> tuple[Items, list[tuple[int, int]], int]:
+        """What each sequence computes next, perhaps no token, in order of arrival; how many blocks the rows that lack some are to get, of so many free ones; and
+        the budget that was kept to, which `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
         order, table, steady = self._standing(), self._table, self._steady
         if steady is not None and steady.order is order and steady.left and (budget := budget_of(len(order), 0)) >= len(order):
             starts = steady.starts
-            steady.starts, steady.left = starts + 1, steady.left - 1
-            lacking = [(row, 1) for row in (starts % self._block_size == 0).nonzero()[0].tolist()]
+            steady.starts, steady.left, steady.room = starts + ONE, steady.left - 1, steady.room - 1
+            lacking: list[tuple[int, int]] = []
+            if steady.room < 0:
+                lacking, steady.room = self._lacking(steady.starts, steady.ones, num_free)
             return Items(order, starts, steady.ones, steady.all, {}, again=True), lacking, budget
         pending, computed = table[PENDING][order], table[COMPUTED][order]
         known, limit = table[KNOWN][order] + pending, table[LIMIT][order]
@@ -145,12 +159,43 @@ class Running:
         ends = computed + counts
         sample = (ends == known) & (table[SAMPLES][order] > 0)
         if ones == len(order) and sample.all():
-            active = np.zeros(table.shape[1], dtype=np.int64)
-            active[order] = 1
-            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, active, max(int((limit - known).min()) - 2, 0))
-        lack = -(-ends // self._block_size) - table[BLOCKS][order]
+            launched, arrived = np.zeros_like(self._launched), np.zeros_like(self._arrived)
+            launched[:, order], arrived[:, order] = 1, [[-1], [1], [1]]
+            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, launched, arrived, max(int((limit - known).min()) - 2, 0), 0)
+        lacking, _ = self._lacking(ends, counts, num_free)
+        return Items(order, computed, counts, sample, {}), lacking, budget
+
+    def _lacking(self, ends: Ints, counts: Ints, num_free: int) -> tuple[list[tuple[int, int]], int]:
+        """How many blocks the rows that lack some are to get, when `counts` tokens up to `ends` are computed; and for how many more steps of a token all then
+        have blocks. Where there are plenty, those that will lack one soon get it, too: a few hundred sequences are looked at together every few steps, not a few in each."""
+        order, size = self._standing(), self._block_size
+        held, limit = self._table[BLOCKS][order], self._table[LIMIT][order]
+        lack = -(-ends // size) - held
+        if lack.max() > 0:
+            soon = -(-np.maximum(np.minimum(ends + (self._ahead - 1), limit - 1), ends) // size) - held
+            soon[counts == 0] = 0
+            if np.maximum(soon, 0).sum() + len(order) <= num_free:
+                lack = soon
         rows = (lack > 0).nonzero()[0]
-        return Items(order, computed, counts, sample, {}), list(zip(rows.tolist(), lack[rows].tolist(), strict=True)), budget
+        room = (held + np.maximum(lack, 0)) * size - ends
+        return list(zip(rows.tolist(), lack[rows].tolist(), strict=True)), int(room.min())
+
+    def hand_out(self, lacking: list[tuple[int, int]], blocks: list[int]) -> dict[int, list[int]]:
+        """Give the rows that are left of these so many blocks each; what each got, by slot."""
+        slots, given, at = self._standing().tolist(), {}, 0
+        held = self._table[BLOCKS]
+        for row, count in lacking[: bisect_left(lacking, (len(slots), 0))]:
+            given[slots[row]] = new = blocks[at : at + count]
+            self._sequences[row].blocks += new
+            held[slots[row]] += count
+            at += count
+        return given
+
+    def unpublished(self) -> list[Sequence]:
+        """Those with full blocks that the prefix cache was not offered."""
+        order, table = self._standing(), self._table
+        rows = (table[DONE][order] // self._block_size > table[PUBLISHED][order]).nonzero()[0]
+        return [self._sequences[row] for row in rows.tolist()]
 
     def unsettle(self) -> None:
         """Their counts were changed from outside."""
@@ -166,47 +211,51 @@ class Running:
         """A plan with these items is launched."""
         if items.again:
             assert self._steady is not None
-            self._launched += self._steady.active
+            self._launched += self._steady.launched
             return
         self._table[COMPUTED][items.slots] = items.starts + items.counts
         self._pending[items.slots] += items.sample
 
     # ------------------------------------------------------------------ what it brought
 
-    def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[Sequence], list[int]]:
-        """Add the tokens of the rows that brought nothing else; whose of these have filled a block, and the other rows that still count, which are to be looked at."""
+    def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[int]]:
+        """Add the tokens of the rows that brought nothing else; the other rows that still count, which are to be looked at."""
         tokens, steady, table = result.tokens, stamp.steady, self._table
         if steady is not None and stamp.leavings == self._leavings and not result.more and not self._any_stops(tokens):
-            full = self._keep(items.slots, items.starts + 1, tokens)
-            self._pending -= steady.active
-            self._arrived += steady.active
+            self._keep(items.slots, tokens)
+            self._arrived += steady.arrived
             if steady.names is None:
                 steady.names = table[REQUEST][steady.order].tolist(), table[INDEX][steady.order].tolist()
-            return StepOutputs(*steady.names, tokens.tolist()), full, []
+            return StepOutputs(*steady.names, tokens.tolist()), []
         valid = self.remaining(items, stamp)
         plain = self._only_tokens(items, result) & valid
         slots, done, tokens = items.slots[plain], items.starts[plain] + 1, tokens[plain]
-        full = self._keep(slots, done, tokens)
+        absent = np.zeros(table.shape[1], dtype=bool)
+        absent[self._standing()], absent[slots] = True, False
+        for slot in absent.nonzero()[0].tolist():
+            self._holders[slot].catch_up()
+        self._keep(slots, tokens)
         table[DONE][slots] = done
         self._pending[slots] -= 1
         table[KNOWN][slots] += 1
         outputs = StepOutputs(table[REQUEST][slots].tolist(), table[INDEX][slots].tolist(), tokens.tolist())
-        return outputs, full, (valid & ~plain).nonzero()[0].tolist()
+        return outputs, (valid & ~plain).nonzero()[0].tolist()
 
-    def _keep(self, slots: Ints, done: Ints, tokens: Ints) -> list[Sequence]:
-        """Put tokens, not counted yet, behind so many others; whose last block is full with these. Sequences take their tokens over a block at a time."""
-        places = done % self._block_size
-        full = [self._holders[slot] for slot in slots[places == 0].tolist()]
-        for seq in full:
-            seq.catch_up()
-        self._flat_tails[slots * self._block_size + places] = tokens
-        return full
+    def _keep(self, slots: Ints, tokens: Ints) -> None:
+        """Note tokens that are not counted yet."""
+        if self._log.used == len(self._log.rows):
+            for seq in self._sequences:
+                seq.catch_up()
+            self._log.used = 0
+        self._log.add(slots, tokens)
 
     def _any_stops(self, tokens: Ints) -> bool:
         """Whether one of the tokens may end an answer."""
         if len(self._stops) > FEW_STOPS:
             return not self._stops.keys().isdisjoint(tokens.tolist())
-        return any((tokens == token).any() for token in self._stops)
+        if self._stop_arrays is None:
+            self._stop_arrays = [np.array(token) for token in self._stops]
+        return any(any_of(tokens == stop) for stop in self._stop_arrays)
 
     def _only_tokens(self, items: Items, result: StepResult) -> NDArray[np.bool_]:
         """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens."""
@@ -229,10 +278,11 @@ class Running:
         if (steady := self._steady) is not None and steady.order is self._order and steady.left:
             table, order = self._table, steady.order
             assert (steady.starts == table[COMPUTED][order]).all() and (steady.starts + 1 == table[KNOWN][order] + table[PENDING][order]).all()
+            assert steady.room <= (table[BLOCKS][order] * self._block_size - steady.starts).min()
             assert (steady.starts >= table[PROMPT][order]).all() and (steady.starts + steady.left + 1 < table[LIMIT][order]).all()
         for seq in self:
             assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
-            assert 0 <= seq.num_behind <= self._block_size and seq.counts.item(LIMIT) == seq.max_tokens
+            assert 0 <= seq.num_behind <= self._log.used and seq.counts.item(LIMIT) == seq.max_tokens
 
 
 def _arrival(seq: Sequence) -> int:

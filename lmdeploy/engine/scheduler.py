@@ -25,7 +25,7 @@ from lmdeploy.engine.pace import COUNTED, Fill, Pace, is_paced, tokens_needed
 from lmdeploy.engine.plan import NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.prefix_cache import PrefixCache, RootKey
 from lmdeploy.engine.running import Running, Stamp
-from lmdeploy.engine.sequence import BLOCKS, Sequence
+from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason, StepOutputs
 
 
@@ -63,14 +63,6 @@ class Counts:
     failed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A plan whose result is not known, and who had its slots then."""
-
-    plan: StepPlan
-    stamp: Stamp
-
-
 class Scheduler:
     """Owns all sequences and blocks."""
 
@@ -86,7 +78,7 @@ class Scheduler:
         self._sharers: list[Sequence] = []  # waiting, yet holding blocks of their leader's prompt
         self._pace = None if limits.pace is None else Pace(limits.pace)
         self._released: list[int] = []  # slots that the rank has not been told to forget
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[tuple[StepPlan, Stamp]] = deque()  # plans whose results are not known, and who had their slots then
         self._next_arrival = 0
         self._next_step = 0
 
@@ -167,19 +159,18 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before results are seen."""
         items, budget = self._schedule_running()
-        new = self._schedule_waiting(budget - int(items.counts.sum())) if self._waiting else []
-        if new:
-            items = items.joined([item for _, item in new])
-        if not len(items):
-            return None
-        return self._launch([sequence for sequence, _ in new], items)
+        new: list[NewSequence] = []
+        if self._waiting and (started := self._schedule_waiting(budget - int(items.counts.sum()))):
+            new = [sequence for sequence, _ in started]
+            items = items.joined([item for _, item in started])
+        return self._launch(new, items) if len(items) else None
 
     def _launch(self, new: list[NewSequence], items: Items) -> StepPlan:
         """The plan of these items; it counts as in flight."""
         plan = StepPlan(self._next_step, self._released, new, items)
         self._released = []
         self._next_step += 1
-        self._flights.append(_Flight(plan, self._running.stamp(items)))
+        self._flights.append((plan, self._running.stamp(items)))
         return plan
 
     def _budget(self, decodes: int, unread: int) -> int:
@@ -195,8 +186,11 @@ class Scheduler:
             if len(self._waiting) > COUNTED:
                 return most
             unread += sum(seq.num_tokens - seq.num_computed for _, seq in self._waiting if not seq.ended)
-        tokens = next((tokens for answers, tokens in fill.beside if decodes <= answers), most)
-        return min(most, decodes + tokens) if unread <= fill.most else most
+        if unread <= fill.most:
+            for answers, tokens in fill.beside:
+                if decodes <= answers:
+                    return min(most, decodes + tokens)
+        return most
 
     def _tokens_needed(self, unread: int) -> float:
         """Tokens of prompts a step with which all that wait end no later than the last one of their batch that runs; inf where that cannot be said."""
@@ -213,14 +207,11 @@ class Scheduler:
         running = self._running
         if not running:
             return Items.of(()), self._budget(0, 0)
-        items, lacking, budget = running.shares(self._budget)
-        for i, missing in lacking:
-            if i >= len(running) or not self._make_room(seq := running[i], missing):
-                break  # it, or one before it, was the last one, and had to go
-            new = self.pool.allocate(missing)
-            seq.blocks += new
-            seq.counts[BLOCKS] += len(new)
-            items.new_blocks[seq.slot] = new
+        items, lacking, budget = running.shares(self._budget, self.pool.num_free)
+        if lacking:
+            while (missing := sum(count for row, count in lacking if row < len(running))) > self.pool.num_free:
+                self._give_way()
+            items.new_blocks = running.hand_out(lacking, self.pool.allocate(missing))
         computed = items.counts[: len(running)]  # pre-emption shortens the list from its end
         if len(computed) < len(items) or not (items.again or computed.all()):
             items = items.take(np.flatnonzero(computed))
@@ -259,6 +250,7 @@ class Scheduler:
         if seq.retry_version == pool.version:
             return False  # nothing was released since
         shares = bool(seq.blocks)
+        self._publish_running()
         hits, node = ([], None) if shares or self.cache is None else self.cache.match(seq.root_key, partial(seq.content, size=size), seq.max_reusable)
         missing = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits)
         room = pool.num_free - sum(pool.references(block) == 0 for block in hits)
@@ -281,17 +273,12 @@ class Scheduler:
             self.counts.cached_tokens += seq.num_done
         return True
 
-    def _make_room(self, seq: Sequence, missing: int) -> bool:
-        """Free blocks for a running sequence, at the cost of the last arrived; False when that was `seq` itself."""
-        while self.pool.num_free < missing:
-            if self._sharers:
-                self._unshare(self._sharers[-1])
-                continue
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
+    def _give_way(self) -> None:
+        """Free blocks for running sequences, at the cost of the last arrived, which may be one of them."""
+        if self._sharers:
+            self._unshare(self._sharers[-1])
+        else:
+            self._preempt(self._running[-1])
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the waiting ones, to be computed again; its full blocks stay in the prefix cache while nobody needs them."""
@@ -309,6 +296,7 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Give back slot and blocks; what is in flight for the sequence becomes void."""
         self._released.append(seq.slot)
+        self._publish(seq)
         self.pool.release(seq.blocks)
         seq.blocks = []
         seq.node, seq.num_published = None, 0
@@ -323,15 +311,14 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> StepOutputs:
         """Take in the result of the oldest plan in flight."""
-        flight = self._flights.popleft()
-        assert flight.plan is plan and result.step == plan.step and len(result.tokens) == len(plan.items), "results must come in the order of the plans"
+        launched, stamp = self._flights.popleft()
+        assert launched is plan and result.step == plan.step and len(result.tokens) == len(plan.items), "results must come in the order of the plans"
         self.counts.steps += 1
         items = plan.items
-        outputs, full, rows = self._running.take_tokens(items, result, flight.stamp)
+        outputs, rows = self._running.take_tokens(items, result, stamp)
         self.counts.generated_tokens += len(outputs)
-        if self.cache is not None:
-            for seq in full:
-                self._publish(seq, self.cache)
+        if items.new_blocks:
+            self._publish_running()  # those who needed a block have filled one
         for row in rows:
             output = self._take_result(self._running.at(items.slots.item(row)), items[row], result.tokens.item(row), result.more.get(row, NOTHING_MORE))
             if output is not None:
@@ -343,8 +330,7 @@ class Scheduler:
             return self._fail(seq, more.error, more.error_code)
         assert (token >= 0) == item.sample, f"slot {item.slot}: token {token} for sample={item.sample}"
         seq.num_done = item.start + item.num_tokens
-        if seq.num_done // self.limits.block_size > seq.num_published and self.cache is not None:
-            self._publish(seq, self.cache)
+        self._publish(seq)
         if seq.siblings and seq.num_done // self.limits.block_size >= self._shared_blocks(seq):
             self._share(seq)
         if not item.sample:
@@ -365,14 +351,23 @@ class Scheduler:
             return "stop"
         return "length" if seq.num_known >= seq.max_tokens else None
 
-    def _publish(self, seq: Sequence, cache: PrefixCache) -> None:
+    def _publish_running(self) -> None:
+        """Offer what running sequences have added since: before the prefix cache is asked, so that it need not be done in each step."""
+        if self.cache is not None:
+            for seq in self._running.unpublished():
+                self._publish(seq)
+
+    def _publish(self, seq: Sequence) -> None:
         """Offer the full blocks that are now certain to the prefix cache."""
-        size, full = self.limits.block_size, seq.num_done // self.limits.block_size
-        while seq.num_published < full:
-            i = seq.num_published
-            node = cache.publish(seq.root_key, seq.node, seq.content(i, size), seq.blocks[i])
+        cache, size = self.cache, self.limits.block_size
+        if cache is None:
+            return
+        node, known, full = seq.node, seq.num_published, seq.num_done // size
+        while known < full:
+            node = cache.publish(seq.root_key, node, seq.content(known, size), seq.blocks[known])
             # its prefix was someone else's copy and has been evicted: publish our own from the start
-            seq.node, seq.num_published = node, (0 if node is None else i + 1)
+            known = 0 if node is None else known + 1
+        seq.node, seq.num_published = node, known
 
     def _shared_blocks(self, seq: Sequence) -> int:
         """Blocks of the prompt that the answers of one request share: full ones, without the last token."""
@@ -425,10 +420,9 @@ class Scheduler:
         """Forget all plans in flight, as their results will not come; returns the sequences in them that still run, oldest first."""
         held: set[int] = set()
         released: list[int] = []
-        for flight in self._flights:
-            released += flight.plan.released
-            items = flight.plan.items
-            held.update(items.slots[self._running.remaining(items, flight.stamp)].tolist())
+        for plan, stamp in self._flights:
+            released += plan.released
+            held.update(plan.items.slots[self._running.remaining(plan.items, stamp)].tolist())
         self._flights.clear()
         self._released = list(dict.fromkeys(released + self._released))  # the rank may not have seen them
         found = [seq for seq in self._running if seq.slot in held]
@@ -445,7 +439,7 @@ class Scheduler:
 
     def fail(self, seq: Sequence, message: str) -> list[EngineOutput]:
         """The step of the solo plan of `seq` failed too: the sequence ends with an error."""
-        released = self._flights.pop().plan.released
+        released = self._flights.pop()[0].released
         assert not self._flights
         self._released = list(dict.fromkeys(released + self._released))
         return [self._fail(seq, message)]

@@ -18,8 +18,27 @@ from lmdeploy.engine.prefix_cache import Node, RootKey
 from lmdeploy.messages import EngineRequest, SamplingParams, TokenLogprobs
 
 #: columns of a sequence's counts: a launch changes the first two, a result the second and the two behind it
-COMPUTED, PENDING, KNOWN, DONE, BLOCKS, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(10)
-_NO_TAIL = np.zeros(1, dtype=np.int32)
+COMPUTED, PENDING, KNOWN, DONE, BLOCKS, PUBLISHED, PROMPT, LIMIT, SAMPLES, REQUEST, INDEX = range(11)
+
+
+class TokenLog:
+    """The latest tokens of all slots, a row for each step: a step's tokens are written side by side, and who asks for a sequence's own finds them here."""
+
+    def __init__(self, num_rows: int, num_slots: int) -> None:
+        self.rows = np.zeros((num_rows, num_slots), dtype=np.int32)
+        self.used = 0  # rows
+
+    def add(self, slots: Ints, tokens: Ints) -> None:
+        """A row: a token of each of these slots, of which each has one in every row since it was asked for last."""
+        self.rows[self.used, slots] = tokens
+        self.used += 1
+
+    def last(self, slot: int, count: int) -> bytes:
+        """So many of the slot's tokens."""
+        return self.rows[self.used - count : self.used, slot].tobytes()
+
+
+_NO_LOG = TokenLog(0, 0)
 
 
 class Sequence:
@@ -31,8 +50,8 @@ class Sequence:
 
     __slots__ = (
         *("request", "index", "arrival", "sampling", "max_tokens", "stop_ids", "prompt_len", "ended", "root_key"),
-        *("counts", "_ids", "_tail", "blocks", "slot", "retry_version", "siblings"),
-        *("node", "num_published", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
+        *("counts", "_ids", "_log", "blocks", "slot", "retry_version", "siblings"),
+        *("node", "num_cached", "wants_rows", "wants_all_rows", "rows_done", "prompt_logprobs", "embedding"),
         *("created", "queue_seconds", "compiled"),
     )
 
@@ -44,14 +63,13 @@ class Sequence:
         self.max_tokens = max_tokens  # prompt + answer end here at the latest
         self.stop_ids: frozenset[int] = frozenset() if sampling.ignore_eos else frozenset(sampling.stop_token_ids)
         self.root_key = root_key  # the prefixes that it may share
-        self._ids = array("i", request.token_ids)  # of `token_ids`, those that are not in the tail only; numbers in a row, which can be compared as bytes
-        self._tail = _NO_TAIL
+        self._ids = array("i", request.token_ids)  # of `token_ids`, those that are not in the log only; numbers in a row, which can be compared as bytes
+        self._log = _NO_LOG
         self.prompt_len = length = len(request.token_ids)
-        self.counts: Ints = np.array([0, 0, length, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
+        self.counts: Ints = np.array([0, 0, length, 0, 0, 0, length, max_tokens, sampling.max_new_tokens > 0, request.request_id, index])
         self.blocks: list[int] = []  # block table; each entry holds one reference
         self.slot = -1  # place on the rank; -1 while waiting
         self.node: Node | None = None  # the last published block in the prefix cache
-        self.num_published = 0  # leading blocks that were found in or offered to the prefix cache
         self.num_cached = -1  # prompt tokens found in the prefix cache at the first start; -1 = not started
         self.retry_version = -1  # pool.version at which there was no room
         self.siblings: list[Sequence] = []  # answers that wait for this one's prompt
@@ -65,30 +83,28 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.embedding: NDArray[np.float64] | None = None  # [M], pooled so far
 
-    def take_slot(self, slot: int, row: Ints, tail: NDArray[np.int32]) -> None:
-        """Move the counts to the row of a slot. `tail`: where others may put new tokens while they count them, each at its place modulo the length, if they
-        call `catch_up` before they come round to the first place."""
+    def take_slot(self, slot: int, row: Ints, log: TokenLog) -> None:
+        """Move the counts to the row of a slot. `log`: where others may put new tokens while they count them, if they call `catch_up` before a row there is
+        without one, and before it begins anew."""
         row[:] = self.counts
         row[BLOCKS] = len(self.blocks)
-        self.slot, self.counts, self._tail = slot, row, tail
+        self.slot, self.counts, self._log = slot, row, log
 
     def leave_slot(self) -> None:
         """Without slot and blocks nothing is computed."""
         self.catch_up()
-        self.slot, self.counts, self._tail = -1, self.counts.copy(), _NO_TAIL
-        self.counts[[PENDING, COMPUTED, DONE, BLOCKS]] = 0
+        self.slot, self.counts, self._log = -1, self.counts.copy(), _NO_LOG
+        self.counts[[PENDING, COMPUTED, DONE, BLOCKS, PUBLISHED]] = 0
 
     @property
     def num_behind(self) -> int:
-        """Known tokens that are in the tail only."""
+        """Known tokens that are in the log only."""
         return self.num_known - len(self._ids)
 
     def catch_up(self) -> None:
-        """Take over the tokens that are in the tail only."""
-        behind = self.num_behind
-        if behind:
-            first = len(self._ids) % len(self._tail)
-            self._ids.frombytes(self._tail[first : first + behind].tobytes())
+        """Take over the tokens that are in the log only."""
+        if behind := self.counts.item(KNOWN) - len(self._ids):
+            self._ids.frombytes(self._log.last(self.slot, behind))
 
     @property
     def token_ids(self) -> list[int]:
@@ -138,6 +154,15 @@ class Sequence:
     @num_done.setter
     def num_done(self, count: int) -> None:
         self.counts[DONE] = count
+
+    @property
+    def num_published(self) -> int:
+        """Leading blocks that were found in or offered to the prefix cache."""
+        return self.counts.item(PUBLISHED)
+
+    @num_published.setter
+    def num_published(self, count: int) -> None:
+        self.counts[PUBLISHED] = count
 
     def content(self, block: int, size: int) -> bytes:
         """What the prefix cache compares of a full block of so many tokens: these, but of those that stand for a picture, which one it is, and which of its parts."""

@@ -7,11 +7,13 @@ prefixes, pre-emption, failed steps of others or running ahead do, an answer tha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from unittest import mock
 
 import hypothesis.strategies as st
 import msgspec
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lmdeploy.engine import running
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.pace import Fill
 from lmdeploy.errors import RequestError
@@ -94,10 +96,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(2, 12),
-        block_size=st.integers(1, 4),
+        block_size=st.sampled_from([1, 2, 3, 4, 4, 8, 16]),
         max_batch_size=st.integers(1, 5),
         budget=st.integers(1, 12),
         session_len=st.integers(10, 40),
+        logged=st.integers(1, 5),
         caching=st.booleans(),
         rope=st.booleans(),
         fill=st.none()
@@ -111,6 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_size: int,
         budget: int,
         session_len: int,
+        logged: int,
         caching: bool,
         rope: bool,
         fill: Fill | None,
@@ -118,16 +122,17 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         self.rank = FakeRank(num_blocks, block_size, max_batch_size, session_len, vocab_size=VOCAB, rope_depends_on_length=rope)
         self.rank.poison, self.rank.bad_draw = POISON, BAD_DRAW
-        self.engine = Engine(
-            self.rank,
-            max_prefill_token_num=budget,
-            max_waiting=1000,
-            enable_prefix_caching=caching,
-            rope_depends_on_length=rope,
-            run_ahead=self.run_ahead,
-            fill=fill,
-            pace=pace,
-        )
+        with mock.patch.object(running, "LOGGED", logged):
+            self.engine = Engine(
+                self.rank,
+                max_prefill_token_num=budget,
+                max_waiting=1000,
+                enable_prefix_caching=caching,
+                rope_depends_on_length=rope,
+                run_ahead=self.run_ahead,
+                fill=fill,
+                pace=pace,
+            )
         self.requests: dict[int, EngineRequest] = {}
         self.answers: dict[tuple[int, int], Answer] = {}
         self.aborted: set[int] = set()

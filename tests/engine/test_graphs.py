@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lmdeploy.engine import graphs as graphs_of_steps
 from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, SlotTables
-from lmdeploy.engine.graphs import HEAD, Shape, StepGraphs, device_turn, in_shape, lay_out, parts_of, row_buckets
+from lmdeploy.engine.graphs import Shape, StepGraphs, device_turn, in_shape, lay_out, parts_of, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.inputs import Scratch
@@ -99,7 +99,7 @@ def test_every_shape_fits_the_buffers_and_none_has_the_rows_that_cublas_is_slow_
     graphs = Captures()
     while graphs.prepare_next():
         pass
-    assert all(HEAD + sum(shape.lengths()) <= len(graphs._inputs) and shape.sequences <= len(graphs._logits) and shape.rows != 136 for shape in graphs.noted)
+    assert all(sum(shape.lengths()) <= len(graphs._inputs) and shape.sequences <= len(graphs._logits) and shape.rows != 136 for shape in graphs.noted)
     assert set(graphs._largest) <= set(graphs.noted) and max(shape.rows for shape in graphs.noted) == max(shape.rows for shape in graphs._largest) <= max(
         rows, 8
     )
@@ -236,6 +236,6 @@ def test_a_step_again_is_laid_out_as_the_step_itself(runs: list[tuple[list[int],
             assert shape is not None
             wanted = np.zeros(sum(shape.lengths()), dtype=np.int64)
             lay_out(layout, shape, FILLER, parts_of(shape, wanted))
-            assert np.array_equal(graphs._inputs[HEAD : HEAD + len(wanted)].numpy(), wanted)
+            assert np.array_equal(graphs._inputs[: len(wanted)].numpy(), wanted)
             if new:
                 assert graphs._tables.blocks[0, :5].tolist() == [0, 1, 2, 50 + further, 4]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.pace import Fill
+from lmdeploy.engine.plan import StepPlan
 from lmdeploy.engine.prefix_cache import RootKey
+from lmdeploy.engine.running import Running
+from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
 from tests.engine.fake_rank import FakeRank, expected_tokens, key_chain
 from tests.engine.machine import EngineMachine
@@ -238,6 +242,28 @@ def test_blocks_of_a_running_answer_are_shared() -> None:
     assert engine.stats().used_blocks == 5  # 3 shared, and 1 each
 
 
+def test_generated_blocks_of_a_running_answer_are_found_by_a_request_that_comes_meanwhile() -> None:
+    """They are not published in each step, but before the prefix cache is asked."""
+    engine = build(FakeRank(num_blocks=32, block_size=8), run_ahead=1)
+    answer = expected_tokens(PROMPT, 30)
+    engine.add(request(0, max_new_tokens=30))
+    cached = {}
+    for known in range(30):  # tokens of the answer
+        cached |= {output.request_id: output.num_cached for output in engine.step() if output.request_id}
+        if known in (11, 12, 20):
+            engine.add(request(known, PROMPT + answer[:known] + [96] * 9, max_new_tokens=1))
+    assert cached == {11: 16, 12: 24, 20: 32}, "without the last token, which is not computed"
+
+
+def test_an_aborted_answer_leaves_its_full_blocks_in_the_cache() -> None:
+    engine = build(FakeRank(num_blocks=32), run_ahead=1)
+    engine.add(request(1, max_new_tokens=30))
+    for _ in range(10):
+        engine.step()
+    engine.abort(1)
+    assert finish(engine, request(2, PROMPT + expected_tokens(PROMPT, 9)))[2, 0][-1].num_cached == 20
+
+
 def test_a_copy_whose_published_prefix_was_evicted_publishes_its_own() -> None:
     engine = build(FakeRank(num_blocks=12))
     engine.add(request(1, PROMPT[:9], max_new_tokens=1))
@@ -406,6 +432,45 @@ def test_the_oldest_is_never_preempted_and_gets_a_token_in_every_step() -> None:
         got += [t for o in engine.step() if o.request_id == 0 for t in o.token_ids]
         assert len(got) == i
     assert got == expected_tokens([9] * 3, 13) and engine.stats().preemptions > 0
+
+
+def new_blocks(plans: list[StepPlan]) -> list[list[int]]:
+    """How many new blocks each plan's items have."""
+    return [[len(item.new_blocks) for item in plan.items if item.new_blocks] for plan in plans]
+
+
+def test_answers_that_will_need_a_block_soon_get_it_with_the_first_that_does() -> None:
+    """Within half a block; only where one is left for each, and none that an answer will not need."""
+    rank = FakeRank(num_blocks=16, block_size=16, max_batch_size=4, session_len=64)
+    engine = build(rank)
+    for i, length in enumerate((16, 14, 13, 8)):
+        engine.add(request(i, [i + 1] * length, max_new_tokens=2 if i == 1 else 20))
+    for _ in range(10):
+        engine.step()
+        engine.scheduler.check_integrity()
+    assert new_blocks(rank.plans) == [[1, 1, 1, 1], [1, 1], *([[]] * 7), [1]]
+    assert [item.start for item in rank.plans[1].items if item.new_blocks] == [16, 13], "the second one ends before, the fourth needs its own eight steps later"
+    finish(engine)
+    rank = FakeRank(num_blocks=8, block_size=16, max_batch_size=3, session_len=64)
+    engine = build(rank)
+    for i, length in enumerate((16, 15, 14)):
+        engine.add(request(i, [i + 1] * length, max_new_tokens=30))
+    for _ in range(4):
+        engine.step()
+    assert new_blocks(rank.plans) == [[1, 1, 1], [1], [1], [1]], "five blocks are free: three, and one for each, would be six"
+
+
+def test_who_computes_nothing_in_a_step_gets_no_block_with_others() -> None:
+    """The rank is told of blocks with items only."""
+    running = Running(2, 16)
+    for i in range(2):
+        made = request(i, [1] * (16 - i), 20)
+        seq = Sequence(made, 0, i, made.sampling, 36, RootKey("", 0))
+        seq.blocks = [i]
+        running.enter(seq)
+    ends = np.array([17, 15])
+    assert running._lacking(ends, np.array([1, 1]), 4) == ([(0, 1), (1, 1)], 15)
+    assert running._lacking(ends, np.array([1, 0]), 4) == ([(0, 1)], 1)
 
 
 def test_every_one_of_many_that_fill_the_pool_alone_is_answered_in_order() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmdeploy.engine.prefix_cache import RootKey
-from lmdeploy.engine.sequence import KNOWN, Sequence
+from lmdeploy.engine.sequence import KNOWN, Sequence, TokenLog
 from lmdeploy.messages import EngineRequest, Picture, SamplingParams
 
 
@@ -56,20 +56,21 @@ def test_prompt_logprobs_owe_nothing_after_the_prompt_but_all_logits_do() -> Non
 
 
 def test_tokens_that_came_while_nobody_looked_are_taken_over() -> None:
-    seq, row, tail = build(), np.zeros(10, dtype=np.int64), np.zeros(4, dtype=np.int32)
-    seq.take_slot(0, row, tail)
-    for token, place in ((50, 0), (51, 1), (52, 2)):
-        tail[place] = token
+    seq, row, log = build(), np.zeros(11, dtype=np.int64), TokenLog(4, 2)
+    seq.take_slot(1, row, log)
+    slot, both = np.array([1]), np.array([0, 1])
+    for tokens in ([50], [9, 51], [52]):
+        log.add(both if len(tokens) == 2 else slot, np.array(tokens))
         row[KNOWN] += 1
     assert (seq.num_known, seq.num_behind, seq.num_generated) == (7, 3, 3)
     assert seq.content(0, 4) == np.array([1, 2, 3, 4], dtype=np.int32).tobytes() and seq.num_behind == 3, "nothing new is needed for it"
     seq.append(53)
     assert seq.num_behind == 0 and seq.token_ids == [1, 2, 3, 4, 50, 51, 52, 53]
-    tail[0] = 54
+    log.add(slot, np.array([54]))
     row[KNOWN] += 1
     assert seq.content(1, 4) == np.array([50, 51, 52, 53], dtype=np.int32).tobytes()
     seq.leave_slot()
-    tail[:] = 0
+    log.rows[:] = 0
     assert seq.token_ids == [1, 2, 3, 4, 50, 51, 52, 53, 54] and seq.num_behind == 0
 
 
