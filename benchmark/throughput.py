@@ -17,7 +17,6 @@ from benchmark import common, mix
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.pace import longest_first
 from lmdeploy.engine.start import build_engine
 from lmdeploy.messages import EngineRequest, SamplingParams
 from lmdeploy.spec import ModelSpec, load_spec
@@ -35,16 +34,13 @@ def floor_seconds(spec: ModelSpec, pairs: list[tuple[int, int]], width: int, cei
     return prefill + decode
 
 
-def run(engine: Engine, spec: ModelSpec, pairs: list[tuple[int, int]], first_id: int = 1, *, apart: bool = False) -> float:
-    """Seconds until every request is answered: a list of prompts that are submitted together, as `pipeline(prompts)` does it, or apart, each waited for by somebody."""
+def run(engine: Engine, spec: ModelSpec, pairs: list[tuple[int, int]], first_id: int = 1) -> float:
+    """Seconds until every request is answered."""
     top = min(mix.TOP_ID, spec.vocab_size - 1)
     start = time.perf_counter()
-    requests = []
     for n, (length, new_tokens) in enumerate(pairs):
-        sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        requests.append(EngineRequest(request_id=first_id + n, token_ids=mix.prompt(n, length, top), sampling=sampling, batch=0 if apart else first_id))
-    for request in requests if apart else longest_first(requests, lambda request: request.sampling):
-        engine.add(request)
+        ids = mix.prompt(n, length, top)
+        engine.add(EngineRequest(request_id=first_id + n, token_ids=ids, sampling=SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)))
     with tqdm(total=len(pairs), desc="requests") as bar:
         while engine.has_work:
             bar.update(sum(o.finish_reason is not None for o in engine.step().others))
@@ -63,9 +59,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this (a quick run)")
     parser.add_argument("--seed", type=int, default=mix.SEED)
     parser.add_argument("--max-batch-size", type=int, default=32)
-    parser.add_argument(
-        "--apart", action="store_true", help="requests that know nothing of each other, in order of arrival; default: one list, the longest answers first"
-    )
     parser.add_argument("--quant-policy", default="0", help="KV cache: 0, 8, k8v4, 4 or, on CUDA, 16 for fp8 (default 0)")
     parser.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="bits of the output head (default 16)")
     parser.add_argument(
@@ -98,12 +91,11 @@ def main() -> None:
     engine = build_engine(folder, config)
     ahead = common.prepare_ahead(engine)
     run(engine, spec, pairs[:2])
-    seconds = run(engine, spec, pairs, 1000, apart=args.apart)
+    seconds = run(engine, spec, pairs, 1000)
     width = torch.finfo(getattr(torch, engine.info.dtype)).bits // 8
     floor = floor_seconds(spec, pairs, width, ceilings, args.max_batch_size, common.read_each_step(spec, engine.info.memory.weights, width))
     inputs, outputs = sum(i for i, _ in pairs), sum(o for _, o in pairs)
-    together = "apart" if args.apart else "one list"
-    how = f"{engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit, KV {args.quant_policy}, {together}"
+    how = f"{engine.info.dtype}, {args.backend}, weights {args.model_format or 'as stored'}, head {args.head_bits} bit, KV {args.quant_policy}"
     print(f"\n{common.describe(spec)}; {how}\n{common.machine()}")
     print(
         f"ceilings of this run: read {ceilings.read_gbs:.1f} GB/s, bf16 matmul {ceilings.bf16_gflops:.0f} GFLOP/s; others kept {busy:.2f} cores busy at the start; {ahead}\n"

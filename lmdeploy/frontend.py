@@ -28,7 +28,6 @@ from lmdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from lmdeploy.delivery import PATIENCE, AsyncSink, Sink, ThreadSink, deliver
 from lmdeploy.engine.client import EngineClient, weak_listener
 from lmdeploy.engine.grammar_check import GrammarChecker
-from lmdeploy.engine.pace import longest_first
 from lmdeploy.engine.supervisor import SupervisedEngine, Supervision
 from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.grammar import Grammar, wanted_grammar
@@ -320,18 +319,19 @@ class Frontend:
     def stream_many(self, requests: list[Prepared], window: int = 1024, patience: float = 0.0) -> Iterator[Response]:
         """Increments of many requests at once; `Response.session_id` is the request's place in the list, `.index` the answer's.
 
-        `patience`: seconds for which tokens may gather: whole answers are read. At most `window` requests, and half of the engine's queue, are in flight: none is refused.
+        `patience`: seconds for which the tokens of an increment may gather; reading whole answers in this way leaves the processor to the engine.
+
+        At most `window` requests, and no more than half of the engine's queue, are in flight: any number may be given, none is refused.
         """
         inbox = ThreadSink(patience)
         open_answers: dict[int, tuple[int, dict[int, Answer]]] = {}
-        batch = next(self._ids) if patience and len(requests) > 1 else 0
-        waiting = deque(longest_first(enumerate(requests), lambda entry: entry[1].sampling) if batch else enumerate(requests))
+        waiting = deque(enumerate(requests))
         try:
             while True:
                 while waiting and len(open_answers) < window and (not open_answers or self._in_flight + waiting[0][1].n <= self._room):
                     place, prepared = waiting.popleft()
                     answers = answers_to(prepared, self.tokenizer)  # before the request is out: it may raise
-                    open_answers[self._submit(prepared, inbox, batch)] = (place, answers)
+                    open_answers[self._submit(prepared, inbox)] = (place, answers)
                 if not open_answers:
                     return
                 for output in inbox.take(sum(len(answers) for _, answers in open_answers.values())):
@@ -418,7 +418,7 @@ class Frontend:
 
     # ------------------------------------------------------------------ inside
 
-    def _submit(self, prepared: Prepared, sink: Sink, batch: int = 0) -> int:
+    def _submit(self, prepared: Prepared, sink: Sink) -> int:
         if self.client.failure:
             raise EngineError(f"the engine has stopped: {self.client.failure}")
         if self._asleep:
@@ -438,7 +438,6 @@ class Frontend:
                     cache_salt=prepared.cache_salt,
                     owner=prepared.owner,
                     pictures=prepared.pictures,
-                    batch=batch,
                 )
             )
         except BaseException:

@@ -69,7 +69,6 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
     pictures: list[Picture] = []  # in order, their tokens apart from each other
     owner: str = ""  # who asks, an opaque name: work on grammars is done for each in turn
-    batch: int = 0  # of those with the same number, which is not 0, no answer is read before all of them are whole
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -15,10 +15,9 @@ import numpy as np
 from lmdeploy.config import MAX_LOGPROBS, MAX_N
 from lmdeploy.engine.executor.contract import Executor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.pace import Fill
 from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.engine.preparing import Preparing
-from lmdeploy.engine.scheduler import Scheduler, SchedulerLimits
+from lmdeploy.engine.scheduler import Fill, Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, EngineStats, Order, StepOutputs
@@ -42,7 +41,6 @@ class Engine:
         run_ahead: int = 0,
         grammars: GrammarCompiler | None = None,
         fill: Fill | None = None,
-        pace: int | None = None,
     ) -> None:
         assert run_ahead in (0, 1), f"run_ahead={run_ahead}"
         info = executor.info
@@ -55,7 +53,6 @@ class Engine:
             enable_prefix_caching=enable_prefix_caching,
             rope_depends_on_length=rope_depends_on_length,
             fill=fill,
-            pace=pace,
         )
         self._executor = executor
         self._scheduler = Scheduler(limits)

@@ -83,11 +83,6 @@ class Running:
         """Whether a slot is free."""
         return bool(self._free_slots)
 
-    @property
-    def num_free(self) -> int:
-        """Slots that are free."""
-        return len(self._free_slots)
-
     def at(self, slot: int) -> Sequence:
         """Who has a slot."""
         return self._holders[slot]

@@ -10,7 +10,6 @@ progresses. `schedule` may be called again before the result of the last plan is
 from __future__ import annotations
 
 import heapq
-import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,12 +20,27 @@ import numpy as np
 
 from lmdeploy.engine.blocks import BlockPool
 from lmdeploy.engine.outputs import final_output, step_output
-from lmdeploy.engine.pace import COUNTED, Fill, Pace, is_paced, tokens_needed
 from lmdeploy.engine.plan import NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.prefix_cache import PrefixCache, RootKey
 from lmdeploy.engine.running import Running, Stamp
 from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineOutput, EngineRequest, EngineStats, FinishReason, StepOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Tokens of prompts beside so many answers that get their next token, ascending, while no more than `most` tokens of prompts could be computed.
+
+    Up to a number of rows a step costs hardly more than reading the weights: prompts that are spread over such steps take less time in all, and make no answer
+    wait long. Many prompts are computed at once instead: what they fill up with soon outweighs it.
+    """
+
+    beside: tuple[tuple[int, int], ...]
+    most: int
+
+
+#: waiting requests that are counted, at most; more are many
+COUNTED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,6 @@ class SchedulerLimits:
     enable_prefix_caching: bool
     rope_depends_on_length: bool
     fill: Fill | None = None
-    pace: int | None = None  # tokens of prompts beside answers, at least, where `Pace` may choose
 
     @property
     def max_tokens(self) -> int:
@@ -76,7 +89,6 @@ class Scheduler:
         self._running = Running(limits.max_batch_size, limits.block_size)
         self._waiting: list[tuple[int, Sequence]] = []  # a heap by arrival; may hold sequences that have ended
         self._sharers: list[Sequence] = []  # waiting, yet holding blocks of their leader's prompt
-        self._pace = None if limits.pace is None else Pace(limits.pace)
         self._released: list[int] = []  # slots that the rank has not been told to forget
         self._flights: deque[tuple[StepPlan, Stamp]] = deque()  # plans whose results are not known, and who had their slots then
         self._next_arrival = 0
@@ -131,7 +143,6 @@ class Scheduler:
             self._end(seq)
             outputs.append(final_output(seq, "abort"))
         self.counts.aborted += len(outputs)
-        self._others_wait()
         if len(self._waiting) > 64 + 2 * self.num_waiting:  # mostly ended ones: many clients have gone
             self._waiting = [entry for entry in self._waiting if not entry[1].ended]
             heapq.heapify(self._waiting)
@@ -148,11 +159,6 @@ class Scheduler:
 
     def _wait(self, seq: Sequence) -> None:
         heapq.heappush(self._waiting, (seq.arrival, seq))
-        self._others_wait()
-
-    def _others_wait(self) -> None:
-        if self._pace is not None:
-            self._pace.changed()
 
     # ------------------------------------------------------------------ scheduling
 
@@ -176,11 +182,7 @@ class Scheduler:
     def _budget(self, decodes: int, unread: int) -> int:
         """Tokens of a step, of which `decodes` running sequences take one each; the prompts of others still have `unread`."""
         fill, most = self.limits.fill, self.limits.max_prefill_token_num
-        if not decodes:
-            return most
-        if self._waiting and self._pace is not None and (tokens := self._pace.tokens(self._next_step, partial(self._tokens_needed, unread))) is not None:
-            return min(most, decodes + tokens)
-        if fill is None:
+        if fill is None or not decodes:
             return most
         if self._waiting and self._running.has_room:
             if len(self._waiting) > COUNTED:
@@ -191,16 +193,6 @@ class Scheduler:
                 if decodes <= answers:
                     return min(most, decodes + tokens)
         return most
-
-    def _tokens_needed(self, unread: int) -> float:
-        """Tokens of prompts a step with which all that wait end no later than the last one of their batch that runs; inf where that cannot be said."""
-        waiting = [seq for _, seq in sorted(self._waiting) if not seq.ended]
-        batches = {seq.request.batch for seq in waiting}
-        if len(batches) != 1 or len(waiting) > self._running.num_free or not all(is_paced(seq.request) for seq in waiting):
-            return math.inf
-        together = [seq for seq in self._running if seq.request.batch in batches and is_paced(seq.request)]
-        longest = max((seq.max_tokens - seq.num_tokens for seq in together), default=0)
-        return tokens_needed(longest, unread, ((seq.num_tokens - seq.num_computed, seq.max_tokens - seq.num_tokens) for seq in waiting))
 
     def _schedule_running(self) -> tuple[Items, int]:
         """Items for running sequences, oldest first, and the step's budget."""

@@ -24,9 +24,9 @@ from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.kv_cache import KVLayout
 from lmdeploy.engine.memory import free_bytes, hold_steady
-from lmdeploy.engine.pace import Fill
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.engine.scheduler import Fill
 from lmdeploy.engine.sizing import SEE_PLAN, choose_format, gib, pool_request, unset_limits
 from lmdeploy.engine.weights import Facts, Weights
 from lmdeploy.errors import ConfigError
@@ -49,10 +49,6 @@ logger = get_logger(__name__)
 #: For 16-bit weights that every token reads; sums of both numbers are sizes of graphs. On an H200, 7B shape, 256 rows take 38 % longer than 64, 320 86 %. With 64
 #: answers and a prompt whenever one ends, 512 requests took 13.6 s instead of 14.1, and the slowest of a hundred gaps between tokens fell from 26 to 10 ms.
 FILL = Fill(((64, 192), (128, 128), (1 << 30, 512)), 4096)
-
-
-#: Beside fewer tokens of prompts a step's weights are read in hardly less time.
-PACE = 128
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -178,16 +174,9 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         enable_prefix_caching=resolved.enable_prefix_caching,
         rope_depends_on_length=spec.rope.depends_on_length,
         grammars=grammars,
-        **_prompts_beside_answers(device, spec, config),
+        fill=FILL if device.type == "cuda" and not spec.quantization and config.model_format != "fp8" and not spec.num_experts else None,
         run_ahead=int(graphed),  # the next step is launched before the tokens of this one are seen
     )
-
-
-def _prompts_beside_answers(device: torch.device, spec: ModelSpec, config: EngineConfig) -> dict[str, Any]:
-    """The engine's `fill` and `pace`."""
-    if device.type != "cuda" or spec.num_experts:
-        return {}
-    return {"fill": None if spec.quantization or config.model_format == "fp8" else FILL, "pace": PACE}
 
 
 def _grammars(opening: Future[GrammarCompiler]) -> GrammarCompiler | None:

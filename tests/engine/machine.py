@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lmdeploy.engine import running
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.pace import Fill
+from lmdeploy.engine.scheduler import Fill
 from lmdeploy.errors import RequestError
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 from tests.engine.fake_rank import FakeRank, draw, key_chain, next_key
@@ -85,7 +85,6 @@ def requests(draw_from: st.DrawFn) -> EngineRequest:
         n=draw_from(st.sampled_from([1, 1, 1, 2, 3])),
         rope_length=draw_from(st.sampled_from([0, 0, 5])),
         cache_salt=draw_from(st.sampled_from(["", "", "other"])),
-        batch=draw_from(st.sampled_from([0, 1, 1, 1, 2])),
     )
 
 
@@ -105,7 +104,6 @@ class EngineMachine(RuleBasedStateMachine):
         rope=st.booleans(),
         fill=st.none()
         | st.builds(lambda few, tokens, most: Fill(((few, tokens), (few + 2, 1)), most), st.integers(1, 3), st.integers(1, 6), st.integers(1, 30)),
-        pace=st.none() | st.integers(1, 6),
     )
     def build(
         self,
@@ -118,7 +116,6 @@ class EngineMachine(RuleBasedStateMachine):
         caching: bool,
         rope: bool,
         fill: Fill | None,
-        pace: int | None,
     ) -> None:
         self.rank = FakeRank(num_blocks, block_size, max_batch_size, session_len, vocab_size=VOCAB, rope_depends_on_length=rope)
         self.rank.poison, self.rank.bad_draw = POISON, BAD_DRAW
@@ -131,7 +128,6 @@ class EngineMachine(RuleBasedStateMachine):
                 rope_depends_on_length=rope,
                 run_ahead=self.run_ahead,
                 fill=fill,
-                pace=pace,
             )
         self.requests: dict[int, EngineRequest] = {}
         self.answers: dict[tuple[int, int], Answer] = {}

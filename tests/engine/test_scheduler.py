@@ -10,10 +10,10 @@ import pytest
 from hypothesis import settings
 
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.pace import Fill
 from lmdeploy.engine.plan import StepPlan
 from lmdeploy.engine.prefix_cache import RootKey
 from lmdeploy.engine.running import Running
+from lmdeploy.engine.scheduler import Fill
 from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
 from tests.engine.fake_rank import FakeRank, expected_tokens, key_chain
