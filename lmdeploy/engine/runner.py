@@ -291,7 +291,9 @@ class ModelRunner:
         """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
             if isinstance(ran.places, slice) and len(results) == len(results.result.tokens):
-                self._repeat = _Repeat(np.argsort(results.places), REPEATS)
+                order = np.empty_like(results.places)
+                order[results.places] = np.arange(len(results))
+                self._repeat = _Repeat(order, REPEATS)
             return self._fetch(ran.tokens, results, ran.places)
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdeploy.engine.plan import ONE, Ints, Items, StepResult, any_of
+from lmdeploy.engine.plan import ONE, ZERO, Ints, Items, StepResult, any_of
 from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, PUBLISHED, REQUEST, SAMPLES, Sequence, TokenLog
 from lmdeploy.messages import StepOutputs
 
@@ -22,6 +22,8 @@ from lmdeploy.messages import StepOutputs
 FEW_STOPS = 4
 #: steps whose tokens are kept side by side before sequences take them over
 LOGGED = 128
+#: what changes of a sequence's counts when its next token is launched, COMPUTED and PENDING, and when it comes, PENDING, KNOWN and DONE
+LAUNCHED, ARRIVED = np.array([[1], [1]]), np.array([[-1], [1], [1]])
 
 
 @dataclass(slots=True)
@@ -54,11 +56,14 @@ class Running:
     """In order of arrival. A slot's epoch grows when its sequence leaves: results of older plans are then void."""
 
     def __init__(self, num_slots: int, block_size: int) -> None:
-        self._block_size = block_size
-        self._ahead = max(block_size // 2, 1)  # steps for which sequences get blocks at once
+        self._size, self._ahead = (
+            np.array(block_size),
+            np.array(max(block_size // 2, 1) - 1),
+        )  # more steps than the next one for which sequences get blocks with others
         self._sequences: list[Sequence] = []
         self._holders: dict[int, Sequence] = {}  # by slot
         self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._taken = np.zeros(num_slots, dtype=bool)
         self._epochs = np.zeros(num_slots, dtype=np.int64)
         self._leavings = 0
         self._table = table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
@@ -91,7 +96,7 @@ class Running:
         """Give a sequence a slot."""
         slot = self._free_slots.pop()
         seq.take_slot(slot, self._table[:, slot], self._log)
-        self._holders[slot] = seq
+        self._holders[slot], self._taken[slot] = seq, True
         insort(self._sequences, seq, key=_arrival)
         self._stops.update(seq.stop_ids)
         self._stop_arrays = None
@@ -105,11 +110,13 @@ class Running:
             if not self._stops[token]:
                 del self._stops[token]
                 self._stop_arrays = None
-        del self._holders[seq.slot]
-        self._free_slots.append(seq.slot)
-        self._epochs[seq.slot] += 1
-        self._leavings += 1
+        slot = seq.slot
         seq.leave_slot()
+        del self._holders[slot]
+        self._free_slots.append(slot)
+        self._taken[slot], self._table[DONE, slot] = False, 0
+        self._epochs[slot] += 1
+        self._leavings += 1
         self._order = None
 
     def stamp(self, items: Items) -> Stamp:
@@ -154,26 +161,25 @@ class Running:
         ends = computed + counts
         sample = (ends == known) & (table[SAMPLES][order] > 0)
         if ones == len(order) and sample.all():
-            launched, arrived = np.zeros_like(self._launched), np.zeros_like(self._arrived)
-            launched[:, order], arrived[:, order] = 1, [[-1], [1], [1]]
-            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, launched, arrived, max(int((limit - known).min()) - 2, 0), 0)
+            left = max(int((limit - known).min()) - 2, 0)
+            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, LAUNCHED * self._taken, ARRIVED * self._taken, left, 0)
         lacking, _ = self._lacking(ends, counts, num_free)
         return Items(order, computed, counts, sample, {}), lacking, budget
 
     def _lacking(self, ends: Ints, counts: Ints, num_free: int) -> tuple[list[tuple[int, int]], int]:
         """How many blocks the rows that lack some are to get, when `counts` tokens up to `ends` are computed; and for how many more steps of a token all then
         have blocks. Where there are plenty, those that will lack one soon get it, too: a few hundred sequences are looked at together every few steps, not a few in each."""
-        order, size = self._standing(), self._block_size
-        held, limit = self._table[BLOCKS][order], self._table[LIMIT][order]
-        lack = -(-ends // size) - held
-        if lack.max() > 0:
-            soon = -(-np.maximum(np.minimum(ends + (self._ahead - 1), limit - 1), ends) // size) - held
-            soon[counts == 0] = 0
-            if np.maximum(soon, 0).sum() + len(order) <= num_free:
-                lack = soon
-        rows = (lack > 0).nonzero()[0]
-        room = (held + np.maximum(lack, 0)) * size - ends
-        return list(zip(rows.tolist(), lack[rows].tolist(), strict=True)), int(room.min())
+        order, size = self._standing(), self._size
+        room = self._table[BLOCKS][order] * size - ends
+        if (least := int(room.min())) >= 0:
+            return [], least
+        soon = np.maximum(np.minimum(self._ahead, self._table[LIMIT][order] - ends - ONE), ZERO)  # tokens after these
+        lack = (soon - room + (size - ONE)) // size
+        lack *= (lack > ZERO) & (counts > ZERO)
+        if int(lack.sum()) + len(order) > num_free:
+            lack = np.maximum(size - ONE - room, ZERO) // size
+        rows = lack.nonzero()[0]
+        return list(zip(rows.tolist(), lack[rows].tolist(), strict=True)), int((room + lack * size).min())
 
     def hand_out(self, lacking: list[tuple[int, int]], blocks: list[int]) -> dict[int, list[int]]:
         """Give the rows that are left of these so many blocks each; what each got, by slot."""
@@ -188,9 +194,8 @@ class Running:
 
     def unpublished(self) -> list[Sequence]:
         """Those with full blocks that the prefix cache was not offered."""
-        order, table = self._standing(), self._table
-        rows = (table[DONE][order] // self._block_size > table[PUBLISHED][order]).nonzero()[0]
-        return [self._sequences[row] for row in rows.tolist()]
+        slots = (self._table[DONE] >= (self._table[PUBLISHED] + ONE) * self._size).nonzero()[0]
+        return [self._holders[slot] for slot in slots.tolist()]
 
     def unsettle(self) -> None:
         """Their counts were changed from outside."""
@@ -225,8 +230,8 @@ class Running:
         valid = self.remaining(items, stamp)
         plain = self._only_tokens(items, result) & valid
         slots, done, tokens = items.slots[plain], items.starts[plain] + 1, tokens[plain]
-        absent = np.zeros(table.shape[1], dtype=bool)
-        absent[self._standing()], absent[slots] = True, False
+        absent = self._taken.copy()
+        absent[slots] = False
         for slot in absent.nonzero()[0].tolist():
             self._holders[slot].catch_up()
         self._keep(slots, tokens)
@@ -269,11 +274,12 @@ class Running:
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
         assert sorted([s.slot for s in self] + self._free_slots) == list(range(self._table.shape[1])), "slots are lost or doubled"
         assert self._stops == Counter(token for s in self for token in s.stop_ids)
-        assert {s.slot: s for s in self} == self._holders and [s.slot for s in self] == self._standing().tolist()
+        assert {s.slot: s for s in self} == self._holders and self._taken.nonzero()[0].tolist() == sorted(self._holders)
+        assert [s.slot for s in self] == self._standing().tolist()
         if (steady := self._steady) is not None and steady.order is self._order and steady.left:
             table, order = self._table, steady.order
             assert (steady.starts == table[COMPUTED][order]).all() and (steady.starts + 1 == table[KNOWN][order] + table[PENDING][order]).all()
-            assert steady.room <= (table[BLOCKS][order] * self._block_size - steady.starts).min()
+            assert steady.room <= (table[BLOCKS][order] * self._size - steady.starts).min()
             assert (steady.starts >= table[PROMPT][order]).all() and (steady.starts + steady.left + 1 < table[LIMIT][order]).all()
         for seq in self:
             assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)

@@ -93,6 +93,7 @@ class Scheduler:
         self._flights: deque[tuple[StepPlan, Stamp]] = deque()  # plans whose results are not known, and who had their slots then
         self._next_arrival = 0
         self._next_step = 0
+        self._published_at = 0  # number of results after which full blocks were published
 
     # ------------------------------------------------------------------ requests
 
@@ -345,7 +346,8 @@ class Scheduler:
 
     def _publish_running(self) -> None:
         """Offer what running sequences have added since: before the prefix cache is asked, so that it need not be done in each step."""
-        if self.cache is not None:
+        if self.cache is not None and self._published_at != self.counts.steps:
+            self._published_at = self.counts.steps
             for seq in self._running.unpublished():
                 self._publish(seq)
 
