@@ -100,3 +100,41 @@ def scales_read() -> tuple[str, str]:
     for i in (2, 3):  # -(128 + zero), put together from bits
         text += f"ld.shared.u8 u, [${4 + 4 * i}];\nshl.b32 u, u, 16;\nor.b32 u, u, 0xC3000000;\nmov.b32 ${i}, u;\nadd.f32 ${i}, ${i}, 0f43000000;\n"
     return text + "}", kinds(("=&f", 4), ("r", 16))
+
+
+def totals_stored(blocks: int) -> tuple[str, str]:
+    """Totals to shared memory, where the second operand is not zero, and zero in their place; else as they are. A thread's four of a block lie together, a block's
+    in 512 bytes."""
+    count = 4 * blocks
+    text = f"{{\n.reg .pred p;\nsetp.ne.s32 p, ${count + 4}, 0;\n"
+    for block in range(blocks):
+        totals = ", ".join(f"${count + 8 + 4 * block + i}" for i in range(4))
+        text += f"@p st.shared.v4.b32 [${count}+{512 * block}], {{{totals}}};\n"
+    text += "".join(f"selp.f32 ${i}, 0f00000000, ${count + 8 + i}, p;\n" for i in range(count))
+    return text + "}", kinds(("=&f", count), ("r", 8), ("f", count))
+
+
+def number_read() -> tuple[str, str]:
+    """A number of shared memory, zero where the second operand is."""
+    return "{\n.reg .pred p;\nsetp.ne.s32 p, $2, 0;\nmov.f32 $0, 0f00000000;\n@p ld.shared.f32 $0, [$1];\n}", "=&f,r,r"
+
+
+def x_stored() -> tuple[str, str]:
+    """16 bytes to shared memory."""
+    return "st.shared.v4.b32 [$4], {$8, $9, $10, $11};" + "".join(f" mov.u32 ${i}, 0;" for i in range(4)), kinds(("=r", 4), ("r", 8))
+
+
+def sums_stored() -> tuple[str, str]:
+    """The first two of a thread's sums to shared memory, where the second operand is not zero."""
+    text = "{\n.reg .pred p;\nsetp.ne.s32 p, $8, 0;\n@p st.shared.v2.f32 [$4], {$12, $13};\n}\n"
+    return text + "".join(f"mov.u32 ${i}, 0; " for i in range(4)), kinds(("=r", 4), ("r", 8), ("f", 4))
+
+
+def sums_read() -> tuple[str, str]:
+    """Two sums of shared memory, twice, as `product` wants them."""
+    return "ld.shared.v2.f32 {$0, $1}, [$4]; mov.f32 $2, $0; mov.f32 $3, $1;", kinds(("=f", 4), ("r", 4))
+
+
+def sum_read() -> tuple[str, str]:
+    """A sum of shared memory, four times."""
+    return "ld.shared.f32 $0, [$4]; mov.f32 $1, $0; mov.f32 $2, $0; mov.f32 $3, $0;", kinds(("=f", 4), ("r", 4))
