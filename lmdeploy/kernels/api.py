@@ -103,6 +103,9 @@ class Kernels:
     #: (q, k, v, cos, sin, q_scale, kv, meta, scale, window, out): `rope_write_kv` at meta.slot_mapping and `attention` in fewer launches, where a set has that; q, k
     #: and v are undefined afterwards. Returns what `attention` writes to out: `out`, or another tensor where that saves a copy. None: call one after the other.
     rope_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, KVLayer, AttentionMeta, float, int, Tensor], Tensor] | None = None
+    #: (ids int64 [T], table [V, M], weight [M], eps, residual [T, M], out [T, M], zeros int64 | None): residual = table[ids], out = rms_norm(residual), and all of
+    #: `zeros` is 0, in one launch. None: operators one after the other.
+    embed_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor | None], None] | None = None
     #: (positions int64 [T], rule, lengths int64 [T] | None): cos and sin, float32 [T, R/2], in one launch. None: torch's operators, one after the other.
     rope_angles: Callable[[Tensor, RopeRule, Tensor | None], tuple[Tensor, Tensor]] | None = None
     #: (scores [T, E], normalise, chosen int64 [T, k], weights float32 [T, k]): the k largest of softmax(scores) in falling order, over their sum if `normalise`.

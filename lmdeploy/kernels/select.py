@@ -68,6 +68,7 @@ class TritonSet:
     name: str = "triton"
     operators: dict[str, Callable[..., None]] = field(default_factory=dict)
     rope_attention: Callable[..., Tensor] | None = None
+    embed_norm: Callable[..., None] | None = None
     rope_angles: Callable[..., tuple[Tensor, Tensor]] | None = None
     choose_experts: Callable[..., None] | None = None
     linear_add: Callable[..., bool] | None = None
@@ -108,6 +109,7 @@ def _triton_for(need: Need) -> TritonSet:
         triton_set.NAME,
         triton_set.OPERATORS,
         triton_set.ROPE_ATTENTION,
+        triton_set.EMBED_NORM,
         triton_set.ROPE_ANGLES,
         triton_set.CHOOSE_EXPERTS,
         triton_set.LINEAR_ADD,
@@ -183,7 +185,10 @@ def select(
     routing = triton.choose_experts if names["experts"] == triton.name else None
     added = triton.linear_add if names["linear"] == triton.name else None
     normed = triton.normed if all(names[operator] == triton.name for operator in ("linear", "linear_silu", "linear_w4", "add_rms_norm")) else None
-    kernels = Kernels(**functions, names=names, rope_attention=together, rope_angles=angles, choose_experts=routing, linear_add=added, normed=normed)
+    begin = triton.embed_norm if names["rms_norm"] == triton.name else None
+    kernels = Kernels(
+        **functions, names=names, rope_attention=together, embed_norm=begin, rope_angles=angles, choose_experts=routing, linear_add=added, normed=normed
+    )
     if triton.in_quarters is None or any(names[operator] != triton.name for operator in ("linear_w4", "rms_norm", "add_rms_norm", "silu_mul")):
         return kernels
     return replace(kernels, quarters=triton.in_quarters(kernels))

@@ -178,12 +178,7 @@ class Decoder:
             inputs.q_scale = logn_scale(inputs.positions, self.spec.rope.original_max_position)
         rows, quarters = inputs.token_ids.shape[0], self.ctx.kernels.quarters
         step = StepBuffers.take(inputs.scratch, self.shape, rows, quarters.kernels if quarters and rows in self.quartered_rows else None)
-        self.embedding.forward(inputs.token_ids, step.residual)
-        if inputs.replaced_rows is not None:
-            assert inputs.replacements is not None
-            step.residual.index_copy_(0, inputs.replaced_rows, inputs.replacements)
-        self.layers[0].input_norm.forward(step.residual, step.normed, step.kernels)
-        squares, before = self._squares(rows), None
+        squares, before = self._begin(inputs, step), None
         for index, (layer, after) in enumerate(zip(self.layers[:-1], self.layers[1:], strict=True)):
             attn = layer.attention.forward(inputs, step, before)
             if squares is None:
@@ -196,9 +191,31 @@ class Decoder:
         if not inputs.every_row:
             step = step.select(inputs.scratch, self.shape, inputs.logit_rows, attn)
             attn = step.attn
-        if step.normed.shape[0]:
+        if not step.normed.shape[0]:
+            return step.normed
+        if squares is None:
             self._finish_layer(last, self.norm, attn, inputs, step)
+        else:
+            down = self._up_to_down(last, attn, step, squares[-2])
+            down.forward(step.act, step.proj)
+            self.norm.add(step.proj, step.residual, step.normed)
         return step.normed
+
+    def _begin(self, inputs: ForwardInputs, step: StepBuffers) -> list[Tensor] | None:
+        """Embedding and first norm; and zeros for the rows' squares at every norm but the first and the last two, None where norms are operators of their own."""
+        norm, together = self.layers[0].input_norm, self.ctx.kernels.embed_norm
+        zeros = self._zeros if 0 < inputs.token_ids.shape[0] <= self.normed_rows else None
+        if together is not None and inputs.replaced_rows is None and step.kernels is None:
+            together(inputs.token_ids, self.embedding.weight, norm.weight, norm.eps, step.residual, step.normed, zeros)
+            return self._places if zeros is not None else None
+        self.embedding.forward(inputs.token_ids, step.residual)
+        if inputs.replaced_rows is not None:
+            assert inputs.replacements is not None
+            step.residual.index_copy_(0, inputs.replaced_rows, inputs.replacements)
+        norm.forward(step.residual, step.normed, step.kernels)
+        if zeros is not None:
+            zeros.zero_()
+        return self._places if zeros is not None else None
 
     def _finish_layer(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, inputs: ForwardInputs, step: StepBuffers) -> None:
         """All after the attention: output projection, MLP, and the norm that follows (the next layer's, or the final one)."""
@@ -207,17 +224,14 @@ class Decoder:
 
     def _finish_few_rows(self, layer: Layer, next_norm: RMSNorm, attn: Tensor, step: StepBuffers, middle: Tensor, end: Tensor) -> Before:
         """The same with both norms in the products around them; `middle` and `end` are room for their rows' squares."""
+        return next_norm.inside(self._up_to_down(layer, attn, step, middle), step.act, step, end)
+
+    def _up_to_down(self, layer: Layer, attn: Tensor, step: StepBuffers, middle: Tensor) -> Linear:
+        """Of that the output projection, the norm behind it and the first product of the MLP; its second one, which is left."""
         assert isinstance(layer.mlp, MLP)
         before = layer.post_norm.inside(layer.attention.out, attn, step, middle)
         layer.mlp.gate_up.normed(step.normed, step.act, silu=True, before=before)
-        return next_norm.inside(layer.mlp.down, step.act, step, end)
-
-    def _squares(self, rows: int) -> list[Tensor] | None:
-        """Zeros for the rows' squares at every norm but the first and the last two; None where norms are operators of their own."""
-        if not 0 < rows <= self.normed_rows:
-            return None
-        self._zeros.zero_()
-        return self._places
+        return layer.mlp.down
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [R, V] of hidden states [R, M]."""

@@ -205,9 +205,31 @@ def test_norms_inside_products_change_nothing(tmp_path: Path, rows: list[int]) -
     assert apart.normed_rows == 0 and inside.normed_rows == 7
     wanted, found = run_rows(Harness(apart), rows), run_rows(harness := Harness(inside), rows)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert calls == [7] * 8  # twice; of the first layer output, gate_up and down, of the second qkv
+    last = [len(rows)] * (2 if rows else 0)
+    assert (
+        calls == [7] * 10 + last
+    )  # of the first layer output, gate_up and down, of the second qkv, and of the rows that are wanted (all, then these) output and gate_up
     harness.step([(1, [*TOKENS, 9])])  # a row more than they take
-    assert len(calls) == 8
+    assert calls[10:] == last
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_an_operator_that_begins_a_step_is_used_and_clears_what_products_add_up(tmp_path: Path, normed: bool) -> None:
+    given: list[torch.Tensor | None] = []
+
+    def embed_norm(ids: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, eps: float, *rest: Any) -> None:
+        residual, out, zeros = rest
+        given.append(zeros)
+        torch.index_select(table, 0, ids, out=residual)
+        REFERENCE.rms_norm(residual, weight, eps, out)
+        if zeros is not None:
+            zeros.zero_()
+
+    folder = write_llama(tmp_path)
+    inside = NormedProducts(lambda weight, outer, dtype: 7, normed_plain.product) if normed else None
+    harness = Harness(load_model(folder, kernels=replace(REFERENCE, normed=inside, embed_norm=embed_norm)))
+    torch.testing.assert_close(run_rows(harness, [6]), logits(folder, kernels=REFERENCE)[6:], rtol=1e-4, atol=1e-4)
+    assert len(given) == 2 and all((zeros is not None and zeros.shape == (4, 7)) == normed for zeros in given)
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # groups of 128

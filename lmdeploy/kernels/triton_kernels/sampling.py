@@ -101,12 +101,16 @@ def _sum(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _tile(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, start: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr
-) -> tl.tensor:
-    """Logits and ids from `start` on; -inf where nothing is or nothing may come."""
+    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, start: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+) -> tl.tensor:  # fmt: skip
+    """Logits and ids from `start` on; -inf where nothing is or nothing may come. WHOLE: all of it is inside."""
     line, place = tl.arange(0, ROWS)[:, None] * 32, tl.arange(0, 32)[None, :]
     token = start + line + place
-    x = tl.load(row_ptr + token, mask=token < VOCAB, other=NONE).to(tl.float32)
+    if WHOLE:
+        x = tl.load(row_ptr + token).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + token, mask=token < VOCAB, other=NONE).to(tl.float32)
     if MASKS:  # noqa: SIM102 - a constant of the compiler, then a number on the device
         if masked:
             word = tl.load(words_ptr + (start + line) // 32, mask=start + line < VOCAB, other=0)
@@ -115,14 +119,24 @@ def _tile(
 
 
 @triton.jit
+def _risen(most: tl.tensor, at: tl.tensor, x: tl.tensor, start: tl.tensor) -> tl.tensor:
+    """The largest so far of each place of a tile, and where the first tile begins that has it."""
+    return tl.maximum(most, x, propagate_nan=tl.PropagateNan.ALL), tl.where(x > most, start, at)
+
+
+@triton.jit
 def _best(row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr) -> tl.tensor:
     """The first of the canonical order, packed (of NaN where there is one), and the maxima of GROUPS groups."""
     most = tl.full((ROWS, 32), NONE, tl.float32)
     at = tl.zeros((ROWS, 32), tl.int32)
-    for start in range(0, VOCAB, ROWS * 32):
-        x, token = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS)
-        at = tl.where(x > most, token, at)
-        most = tl.maximum(most, x, propagate_nan=tl.PropagateNan.ALL)
+    SIZE: tl.constexpr = ROWS * 32
+    for start in tl.range(0, VOCAB // SIZE * SIZE, SIZE, loop_unroll_factor=4):  # loads of four tiles are on their way at once
+        x, _ = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS, True)
+        most, at = _risen(most, at, x, start)
+    if VOCAB % SIZE:
+        x, _ = _tile(row_ptr, words_ptr, masked, VOCAB // SIZE * SIZE, VOCAB, ROWS, MASKS)
+        most, at = _risen(most, at, x, VOCAB // SIZE * SIZE)
+    at += tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     first = tl.max(tl.max(_packed(most, at), 1), 0)
     groups = tl.max(most, 1)
     if ROWS > GROUPS:

@@ -16,6 +16,7 @@ import triton
 from lmdeploy.kernels.triton_kernels.activation import silu_mul
 from lmdeploy.kernels.triton_kernels.angles import rope_angles
 from lmdeploy.kernels.triton_kernels.attention import attention, rope_attention
+from lmdeploy.kernels.triton_kernels.embedding import embed_norm
 from lmdeploy.kernels.triton_kernels.experts import experts
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
 from lmdeploy.kernels.triton_kernels.linear import linear_w8a8
@@ -33,6 +34,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "experts": experts,
 }  # fmt: skip
 ROPE_ATTENTION = rope_attention  # where both of its operators are chosen
+EMBED_NORM = embed_norm  # where rms_norm is
 ROPE_ANGLES = rope_angles  # where rope_write_kv is
 CHOOSE_EXPERTS = choose_experts  # where experts are
 LINEAR_ADD = linear_add  # where `linear` is chosen
