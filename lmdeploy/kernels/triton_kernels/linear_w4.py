@@ -11,8 +11,8 @@ rows are long. Above, `_many_kernel` multiplies larger tiles, of an x whose even
 does, as far as it pays. On Hopper `linear_w4_few.py` takes up to FEW_ROWS rows of larger weights, and above `linear_w4_async.py` all, for more rows still. For
 even more weights are written out in 16 bits, a bounded number of weight rows at a time, for cuBLAS.
 
-A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows, on Hopper all large weights), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192, and 193..384
-on Hopper; where a sum is split among programs, the last one adds the parts in one order.
+A row's bits do not depend on the rows beside it, nor on their number within 1 (long weight rows; on Hopper all large
+weights), 1..8, 9..16, 17..32, 33..64, 65..128, 129..192, and 193..384 on Hopper; where a sum is split among programs, the last one adds the parts in one order.
 """
 
 from __future__ import annotations
