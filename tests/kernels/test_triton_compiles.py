@@ -20,6 +20,7 @@ from lmdeploy.kernels.triton_kernels import (  # noqa: E402
     decode,
     decode_direct,
     decode_plain,
+    embedding,
     experts,
     linear16,
     linear_w4,
@@ -43,6 +44,12 @@ NORM = {
     "x_stride": "i32",
     "residual_stride": "i32",
     "out_stride": "i32",
+}
+EMBEDDED = {
+    **dict.fromkeys(("ids_ptr", "zeros_ptr"), I64),
+    **dict.fromkeys(("table_ptr", "weight_ptr", "residual_ptr", "out_ptr"), BF16),
+    **dict.fromkeys(("count", "residual_stride", "out_stride"), "i32"),
+    "eps": "fp32",
 }
 SILU = {"both_ptr": BF16, "out_ptr": BF16, "both_stride": "i32", "out_stride": "i32", "width": "i32"}
 PLACES = {
@@ -107,6 +114,7 @@ CASES = {
     "rows before a norm": (linear16._rows_kernel, ROWS, {"AFTER": True, "SILU": False, "HAS_BIAS": False, "SPLIT": 4, "BM": 16, "BN": 64, "BK": 128}, 4),
     "norm": (norms._rms_norm_kernel, NORM, {"WIDTH": 4096, "ADD": True, "QUARTERS": False, "BLOCK": 4096}, 3),
     "norm in quarters": (norms._rms_norm_kernel, NORM, {"WIDTH": 3072, "ADD": True, "QUARTERS": True, "BLOCK": 4096}, 3),
+    "embedding and norm": (embedding._embed_norm_kernel, EMBEDDED, {"WIDTH": 4096, "BLOCK": 4096}, 3),
     "silu": (activation._silu_mul_kernel, SILU, {"QUARTERS": False, "BLOCK": 1024}, 3),
     "silu in quarters": (activation._silu_mul_kernel, SILU, {"QUARTERS": True, "BLOCK": 1024}, 3),
     "small 4-bit weight before a norm": (linear_w4._once_kernel, FEW, {**INSIDE, "AFTER": True, "SPLIT": True, "TILES": 16, "BM": 8, "BN": 32}, 1),
