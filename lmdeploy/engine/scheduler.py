@@ -354,9 +354,10 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         """Offer the full blocks that are now certain to the prefix cache."""
         cache, size = self.cache, self.limits.block_size
-        if cache is None:
+        known, full = seq.num_published, seq.num_done // size
+        if cache is None or known >= full:
             return
-        node, known, full = seq.node, seq.num_published, seq.num_done // size
+        node = seq.node
         while known < full:
             node = cache.publish(seq.root_key, node, seq.content(known, size), seq.blocks[known])
             # its prefix was someone else's copy and has been evicted: publish our own from the start
