@@ -4,12 +4,56 @@ the exit status. What takes longest, importing torch and Triton, is done once.""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 END = "--- this file ended with"
 
+
+def save_time() -> None:
+    """Leave out what Triton's interpreter does in vain, half of the time of kernels that are made of helpers: it looks through its whole language for what
+    to replace at a launch, which needs it, and again at every call of a helper inside it, which finds everything replaced; it computes whether each sum of
+    integers overflows, and then tells it only where `debug` is set; and it makes the table of numpy's types anew for each look into it."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_get_np_dtype", "GridExecutor", "interpreter_builder")):
+        return  # another Triton, which takes the time that it takes
+    patch, launch, numpy_type = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    parts: dict[Callable[..., Any], frozenset[str]] = {}
+    patched: set[frozenset[str]] = set()
+    types: dict[str, Any] = {}
+
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        if fn not in parts:
+            parts[fn] = frozenset(part.__name__ for part in (language, language.core) if any(part is value for value in fn.__globals__.values()))
+        if parts[fn] in patched:
+            return None
+        patched.add(parts[fn])
+        return patch(fn)
+
+    def launch_anew(self: Any, *arguments: Any, **options: Any) -> Any:
+        patched.clear()
+        return launch(self, *arguments, **options)
+
+    def known_type(kind: Any) -> Any:
+        element = kind.element_ty if isinstance(kind, language.block_type) else kind
+        if isinstance(element, language.pointer_type):
+            return numpy_type(element)
+        if element.name not in types:
+            types[element.name] = numpy_type(element)
+        return types[element.name]
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype = patch_once, launch_anew, known_type
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
 if __name__ == "__main__":
+    save_time()
     for line in sys.stdin:
         status = pytest.main([line.strip(), "-q", "-p", "no:cacheprovider"])
         print(f"\n{END} {int(status)}", flush=True)
