@@ -128,7 +128,7 @@ def test_a3_the_pool_takes_its_share_and_the_bill_is_true(model_folder: Path) ->
 
 
 def test_a4_the_quantised_model_answers_in_the_terminal(four_bit_folder: Path) -> None:
-    flags = ["--model-format", "awq", "--cache-max-entry-count", "0.04", "--backend", "turbomind", "--temperature", "0"]
+    flags = ["--model-format", "awq", "--cache-max-entry-count", "0.01", "--backend", "turbomind", "--temperature", "0"]
     child = terminal("chat", str(four_bit_folder), *flags)
     child.expect_exact(PROMPT)
     assert TWENTY in ask(child, "Count from 1 to 20.").replace("\n", " ").replace("  ", " ")
@@ -142,7 +142,7 @@ def test_a10_the_same_bytes_hold_more_tokens_and_the_report_says_how_many(model_
     tokens: dict[str, int] = {}
     sizes: dict[str, float] = {}
     for policy, report in (("0", ""), ("8", "int8: 1.88 times"), ("4", "rotated int4: 3.56 times")):
-        child = terminal("chat", str(model_folder), "--quant-policy", policy, "--cache-max-entry-count", "0.04", "--temperature", "0")
+        child = terminal("chat", str(model_folder), "--quant-policy", policy, "--cache-max-entry-count", "0.01", "--temperature", "0")
         child.expect_exact(PROMPT)
         text = plain(child.before)
         found = re.search(r"blocks of \d+ = (\d+) tokens", text)
@@ -362,11 +362,11 @@ def loss_by_position(model_folder: Path, ids: list[int], **options: object) -> l
 
 
 def test_a21_dynamic_ntk_stays_coherent_beyond_the_training_length(pipe: Pipeline, model_folder: Path) -> None:
-    animals = ["cat", "dog", "fox", "bear", "bird", "fish", "mouse", "horse", "rabbit", "frog", "duck", "owl"]
+    animals = ["cat", "dog", "fox", "bear", "bird", "fish", "mouse", "horse", "rabbit"]
     asked = [f"Tell me a story about a {a} and a {b}." for a in animals for b in animals if a < b]
     told = pipe(asked, GenerationConfig(max_new_tokens=200, temperature=1.0, random_seed=1), use_tqdm=False)
-    ids = pipe.tokenizer.encode("\n\n".join(answer.text for answer in told))[:6144]
-    assert len(ids) == 6144, "three times the training length of 2048"
+    ids = pipe.tokenizer.encode("\n\n".join(answer.text for answer in told))[:4096]
+    assert len(ids) == 4096, "twice the training length of 2048"
     plain_loss = loss_by_position(model_folder, ids)
     scaled = loss_by_position(model_folder, ids, rope_scaling_factor=4.0)
     assert max(plain_loss[2:]) > plain_loss[0] + 1, "the unscaled model falls apart"

@@ -33,7 +33,7 @@ class ScriptedServer:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/{path:path}", self._else),
         ]
-        self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning"))
+        self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._sock])), daemon=True)
         self._thread.start()
 

@@ -12,7 +12,7 @@ from benchmark.soak_clients import Task, Wrong, answers_of, check_stream
 
 @pytest.mark.slow
 def test_200_clients_that_leave_and_err_harm_nobody() -> None:
-    soak = Soak(parse(["--minutes", "0.2", "--clients", "200"]))
+    soak = Soak(parse(["--minutes", "0.1", "--clients", "200"]))
     soak.run()
     assert soak.problems == [], "\n".join(soak.report)
 

@@ -157,7 +157,7 @@ DECODING = [s for s in MIXED if s.new == 1]
 
 
 # Rows are rotated, scaled and centred before any format stores them: every format at every width, half of them centred and scaled, so that each format and
-# each width is met with both.
+# each width is met with both. A sequence of long pieces is among the heads of 16 dims, where each format has one.
 @pytest.mark.parametrize(
     ("fmt", "head_dim", "rope", "centred", "scaled"),
     [
@@ -167,12 +167,12 @@ DECODING = [s for s in MIXED if s.new == 1]
     ],
 )
 def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, head_dim: int, rope: int, centred: bool, scaled: bool) -> None:
-    shape, rows = Shape(4, 2, head_dim), len(DECODING)
-    case = paged_case(FORMATS[fmt], shape, DECODING)
+    shape, batch = Shape(4, 2, head_dim), DECODING if head_dim == 16 else DECODING[:-1]
+    case, rows = paged_case(FORMATS[fmt], shape, batch), len(batch)
     qkv = numbers(shape, 3, rows, 8, head_dim)
     angles = numbers(shape, 4, rows, rope // 2)
     factor = numbers(shape, 5, rows).abs() if scaled else None
-    places = [int(case.meta.block_table[i, (s.length - 1) // 8]) * 8 + (s.length - 1) % 8 for i, s in enumerate(DECODING)]
+    places = [int(case.meta.block_table[i, (s.length - 1) // 8]) * 8 + (s.length - 1) % 8 for i, s in enumerate(batch)]
     case.meta.slot_mapping = torch.tensor(places)
     center = numbers(shape, 9, 2, head_dim) if centred else None
     layers, outs = one_launch_and_two(attention.rope_attention, REFERENCE, case, shape, qkv, angles, factor, center, 0.3)

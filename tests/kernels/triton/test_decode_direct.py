@@ -102,7 +102,7 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, r
 
 def test_scales_and_queries_of_any_size() -> None:
     """float16 holds weights times scales, and queries, whatever these are."""
-    case = paged_case(FORMATS["8"], SHAPE, DECODING)
+    case = paged_case(FORMATS["8"], ONE_HEAD, DECODING)
     assert case.layer.key_scales is not None and case.layer.value_scales is not None
     for scales, factor in ((case.layer.key_scales, 2.0**-12), (case.layer.value_scales, 2.0**-13)):
         scales.mul_(factor)
@@ -112,7 +112,7 @@ def test_scales_and_queries_of_any_size() -> None:
 
 
 def test_a_nan_reaches_its_own_sequence_only() -> None:
-    case = paged_case(FORMATS["4"], SHAPE, DECODING)
+    case = paged_case(FORMATS["4"], ONE_HEAD, DECODING)
     wanted = case.attend(TRITON)
     assert case.layer.key_scales is not None
     case.layer.key_scales[case.meta.block_table[5, 1].item(), :, 3] = float("nan")

@@ -47,7 +47,7 @@ def agree(rows: Rows) -> int:
 # Every size with flat and with steep rows; those between with all but the largest, which takes as long as the rest.
 @pytest.mark.parametrize(
     ("vocab", "rows", "scale"),
-    [(92544, 16, 0.5), (92544, 16, 6.0)] + [(v, n, scale) for v, n in ((5120, 16), (257, 48), (100, 48), (32, 16), (3, 16)) for scale in (0.5, 2.0, 6.0)],
+    [(92544, 16, 0.5), (92544, 16, 6.0)] + [(v, n, scale) for v, n in ((5120, 16), (257, 32), (100, 32), (32, 16), (3, 16)) for scale in (0.5, 2.0, 6.0)],
 )
 def test_tokens_are_the_samplers(vocab: int, rows: int, scale: float) -> None:
     params = [MIXTURE[i % len(MIXTURE)] for i in range(rows)]
@@ -98,10 +98,10 @@ def test_what_cannot_be_chosen_from_gives_no_token_and_leaves_its_mates_alone() 
 
 @pytest.mark.parametrize("allowed", [1, 3, 60, 900])
 def test_forbidden_tokens_never_come(allowed: int) -> None:
-    logits = normal(32, 3000, 2.0)
+    logits = normal(16, 3000, 2.0)
     for row in logits:
         row[torch.randperm(3000, generator=torch.Generator().manual_seed(allowed))[allowed:]] = float("-inf")
-    assert agree(rows_of(MIXTURE * 2, logits)) == 0
+    assert agree(rows_of(MIXTURE, logits)) == 0
 
 
 @pytest.mark.parametrize("vocab", [3001, 64, 31])
@@ -138,7 +138,7 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch(seed: int, kind: dict
 @pytest.mark.parametrize("params", [{"top_k": 12, "min_p": 0.02}, {"top_p": 0.9}, {}], ids=str)
 def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     logits = normal(1, 16, 1.0, 3)
-    rows = rows_of([{"temperature": 1.0, **params}] * 240, logits.expand(240, -1).contiguous())
+    rows = rows_of([{"temperature": 1.0, **params}] * 160, logits.expand(160, -1).contiguous())
     assert_follow(chosen(rows), *distribution(logits[0], rows.params[0]))
 
 
