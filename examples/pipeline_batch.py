@@ -11,7 +11,7 @@ if __name__ == "__main__":
         tp=1,
         session_len=2048,
         max_batch_size=128,
-        cache_max_entry_count=0.1,  # a tenth of the free memory for the KV cache
+        cache_max_entry_count=0.02,  # a fiftieth of the free memory for the KV cache
         cache_block_seq_len=64,
         quant_policy=0,
         rope_scaling_factor=0.0,

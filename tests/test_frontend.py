@@ -183,7 +183,7 @@ def test_a_stop_word_frees_the_blocks_at_once(frontend: Frontend) -> None:
 
 
 def test_any_number_of_prompts_passes_a_small_queue(model_folder: Path) -> None:
-    config = TurbomindEngineConfig(dtype="float32", max_batch_size=2, max_waiting=3, cache_max_entry_count=64, cpu_threads=1)
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=2, max_waiting=3, cache_max_entry_count=64, cpu_threads=1, max_prefill_token_num=256)
     with Frontend.open(str(model_folder), config) as small:
         gen = GenerationConfig(max_new_tokens=3)
         requests = [small.prepare(f"Count from 1 to {i}.", gen) for i in range(40)] + [small.prepare(COUNT, GenerationConfig(n=3, max_new_tokens=3))]
@@ -207,7 +207,7 @@ def test_any_number_of_prompts_passes_a_small_queue(model_folder: Path) -> None:
 
 
 def test_closing_ends_running_readers_and_refuses_new_ones(model_folder: Path) -> None:
-    config = TurbomindEngineConfig(dtype="float32", max_batch_size=2, cache_max_entry_count=64, cpu_threads=1)
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=2, cache_max_entry_count=64, cpu_threads=1, max_prefill_token_num=256)
     with Frontend.open(str(model_folder), config) as frontend:
         prepared = frontend.prepare(COUNT, ENDLESS)
         stream = frontend.stream(prepared)

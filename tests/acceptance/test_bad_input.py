@@ -30,7 +30,7 @@ from lmdeploy.pipeline import Pipeline, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SMALL = TurbomindEngineConfig(cache_max_entry_count=40)
+SMALL = TurbomindEngineConfig(cache_max_entry_count=40, max_prefill_token_num=256)
 SHARD = "model-00002-of-00003.safetensors"
 Spoil = Callable[[Path], None]
 
@@ -241,7 +241,7 @@ def test_twice_closed_is_closed_and_another_pipeline_goes_on() -> None:
 @pytest.mark.parametrize("end, code", [("", 0), ("raise SystemExit(7)", 7), ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT)])
 def test_a_program_that_ends_while_an_answer_runs_ends_cleanly(end: str, code: int) -> None:
     program = (
-        "from lmdeploy import *; p = pipeline(None, TurbomindEngineConfig(cache_max_entry_count=40));"
+        "from lmdeploy import *; p = pipeline(None, TurbomindEngineConfig(cache_max_entry_count=40, max_prefill_token_num=256));"
         f"i = p.stream_infer('Hi', GenerationConfig(max_new_tokens=1000, ignore_eos=True)); next(i); {end}"
     )
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, timeout=60)

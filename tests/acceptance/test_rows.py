@@ -22,6 +22,7 @@ from tests.acceptance.commands import ENVIRONMENT, ROOT, Server, free_port
 
 PROMPT = "double enter to end input >>> "
 TWENTY = ", ".join(map(str, range(1, 21)))
+SMALL_STEPS = ["--max-prefill-token-num", "256"]  # the largest step is a third of the time of a start; not for rows that measure memory
 
 
 def terminal(*arguments: str) -> pexpect.spawn:
@@ -100,7 +101,12 @@ def test_a2_both_backends_give_the_same_greedy_answer(model_folder: Path) -> Non
             "60",
         ]
         run = subprocess.run(
-            [*command, "--cache-max-entry-count", "100"], input="Tell me a story about a cat.\n\n", env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+            [*command, "--cache-max-entry-count", "100", *SMALL_STEPS],
+            input="Tell me a story about a cat.\n\n",
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert run.returncode == 0, run.stderr
         answers.append(next(line for line in run.stdout.splitlines() if len(line.split()) > 20))
@@ -142,7 +148,7 @@ def test_a10_the_same_bytes_hold_more_tokens_and_the_report_says_how_many(model_
     tokens: dict[str, int] = {}
     sizes: dict[str, float] = {}
     for policy, report in (("0", ""), ("8", "int8: 1.88 times"), ("4", "rotated int4: 3.56 times")):
-        child = terminal("chat", str(model_folder), "--quant-policy", policy, "--cache-max-entry-count", "0.01", "--temperature", "0")
+        child = terminal("chat", str(model_folder), "--quant-policy", policy, "--cache-max-entry-count", "0.01", "--temperature", "0", *SMALL_STEPS)
         child.expect_exact(PROMPT)
         text = plain(child.before)
         found = re.search(r"blocks of \d+ = (\d+) tokens", text)
@@ -157,7 +163,7 @@ def test_a10_the_same_bytes_hold_more_tokens_and_the_report_says_how_many(model_
 
 
 def test_a10_plain_int4_can_be_compared_and_mistakes_are_one_line(model_folder: Path) -> None:
-    base = [sys.executable, "-m", "lmdeploy", "chat", str(model_folder), "--cache-max-entry-count", "50"]
+    base = [sys.executable, "-m", "lmdeploy", "chat", str(model_folder), "--cache-max-entry-count", "50", *SMALL_STEPS]
     for flags, code, parts in (
         (["--quant-policy", "4", "--kv-rotation", "False"], 0, ["KV cache int4: perplexity", "(int4: 3.56 times"]),
         (["--quant-policy", "k8v4", "--strict-quality"], 0, ["KV cache rotated k8v4: perplexity", "(rotated k8v4: 2.46 times"]),

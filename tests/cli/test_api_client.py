@@ -53,7 +53,8 @@ class RealServer:
 
     def start(self) -> None:
         """Begin to start; does not wait."""
-        flags = ["--server-port", str(self.port), "--cache-max-entry-count", "100", "--model-name", "tiny", "--dtype", "float32", "--api-keys", "sesame"]
+        small = ["--cache-max-entry-count", "100", "--max-prefill-token-num", "256", "--dtype", "float32"]
+        flags = ["--server-port", str(self.port), *small, "--model-name", "tiny", "--api-keys", "sesame"]
         log = (self.folder / f"log{time.monotonic_ns()}").open("wb")
         self.process = subprocess.Popen([*LMDEPLOY, "serve", "api_server", *flags], stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT)
 

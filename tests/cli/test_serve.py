@@ -37,7 +37,7 @@ class Server:
 
     def __init__(self, log: Path, *flags: str) -> None:
         self.log = log
-        command = [*LMDEPLOY, "serve", "api_server", "--server-port", "0", "--cache-max-entry-count", "100", *flags]
+        command = [*LMDEPLOY, "serve", "api_server", "--server-port", "0", "--cache-max-entry-count", "100", "--max-prefill-token-num", "256", *flags]
         self.process = subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT)
         deadline = time.monotonic() + 90
         while not (found := re.search(r"open (http://\S+) in a browser", log.read_text())):

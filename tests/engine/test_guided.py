@@ -312,6 +312,7 @@ def engine(model_folder: Path, request: pytest.FixtureRequest) -> Iterator[Engin
         "max_batch_size": 8,
         "cache_max_entry_count": 200,
         "cache_block_seq_len": 8,
+        "max_prefill_token_num": 256,
         **getattr(request, "param", {}),
     }
     built = build_engine(model_folder, TurbomindEngineConfig(**options))

@@ -22,7 +22,7 @@ from lmdeploy.engine.start import build_engine
 from lmdeploy.errors import CheckpointError, ConfigError, EngineError, OverloadedError, RequestError
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
 
-CONFIG = TurbomindEngineConfig(dtype="float32", session_len=512, max_batch_size=4, cache_max_entry_count=64, cpu_threads=1)
+CONFIG = TurbomindEngineConfig(dtype="float32", session_len=512, max_batch_size=4, cache_max_entry_count=64, cpu_threads=1, max_prefill_token_num=128)
 PROMPT = [1, 20, 30, 40, 50, 60]
 
 

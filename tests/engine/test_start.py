@@ -26,7 +26,9 @@ SPEC = ModelSpec("X", "x", 100, 64, 128, 2, 8, 4, 64, 1e-5, 2048, RopeSpec(rotar
 
 def small(**options: Any) -> TurbomindEngineConfig:
     """An engine that takes little memory."""
-    return TurbomindEngineConfig(**{"device_type": "cpu", "cache_max_entry_count": 64, "max_batch_size": 4, "dtype": "float32", **options})
+    return TurbomindEngineConfig(
+        **{"device_type": "cpu", "cache_max_entry_count": 64, "max_batch_size": 4, "max_prefill_token_num": 256, "dtype": "float32", **options}
+    )
 
 
 def answer(engine: Engine, ids: list[int], count: int, **params: Any) -> list[int]:

@@ -26,7 +26,7 @@ from lmdeploy.messages import EngineRequest, Order, SamplingParams
 from tests.engine import broken_child
 from tests.engine.test_process import PROMPT, Inbox, is_gone, left_behind, long_request, request
 
-CONFIG = TurbomindEngineConfig(dtype="float32", session_len=512, max_batch_size=4, cache_max_entry_count=16, cpu_threads=1)
+CONFIG = TurbomindEngineConfig(dtype="float32", session_len=512, max_batch_size=4, cache_max_entry_count=16, cpu_threads=1, max_prefill_token_num=128)
 
 Start = Callable[..., tuple[SupervisedEngine, Inbox]]
 

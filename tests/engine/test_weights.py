@@ -25,7 +25,7 @@ from tests.engine.test_process import Inbox, long_request, request
 from tests.helpers import load_model, write_llama
 
 GREEDY = GenerationConfig(max_new_tokens=12, ignore_eos=True)
-CONFIG = TurbomindEngineConfig(dtype="float32", session_len=512, max_batch_size=4, cache_max_entry_count=64, cpu_threads=1)
+CONFIG = TurbomindEngineConfig(dtype="float32", session_len=512, max_batch_size=4, cache_max_entry_count=64, cpu_threads=1, max_prefill_token_num=128)
 
 
 def weights_of(model: Decoder, folder: Path) -> Weights:

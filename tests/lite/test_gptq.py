@@ -170,7 +170,7 @@ def test_the_written_folder_is_what_was_computed(gptq_report: Report, tmp_path: 
     folder = Path(gptq_report.work_dir)
     modules = [name for name in read_folder(folder) if name.endswith(".g_idx")]
     assert len(modules) == 10 * 5
-    config = TurbomindEngineConfig(dtype="float32", max_batch_size=2, cache_max_entry_count=40)
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=2, cache_max_entry_count=40, max_prefill_token_num=256)
     answers = []
     dense = dense_copy(folder, tmp_path / "dense")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

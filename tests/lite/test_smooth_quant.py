@@ -115,7 +115,7 @@ def test_the_embedded_model_keeps_its_perplexity_and_its_answers(w8a8: Report) -
     assert w8a8.perplexity_after is not None
     assert w8a8.perplexity_after < 1.03 * w8a8.perplexity_before
     assert 0.5 < w8a8.linear_ratio < 0.52
-    with pipeline(w8a8.work_dir, backend_config=TurbomindEngineConfig(max_batch_size=2, cache_max_entry_count=40)) as pipe:
+    with pipeline(w8a8.work_dir, backend_config=TurbomindEngineConfig(max_batch_size=2, cache_max_entry_count=40, max_prefill_token_num=256)) as pipe:
         answer = pipe("Count from 1 to 20.", gen_config=GenerationConfig(do_sample=False, max_new_tokens=80)).text
     assert ", ".join(map(str, range(1, 21))) in answer
 

@@ -24,7 +24,20 @@ class ServerCommand:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.log = log
-        small = ("--dtype", "float32", "--max-batch-size", "4", "--cache-max-entry-count", "64", "--cpu-threads", "1", "--model-name", "tiny")
+        small = [
+            "--dtype",
+            "float32",
+            "--max-batch-size",
+            "4",
+            "--max-prefill-token-num",
+            "256",
+            "--cache-max-entry-count",
+            "64",
+            "--cpu-threads",
+            "1",
+            "--model-name",
+            "tiny",
+        ]
         command = [sys.executable, "-m", "lmdeploy", "serve", "api_server", str(folder), "--server-port", str(port), *small, *flags]
         with log.open("wb") as out:
             self.popen = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": ROOT})

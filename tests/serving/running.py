@@ -67,7 +67,7 @@ import json, sys
 from lmdeploy.config import TurbomindEngineConfig
 from lmdeploy.serving.options import ServerConfig
 from lmdeploy.serving.server import serve_model
-engine = TurbomindEngineConfig(dtype="float32", max_batch_size=4, cache_max_entry_count=64, cpu_threads=1)
+engine = TurbomindEngineConfig(dtype="float32", max_batch_size=4, cache_max_entry_count=64, cpu_threads=1, max_prefill_token_num=256)
 serve_model(sys.argv[1], engine, ServerConfig(model_name="tiny", **json.loads(sys.argv[2])))
 """
 

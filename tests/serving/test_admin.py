@@ -21,7 +21,7 @@ from lmdeploy.messages import Order
 from lmdeploy.serving.options import ServerConfig
 from tests.serving.running import RunningServer
 
-CONFIG = TurbomindEngineConfig(dtype="float32", max_batch_size=4, cache_max_entry_count=1000, cpu_threads=1)
+CONFIG = TurbomindEngineConfig(dtype="float32", max_batch_size=4, cache_max_entry_count=1000, cpu_threads=1, max_prefill_token_num=256)
 ADMIN = {"Authorization": "Bearer root"}
 SHORT: dict[str, Any] = {"model": "tiny", "prompt": "Tell me of cats.", "ignore_eos": True, "temperature": 0, "max_tokens": 24}
 LONG = {**SHORT, "max_tokens": 1900}

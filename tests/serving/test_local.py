@@ -11,7 +11,9 @@ from lmdeploy.errors import ConfigError, EngineError
 
 
 def test_serve_answers_through_its_client_and_is_gone_after_close() -> None:
-    with lmdeploy.serve(model_name="tiny", server_port=0, backend_config=lmdeploy.TurbomindEngineConfig(dtype="float32", cache_max_entry_count=64)) as server:
+    with lmdeploy.serve(
+        model_name="tiny", server_port=0, backend_config=lmdeploy.TurbomindEngineConfig(dtype="float32", cache_max_entry_count=64, max_prefill_token_num=256)
+    ) as server:
         with lmdeploy.client(server.url) as other:
             assert other.available_models == ["tiny"]
         question = [{"role": "user", "content": "Count from 1 to 5."}]

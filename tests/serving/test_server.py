@@ -126,7 +126,7 @@ def test_chunks_are_not_delayed_by_the_socket(server: RunningServer) -> None:
 def test_a_full_queue_is_503_with_retry_after(model_folder: Path, tmp_path: Path) -> None:
     from lmdeploy.config import TurbomindEngineConfig
 
-    config = TurbomindEngineConfig(dtype="float32", max_batch_size=1, max_waiting=1, cache_max_entry_count=64, cpu_threads=1)
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=1, max_waiting=1, cache_max_entry_count=64, cpu_threads=1, max_prefill_token_num=256)
     with Frontend.open(str(model_folder), config, separate_process=True) as frontend:
         running = RunningServer(frontend, ServerConfig(server_port=0, model_name="tiny"))
         streams = []
