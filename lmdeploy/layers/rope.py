@@ -92,8 +92,9 @@ class LongRope(Rope):
 
 
 def build_rope(rope: RopeSpec, device: torch.device, kernel: RopeAngles | None = None) -> Rope:
-    """The rotary embedding that `rope` describes; `kernel` computes it, if there is one."""
-    built = _built(rope, device)
+    """The rotary embedding that `rope` describes; `kernel` computes it, if there is one. A model of mere shapes (device "meta") gets it with numbers:
+    arithmetic without them makes torch import its compiler, which takes a second."""
+    built = _built(rope, torch.device("cpu") if device.type == "meta" else device)
     built.kernel = kernel
     return built
 

@@ -81,6 +81,16 @@ def test_each_sequence_of_a_batch_has_its_own_base(kind: str) -> None:
     assert not torch.equal(cos[0], cos[1]) and not torch.equal(cos[2], cos[3])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_mere_shapes_has_its_numbers(kind: str) -> None:
+    """Arithmetic on the device "meta" makes torch import its compiler: a second of every `lmdeploy lite` command."""
+    _, numbers = KINDS[kind]
+    spec = RopeSpec(kind=kind.split(",")[0], rotary_dim=24, original_max_position=64, **numbers)  # type: ignore[arg-type]
+    positions, lengths = torch.arange(5), torch.full((5,), 90)
+    found, wanted = (build_rope(spec, torch.device(device)).cos_sin(positions, lengths) for device in ("meta", "cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_dynamic_base_follows_the_formula() -> None:
     rope = build_rope(RopeSpec(kind="dynamic", theta=10000.0, rotary_dim=24, original_max_position=64, factor=2.0), CPU)
     cos, _ = rope.cos_sin(torch.tensor([77]), torch.tensor([192]))
