@@ -2,7 +2,8 @@
 
 A graph serves a shape: so many sequences with one token, room for some prompts, both rounded up; contexts of any length. Graphs are captured when first needed,
 or while there is no work, and share one memory pool. What fills up a shape belongs to a slot of its own and writes to a block of its own, so it changes nothing.
-Everything that a step needs is read on the device from the slot tables: the host sends places only, and need not have seen the tokens of the step before.
+Everything that a step needs is read on the device from the slot tables: the host sends places only, and need not have seen the tokens of the step before. A step
+of single tokens leaves the places of the next one, so that steps of the same sequences follow each other without anything from the host.
 """
 
 from __future__ import annotations
@@ -170,34 +171,11 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """An input on the host."""
-
-    whole: Tensor
-    flat: Ints  # a view of it
-    parts: list[Ints]  # of `flat`
-
-    @classmethod
-    def of(cls, whole: Tensor, shape: Shape) -> _Stage:
-        """Views of it."""
-        return cls(whole, whole.numpy(), parts_of(shape, whole.numpy()))
-
-
-@dataclass(slots=True)
 class _Input:
-    """Where the input of a shape is on the device, and its copies on the host, one for each step that may be on its way."""
+    """Where the input of a shape is on the device, and its copies on the host, whole and in parts, one for each step that may be on its way."""
 
     there: Tensor
-    stages: list[_Stage]
-    further: Ints | None = None  # what a step's `flat` has more than the one before, when each of its sequences is a token further
-
-
-def _further(shape: Shape, stage: _Stage, filler: int) -> Ints:
-    """See `_Input`; what fills up stays where it is."""
-    flat = np.zeros_like(stage.flat)
-    positions, _, _, ends, _, _, _, to_places = parts_of(shape, flat)
-    positions[:] = ends[:] = to_places[:] = stage.parts[2] != filler
-    return flat
+    stages: list[tuple[Tensor, list[Ints]]]
 
 
 class StepGraphs:
@@ -246,25 +224,16 @@ class StepGraphs:
         self._sampler.table.refresh()
         graph.replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
-        if every:
-            self._before, self._input_of[shape].further = shape, None
+        self._before = shape if every else None
         return Ran(self._logits[: shape.sequences], tokens, slice(0, layout.num_decode) if every else in_shape(layout, shape))
 
     def again(self, new_blocks: dict[int, list[int]]) -> Tensor:
         """The step before once more, each of its sequences a token further, some with a new block; the tokens of its shape. Only behind a `run` that took a
-        token of each sequence and gave it one, and nothing else was computed since, or behind another `again`."""
-        shape = self._before
-        assert shape is not None
-        known = self._input_of[shape]
-        before, now = known.stages[self._stage - 1], known.stages[self._stage]
-        self._stage = (self._stage + 1) % STAGES
-        if known.further is None:
-            known.further = _further(shape, before, self._filler)
-        np.add(before.flat, known.further, out=now.flat)
+        token of each sequence and gave it one, and nothing else was computed since, or behind another `again`: the step before has left its input."""
+        assert self._before is not None
         if new_blocks:
             self._tables.append_blocks(new_blocks.items())
-        known.there.copy_(now.whole, non_blocking=True)
-        graph, tokens = self._graphs[shape]
+        graph, tokens = self._graphs[self._before]
         graph.replay()
         return tokens
 
@@ -330,11 +299,12 @@ class StepGraphs:
         found = self._input_of.get(shape)
         if found is None:
             total = sum(shape.lengths())
-            found = self._input_of[shape] = _Input(self._inputs[:total], [_Stage.of(stage[:total], shape) for stage in self._stages])
-        stage = found.stages[self._stage]
+            wholes = [stage[:total] for stage in self._stages]
+            found = self._input_of[shape] = _Input(self._inputs[:total], [(whole, parts_of(shape, whole.numpy())) for whole in wholes])
+        whole, parts = found.stages[self._stage]
         self._stage, self._before = (self._stage + 1) % STAGES, None
-        lay_out(layout, shape, self._filler, stage.parts)
-        found.there.copy_(stage.whole, non_blocking=True)
+        lay_out(layout, shape, self._filler, parts)
+        found.there.copy_(whole, non_blocking=True)
 
     def _captured(self, shape: Shape) -> None:
         self._try_out(shape)
@@ -363,5 +333,6 @@ class StepGraphs:
         logits = self._logits[: shape.sequences]
         self._model.raw_logits(self._model.forward(inputs), logits)
         tokens = torch.empty(shape.sequences, dtype=torch.int64, device=logits.device)
-        self._sampler.choose(logits, slots, places, tokens)
+        positions, ends = parts[0], parts[3]
+        self._sampler.choose(logits, slots, places, tokens, goes_on=None if shape.tokens else (positions, ends))
         return tokens

@@ -223,17 +223,27 @@ class Sampler:
 
     # -- the kernel --------------------------------------------------------------------------------------------------
 
-    def choose(self, logits: Tensor, slots: Tensor, lengths: Tensor, tokens: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> None:
+    def choose(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        masks: tuple[Tensor, Tensor] | None = None,
+        goes_on: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
 
         Everything is on the device, parameters are read from `table.columns` when it runs, logits, of any floating type, are left alone: this can be part of a
         CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words
-        int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. Only where there is a `kernel`.
+        int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. `goes_on`: positions and ends of the rows, which become the
+        next step's, and so do `lengths`, but not those of the slot that no sequence has. Only where there is a `kernel`.
         """
         assert self.kernel is not None
         # one kernel, which is there from the start on, for steps with masks and without
         words, places = masks or self._no_masks
-        self.kernel.choose(logits, slots, lengths, self.table.columns, (words, places, self.table.young_words), self.tokens, tokens, self._candidates)
+        masks_of = (words, places, self.table.young_words)
+        self.kernel.choose(logits, slots, lengths, self.table.columns, masks_of, self.tokens, tokens, self._candidates, goes_on)
 
     def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""

@@ -198,7 +198,7 @@ def select(
 class TokenKernel:
     """The kernel that chooses tokens, and how many int64 numbers of work space it wants for a slot; `triton_kernels/sampling.py` says what it does."""
 
-    choose: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None, Tensor, Tensor, Tensor], None]
+    choose: Callable[..., None]  # as `sampling.choose_tokens`
     scratch_width: int
 
 

@@ -407,16 +407,31 @@ def _draw(
 
 #: where these lie depends on the step and on the number of slots; a kernel for each alignment would be compiled while requests wait
 ANYWHERE = [
-    f"{name}_ptr" for name in ("slots", "lengths", "values", "seeds", "prompt_len", "young_until", "words", "mask_rows", "young_words", "table", "tokens")
+    f"{name}_ptr"
+    for name in (
+        "slots",
+        "lengths",
+        "values",
+        "seeds",
+        "prompt_len",
+        "young_until",
+        "words",
+        "mask_rows",
+        "young_words",
+        "table",
+        "tokens",
+        "positions",
+        "ends",
+    )
 ]
 
 
-@triton.jit(do_not_specialize=["words_stride", "table_stride"], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=["words_stride", "table_stride", "nobody"], do_not_specialize_on_alignment=ANYWHERE)
 def _choose_kernel(
     logits_ptr: tl.tensor, slots_ptr: tl.tensor, lengths_ptr: tl.tensor, values_ptr: tl.tensor, seeds_ptr: tl.tensor, prompt_len_ptr: tl.tensor,
     young_until_ptr: tl.tensor, words_ptr: tl.tensor, mask_rows_ptr: tl.tensor, young_words_ptr: tl.tensor, table_ptr: tl.tensor, tokens_ptr: tl.tensor,
-    scratch_ptr: tl.tensor, logits_stride: tl.tensor, words_stride: tl.tensor, table_stride: tl.tensor,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    scratch_ptr: tl.tensor, positions_ptr: tl.tensor, ends_ptr: tl.tensor, logits_stride: tl.tensor, words_stride: tl.tensor, table_stride: tl.tensor, nobody: tl.tensor,
+    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr, GOES_ON: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot, length = tl.load(slots_ptr + row), tl.load(lengths_ptr + row)
@@ -444,6 +459,11 @@ def _choose_kernel(
         )  # fmt: skip
     tl.store(tokens_ptr + row, token)
     tl.store(table_ptr + slot * table_stride + length, tl.maximum(token, 0).to(tl.int32))
+    if GOES_ON:
+        more = (slot != nobody).to(tl.int64)
+        tl.store(lengths_ptr + row, length + more)
+        tl.store(positions_ptr + row, tl.load(positions_ptr + row) + more)
+        tl.store(ends_ptr + row, tl.load(ends_ptr + row) + more)
 
 
 def scratch_width() -> int:
@@ -453,7 +473,7 @@ def scratch_width() -> int:
 
 def choose_tokens(
     logits: Tensor, slots: Tensor, lengths: Tensor, table: tuple[Tensor, Tensor, Tensor, Tensor], masks: tuple[Tensor, Tensor, Tensor] | None, known: Tensor,
-    tokens: Tensor, scratch: Tensor, *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
+    tokens: Tensor, scratch: Tensor, goes_on: tuple[Tensor, Tensor] | None = None, *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
 ) -> None:  # fmt: skip
     """tokens int64 [S] = the next token of each row of logits [S, V] of any floating type; -1 where none can be chosen.
 
@@ -461,6 +481,8 @@ def choose_tokens(
     lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
     that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
     or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
+    `goes_on`: positions and ends, int64 [S], which become one larger, and so do lengths, in rows of all slots but the last, which is nobody's: the input of the
+    step after this one, whose sequences are each a token further.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len, young_until = table
@@ -470,8 +492,10 @@ def choose_tokens(
     assert masks is None or words.stride() == young_words.stride()
     if rows == 0:
         return
+    positions, ends = goes_on or (lengths, lengths)
     tiles = int(triton.next_power_of_2(triton.cdiv(vocab, lines * 32)))
     _choose_kernel[(rows,)](
-        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, logits.stride(0), words.stride(0), known.stride(0),
-        VOCAB=vocab, ROWS=lines, MASKS=masks is not None, MOST=MOST, PAIRS=pairs, TILES=tiles, num_warps=num_warps,
+        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, positions, ends,
+        logits.stride(0), words.stride(0), known.stride(0), known.shape[0] - 1,
+        VOCAB=vocab, ROWS=lines, MASKS=masks is not None, MOST=MOST, PAIRS=pairs, TILES=tiles, GOES_ON=goes_on is not None, num_warps=num_warps,
     )  # fmt: skip

@@ -55,6 +55,22 @@ def test_tokens_are_the_samplers(vocab: int, rows: int, scale: float) -> None:
     assert differing <= (1 if rows == 16 else 0), "other tokens at a border only, and hardly ever"
 
 
+def test_the_places_of_the_next_step_are_left_where_a_sequence_has_the_slot() -> None:
+    rows = rows_of([MIXTURE[i % len(MIXTURE)] for i in range(5)], normal(5, 32))
+    sampler, tokens = rows.sampler("cpu", KERNEL), torch.zeros(5, dtype=torch.int64)
+    slots, lengths = torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths)
+    nobody = sampler.tokens.shape[0] - 1
+    slots[3] = nobody
+    given = lengths.clone(), torch.arange(5) + 40, torch.arange(5) + 90
+    length, position, end = (part.clone() for part in given)
+    sampler.choose(rows.logits, slots, length, tokens, goes_on=(position, end))
+    more = (slots != nobody).long()
+    assert more.sum() == 4
+    for part, before in zip((length, position, end), given, strict=True):
+        assert torch.equal(part, before + more)
+    assert torch.equal(sampler.tokens[slots, given[0]], tokens.clamp_min(0).int())  # where the token of this step belongs
+
+
 @pytest.mark.parametrize("step", [0.25, 1.0, 4.0])
 def test_ties_go_by_the_smaller_id(step: float) -> None:
     logits = (normal(16, 2500, 2.0) / step).round() * step
