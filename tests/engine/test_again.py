@@ -43,6 +43,8 @@ class Replayed:
         rows = torch.nonzero(parts[6] != graphs._filler)[:, 0]
         self.tokens.fill_(-7)
         self.tokens[rows] = graphs._sampler._choose(logits[rows], parts[6][rows].numpy().copy(), parts[7][rows].numpy().copy(), None)
+        for part in (parts[0], parts[3], parts[7]):  # the next step's, as the kernel leaves them
+            part[rows] += 1
 
     def reset(self) -> None:
         """Nothing is held."""
