@@ -481,8 +481,7 @@ def choose_tokens(
     lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
     that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
     or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
-    `goes_on`: positions and ends, int64 [S], which become one larger, and so do lengths, in rows of all slots but the last, which is nobody's: the input of the
-    step after this one, whose sequences are each a token further.
+    `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len, young_until = table
