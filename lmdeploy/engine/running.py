@@ -56,10 +56,8 @@ class Running:
     """In order of arrival. A slot's epoch grows when its sequence leaves: results of older plans are then void."""
 
     def __init__(self, num_slots: int, block_size: int) -> None:
-        self._size, self._ahead = (
-            np.array(block_size),
-            np.array(max(block_size // 2, 1) - 1),
-        )  # more steps than the next one for which sequences get blocks with others
+        self._size = np.array(block_size)
+        self._ahead = np.array(max(block_size // 2, 1) - 1)  # steps after the next one for which sequences get blocks together with others
         self._sequences: list[Sequence] = []
         self._holders: dict[int, Sequence] = {}  # by slot
         self._free_slots = list(range(num_slots - 1, -1, -1))
