@@ -137,6 +137,29 @@ def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str, step: 
         assert error(found[i], alone.attend(REFERENCE)[0]) <= DTYPES[dtype]
 
 
+@pytest.mark.parametrize("fmt", ["8", "fp8", "4 rotated", "k8v4"])
+def test_a_row_has_the_same_bits_among_many_in_one_launch_with_its_rotation(fmt: str) -> None:
+    """Programs of few rows have several warps, those of many one; what they store is the same, too."""
+    shape, batch = Shape(16, 4, 128, 64, torch.bfloat16, "cuda"), [Sequence(n, 1, n) for n in (1, 300, 2500, 9000, *range(1, 400, 10))]
+    qkv, angles = numbers(shape, 3, len(batch), 24, 128), 300 * torch.rand(len(batch), 64, device="cuda")
+
+    def attend(rows: list[int]) -> tuple[Tensor, list[Tensor]]:
+        case = paged_case(FORMATS[fmt], shape, [batch[row] for row in rows], shuffle=rows[0])
+        out = torch.full((len(rows), 16 * 128), float("nan"), dtype=torch.bfloat16, device="cuda")
+        TRITON.rope_attention(*parts(shape, qkv[rows]), angles[rows].cos(), angles[rows].sin(), None, case.layer, case.meta, 128**-0.5, 0, out)
+        last = [batch[row].length - 1 for row in rows]
+        blocks = torch.tensor([int(case.meta.block_table[i, n // 64]) for i, n in enumerate(last)], device="cuda")
+        caches = (case.layer.key, case.layer.value, case.layer.key_scales, case.layer.value_scales)
+        return out, [cache.view(torch.uint8)[blocks, :, torch.tensor(last, device="cuda") % 64] for cache in caches if cache is not None]
+
+    assert TRITON.rope_attention is not None
+    found, stored = attend(list(range(len(batch))))
+    for row in (0, 1, 2, 3, 4, 30, 43):
+        out, own = attend([row])
+        assert torch.equal(out[0], found[row]), batch[row]
+        assert all(torch.equal(alone[0], among[row]) for alone, among in zip(own, stored, strict=True)), batch[row]
+
+
 @pytest.mark.usefixtures("tiles_only")
 @pytest.mark.parametrize("fmt", ["16", "8"])
 def test_a_prompt_has_the_same_bits_in_any_chunks(fmt: str) -> None:
@@ -219,11 +242,12 @@ def test_one_graph_serves_every_length(fmt: str) -> None:
         assert torch.equal(out, case.attend(TRITON))
 
 
+@pytest.mark.parametrize("fmt", ["16", "8", "4 rotated"])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_in_a_chain_attention_reads_nothing_too_early(rows: int) -> None:
+def test_in_a_chain_attention_reads_nothing_too_early(rows: int, fmt: str) -> None:
     """Few rows' programs ask for keys before the product before has ended. Replays with other numbers give what each kernel gives that runs alone."""
     shape, layers = Shape(8, 2, 128, 64, torch.bfloat16, "cuda"), range(6)
-    cases = [paged_case(FORMATS["16"], shape, sequences([(250 + 70 * (i % 9), 1) for i in range(rows)], 50 * layer)) for layer in layers]
+    cases = [paged_case(FORMATS[fmt], shape, sequences([(250 + 70 * (i % 9), 1) for i in range(rows)], 50 * layer)) for layer in layers]
     up, down = (numbers(shape, seed, outer, 1024) / 32 for seed, outer in ((5, 1536), (6, 1024)))
     angles, start = 300 * torch.rand(rows, 64, device="cuda"), numbers(shape, 7, rows, 1024)
     cos, sin = angles.cos(), angles.sin()  # not between the kernels, which then would not overlap

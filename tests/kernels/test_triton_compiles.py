@@ -19,6 +19,7 @@ from lmdeploy.kernels.triton_kernels import (  # noqa: E402
     angles,
     decode,
     decode_direct,
+    decode_shared,
     decode_plain,
     embedding,
     experts,
@@ -179,12 +180,13 @@ def test_the_gluon_kernel_compiles_for_hopper(rows: int, outer: int, inner: int,
 
 
 # Each width of keys, each of values and both numbers of groups on each chip; a width is read by the same instructions whatever the other one is.
+@pytest.mark.parametrize("warps", [1, 8])
 @pytest.mark.parametrize(
     ("capability", "key", "value", "groups"),
     [(80, "8", "8", 1), (80, "4", "4", 2), (80, "fp8", "fp8", 1), (90, "4", "4", 1), (90, "8", "4", 2), (90, "8", "8", 1), (90, "fp8", "fp8", 1)],
 )
-def test_decoding_straight_into_registers_compiles(key: str, value: str, groups: int, capability: int) -> None:
-    kernel, hopper = decode_direct._direct_decode_kernel, capability >= 90
+def test_decoding_straight_into_registers_compiles(key: str, value: str, groups: int, capability: int, warps: int) -> None:
+    kernel, hopper = decode_direct._direct_decode_kernel if warps == 1 else decode_shared.shared_decode_kernel, capability >= 90
     types = {
         **dict.fromkeys(("q_ptr", "out_ptr", "k_ptr", "v_ptr", "factor_ptr", "center_ptr"), BF16),
         **dict.fromkeys(("sums_ptr", "parts_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
@@ -194,16 +196,22 @@ def test_decoding_straight_into_registers_compiles(key: str, value: str, groups:
         "scale": "fp32",
     }
     constants = {"GROUP": 4, "HEADS": 8, "SLOTS": 64, "KEY_WIDTH": key, "VALUE_WIDTH": value, "ROTATED": value == "4", "FUSED": True, "ROPE_HALF": 64}
-    constants |= {"SCALED": False, "CENTRED": True, "PIECES": 16, "PIECE": 256, "CUT": 128, "ROWS": 4, "CHUNK": 4, "GROUPS": groups, "PDL": hopper}
+    constants |= {"SCALED": False, "CENTRED": True, "PIECES": 16, "PIECE": 256, "CUT": 256, "ROWS": 4, "CHUNK": 4, "GROUPS": groups, "PDL": hopper}
     names: list[str] = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "i32")[0] == "*"}
     source = compiler.ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
-    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1, "enable_fp_fusion": False})
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": False})
     layouts = {found for line in compiled.asm["ttgir"].splitlines() if "elementwise_inline_asm" in line for found in re.findall(r"tensor<[^#]*#(\w+)>", line)}
     assert len(layouts) == 1, "a thread has its own number of every tensor"
     name = layouts.pop()
-    assert f"#{name} = #ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [1], order = [0]}}>" in compiled.asm["ttgir"]
+    assert f"#{name} = #ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{warps}], order = [0]}}>" in compiled.asm["ttgir"]
+    ptx = compiled.asm["ptx"]
+    assert len(re.findall(r"\.shared .* (kept|gathered)\[", ptx)) == 1, "the parts of a piece meet in one place"
+    if warps > 1 and hopper:
+        wait, loads = ptx.index("griddepcontrol.wait"), [found.start() for found in re.finditer(r"ld\.global\.L1::no_allocate", ptx)]
+        assert min(loads) < wait, "old keys are asked for before the kernel before has ended"
+        assert wait < ptx.index("st.global") and wait < ptx.index("ld.global.b16"), "what this step's kernels write is touched after it"
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -31,6 +31,12 @@ def _loads(width: int, *offsets: int) -> str:
     return text
 
 
+def _again(loads: str, words: int) -> str:
+    """The same loads, of which a thread keeps the words that it has (the first operands) where the last operand is 0."""
+    text = "{\n.reg .pred p;\n" + "".join(f"mov.b32 ${i}, ${words + i};\n" for i in range(words)) + f"setp.ne.s32 p, ${2 * words + 1}, 0;\n"
+    return text + "".join(f"@p {line}\n" for line in loads.replace(f"[${words} ", f"[${2 * words} ").splitlines()) + "}"
+
+
 def _two_and_two(width: str, source: str, first: str, second: str) -> str:
     """Bytes 0 and 2, and 1 and 3, of a word as halves."""
     if width == "8":
@@ -93,7 +99,8 @@ def _reduced(count: int, how: str) -> str:
     return text + "}"
 
 
-def _kinds(*parts: tuple[str, int]) -> tl.constexpr:
+def kinds(*parts: tuple[str, int]) -> tl.constexpr:
+    """Constraints of operands."""
     return tl.constexpr(",".join(kind for kind, count in parts for _ in range(count)))
 
 
@@ -102,6 +109,9 @@ KEYS_4, KEYS_8 = tl.constexpr(_loads(4, 0, 8 * 64)), tl.constexpr(_loads(4, 0, 6
 VALUES_4 = tl.constexpr(_loads(2, *(row * 64 for row in (0, 1, 8, 9))))
 VALUES_8 = tl.constexpr(_loads(2, *(row * 128 + half for row in (0, 1, 8, 9) for half in (0, 64))))
 WORD, SCALES = tl.constexpr(_loads(1, 0)), tl.constexpr(_loads(1, 0, 8 * 4))
+KEYS_4_AGAIN, KEYS_8_AGAIN = tl.constexpr(_again(KEYS_4.value, 8)), tl.constexpr(_again(KEYS_8.value, 16))
+VALUES_4_AGAIN, VALUES_8_AGAIN = tl.constexpr(_again(VALUES_4.value, 8)), tl.constexpr(_again(VALUES_8.value, 16))
+SCALES_AGAIN = tl.constexpr(_again(SCALES.value, 2))
 PRODUCTS_4, PRODUCTS_8, PRODUCTS_FP8 = (tl.constexpr(_products(width)) for width in ("4", "8", "fp8"))
 LOWER_4, LOWER_8, LOWER_FP8 = (tl.constexpr(_sums(width, upper=False)) for width in ("4", "8", "fp8"))
 UPPER_4, UPPER_8, UPPER_FP8 = (tl.constexpr(_sums(width, upper=True)) for width in ("4", "8", "fp8"))
@@ -128,10 +138,11 @@ setp.ne.s32 p, $2, 0;
 @p st.global.v4.f32 [$1], {$3, $4, $5, $6};
 mov.u32 $0, 0;
 }""")
-EIGHT_FROM_ONE, SIXTEEN_FROM_ONE = _kinds(("=&r", 8), ("l", 1)), _kinds(("=&r", 16), ("l", 1))
-OF_PRODUCTS_4, OF_PRODUCTS_8 = _kinds(("=&f", 4), ("r", 24)), _kinds(("=&f", 4), ("r", 32))
-OF_SUMS_4, OF_SUMS_8 = _kinds(("=&f", 8), ("f", 10), ("r", 7)), _kinds(("=&f", 8), ("f", 10), ("r", 11))
-OF_LARGEST, OF_TOTALS = _kinds(("=&f", 3), ("f", 3)), _kinds(("=&f", 4), ("f", 4))
+TWO_AGAIN, EIGHT_AGAIN, SIXTEEN_AGAIN = (kinds(("=&r", n), ("r", n), ("l", 1), ("r", 1)) for n in (2, 8, 16))
+EIGHT_FROM_ONE, SIXTEEN_FROM_ONE = kinds(("=&r", 8), ("l", 1)), kinds(("=&r", 16), ("l", 1))
+OF_PRODUCTS_4, OF_PRODUCTS_8 = kinds(("=&f", 4), ("r", 24)), kinds(("=&f", 4), ("r", 32))
+OF_SUMS_4, OF_SUMS_8 = kinds(("=&f", 8), ("f", 10), ("r", 7)), kinds(("=&f", 8), ("f", 10), ("r", 11))
+OF_LARGEST, OF_TOTALS = kinds(("=&f", 3), ("f", 3)), kinds(("=&f", 4), ("f", 4))
 EIGHT_WORDS, SIXTEEN_WORDS, EIGHT_FLOATS = (tl.constexpr((kind,) * count) for kind, count in ((tl.int32, 8), (tl.int32, 16), (tl.float32, 8)))
 TWO_INTS, THREE_FLOATS, FOUR_FLOATS = (tl.constexpr((kind,) * count) for kind, count in ((tl.int32, 2), (tl.float32, 3), (tl.float32, 4)))
 
@@ -167,6 +178,39 @@ def keys_at(pointer: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
 def values_at(pointer: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
     """Words of values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; `pointer`: the first of value 2 t that the thread has."""
     return _words_at(pointer, WIDTH, VALUES_4, VALUES_8)
+
+
+@triton.jit
+def _words_again(old: tl.tuple, pointer: tl.tensor, again: tl.tensor, WIDTH: tl.constexpr, ASM_4: tl.constexpr, ASM_8: tl.constexpr) -> tl.tuple:
+    if WIDTH == "4":
+        words = tl.inline_asm_elementwise(
+            ASM_4, EIGHT_AGAIN, [old[0], old[1], old[2], old[3], old[4], old[5], old[6], old[7], pointer, again], dtype=EIGHT_WORDS, is_pure=False, pack=1
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            ASM_8, SIXTEEN_AGAIN,
+            [old[0], old[1], old[2], old[3], old[4], old[5], old[6], old[7], old[8], old[9], old[10], old[11], old[12], old[13], old[14], old[15], pointer, again],
+            dtype=SIXTEEN_WORDS, is_pure=False, pack=1,
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
+def keys_again(old: tl.tuple, pointer: tl.tensor, again: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
+    """`keys_at` for threads where `again` is not 0; the others keep what they have."""
+    return _words_again(old, pointer, again, WIDTH, KEYS_4_AGAIN, KEYS_8_AGAIN)
+
+
+@triton.jit
+def values_again(old: tl.tuple, pointer: tl.tensor, again: tl.tensor, WIDTH: tl.constexpr) -> tl.tuple:
+    """`values_at` likewise."""
+    return _words_again(old, pointer, again, WIDTH, VALUES_4_AGAIN, VALUES_8_AGAIN)
+
+
+@triton.jit
+def scales_again(old: tl.tuple, pointer: tl.tensor, again: tl.tensor) -> tl.tuple:
+    """`scales_at` likewise."""
+    return tl.inline_asm_elementwise(SCALES_AGAIN, TWO_AGAIN, [old[0], old[1], pointer, again], dtype=TWO_INTS, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -5,12 +5,14 @@ ended). The rule that makes it safe: every program calls `after_previous`, whate
 that is past the call knows that all before it have ended, since each of them waited for the one before it; so nothing is read too early, and nothing is
 overwritten that is still being read. Kernels of other libraries start when all before have ended, as ever.
 
-Two exceptions, for decode attention (`decode_plain.py`):
+Two exceptions, for decode attention (`decode_plain.py`, `decode_shared.py`):
 - A kernel may read before the call what was written before the step's embedding: lengths, block tables, angles, and the keys of earlier steps. The embedding, and
   what torch launches after it, start when all before have ended. A kernel behind them may start when all programs of the one before it have started, which could start
   when all of the one before that had, and so on back to the embedding: so what was there before it is there. What kernels after it write (activations, counters, the
   new key) may not be read before the call. Blocks that sequences share are full, and nobody writes to them; each layer has a cache of its own, to which in a step of
-  one token each only its own attention writes.
+  one token each only its own attention writes. A tile that is read early may hold the place of the new key: what is read of that place is not used (16 bits), or read
+  once more by the program that stored the key (8 and 4 bits; no other program takes that tile). Where another kernel stores the new keys (steps with prompts), the
+  attention reads nothing early.
 - A program that finds nothing to do may end without the call, where another of the kernel is sure to call: the kernel has ended when all its programs have.
 """
 

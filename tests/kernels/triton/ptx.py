@@ -1,4 +1,5 @@
-"""Assembly in Triton's interpreter: kernels that have instructions written out are run as they are, warp by warp, so that a test sees what a device would do.
+"""Assembly in Triton's interpreter: kernels that have instructions written out are run as they are, warp by warp (from one barrier to the next), so that a test
+sees what a device would do.
 
 `install()` gives the interpreter `inline_asm_elementwise` for the instructions that the kernels here use. One element a thread (pack=1): thread i of a program
 has element i of each tensor, as the default layout of a program's own tensors has it.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from triton.runtime import interpreter
 
 Words = NDArray[np.uint32]
 WARP = 32
+SHARED: NDArray[np.uint32] = np.full(96 << 8, 0x7FC00000, dtype=np.uint32)  # NaN at first; what a program leaves there the next one finds
+PLACES: dict[str, int] = {}  # where arrays begin in it, in bytes
 LANE = np.arange(WARP)
 GROUP, THREAD = LANE // 4, LANE % 4
 
@@ -85,8 +88,18 @@ def _load(addresses: NDArray[np.int64], words: int) -> list[Words]:
     return [np.ascontiguousarray(column) for column in np.frombuffer(raw, np.uint32).reshape(WARP, words).T]
 
 
+def _fused(a: Words, b: Words, c: Words) -> Words:
+    """fma.rn.f32: a product of two float32 is exact in float64."""
+    return _bits(_floats(a).astype(np.float64) * _floats(b) + _floats(c))
+
+
+def _power(x: Words) -> Words:
+    """ex2.approx.ftz.f32, without its error."""
+    return _bits(np.exp2(_floats(x).astype(np.float64)))
+
+
 def _compared(how: str, a: Words, b: Words) -> NDArray[np.bool_]:
-    compare: Callable[[Any, Any], Any] = {"eq": np.equal, "ne": np.not_equal}[how.split(".")[0]]
+    compare: Callable[[Any, Any], Any] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less}[how.split(".")[0]]
     found: NDArray[np.bool_] = compare(_floats(a), _floats(b)) if how.endswith("f32") else compare(a, b)
     return found
 
@@ -94,6 +107,8 @@ def _compared(how: str, a: Words, b: Words) -> NDArray[np.bool_]:
 _SIMPLE: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a.copy(), "mov.u32": lambda a: a.copy(), "mov.f32": lambda a: a.copy(),
     "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shl.b32": np.left_shift, "shr.u32": np.right_shift,
+    "add.u32": np.add, "mad.lo.u32": lambda a, b, c: a * b + c, "sub.f32": lambda a, b: _bits(_floats(a) - _floats(b)), "fma.rn.f32": _fused,
+    "ex2.approx.ftz.f32": _power,
     "add.f32": lambda a, b: _bits(_floats(a) + _floats(b)), "mul.f32": lambda a, b: _bits(_floats(a) * _floats(b)),
     "max.f32": lambda a, b: _bits(np.fmax(_floats(a), _floats(b))),
     "prmt.b32": _permuted, "lop3.b32": _three, "cvt.rn.f16x2.f32": _packed, "movmatrix.sync.aligned.m8n8.trans.b16": _transposed,
@@ -102,10 +117,11 @@ _SIMPLE: dict[str, Callable[..., Words]] = {
 
 
 class _Warp:
-    """Registers of one warp, and what its instructions do to them."""
+    """Registers of one warp, and what its instructions do to them and to memory."""
 
-    def __init__(self, places: list[NDArray[Any]]) -> None:
+    def __init__(self, places: list[NDArray[Any]], first: int) -> None:
         self.registers: dict[str, NDArray[Any]] = {f"${i}": place for i, place in enumerate(places)}
+        self.registers |= {"%laneid": LANE.astype(np.uint32), "%tid.x": (first + LANE).astype(np.uint32)}
 
     def value(self, operand: str) -> Words:
         operand = operand.strip()
@@ -123,15 +139,25 @@ class _Warp:
         found: NDArray[np.bool_] = self.registers[operand.strip()].astype(bool)
         return found
 
-    def run(self, statements: list[str]) -> None:
+    def run(self, statements: list[str]) -> Iterator[None]:
+        """Up to the end, with a stop at each barrier."""
         at = 0
         while at < len(statements):
+            if statements[at].startswith("bar.sync"):
+                yield
+                at += 1
+                continue
             label = self.step(statements[at])
             at = statements.index(label + ":") if label else at + 1
 
     def step(self, statement: str) -> str:
         """Run one; the label to go on at, if it says so."""
         if statement.endswith(":") or statement.startswith(".reg"):
+            return ""
+        if statement.startswith(".shared"):
+            name, size = statement.split()[-1].removesuffix("]").split("[")
+            assert int(size) <= 48 << 10
+            self.registers[name] = np.full(WARP, PLACES.setdefault(name, (48 << 10) * len(PLACES)), dtype=np.uint32)
             return ""
         live = np.ones(WARP, dtype=bool)
         if statement.startswith("@"):
@@ -142,13 +168,20 @@ class _Warp:
             assert live.all() or not live.any(), "the threads of a warp part"
             return rest.strip() if live.all() else ""
         operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)
+        if name.startswith("st.shared"):
+            for i, part in enumerate(operands[1].strip("{}").split(",")):
+                SHARED[self.addresses(operands[0])[live] // 4 + i] = self.value(part)[live]
+            return ""
         if name.startswith("st.global"):
             for lane, address in zip(np.flatnonzero(live), self.addresses(operands[0])[live], strict=True):
                 for i, part in enumerate(operands[1].strip("{}").split(",")):
                     ctypes.c_uint32.from_address(int(address) + 4 * i).value = int(self.value(part)[lane])
             return ""
-        assert live.all(), f"{statement}: not modelled where not all threads are live"
-        self.set(operands[0], self.computed(name, operands[1:]))
+        assert live.all() or name.startswith("ld.global"), f"{statement}: not modelled where not all threads are live"
+        targets, values = operands[0].strip("{}").split(","), self.computed(name, operands[1:])
+        if not live.all():
+            values = [np.where(live, value, self.value(target)) for target, value in zip(targets, values, strict=True)]
+        self.set(targets, values)
         return ""
 
     def computed(self, name: str, operands: list[str]) -> list[NDArray[Any]]:
@@ -156,6 +189,9 @@ class _Warp:
             return [_SIMPLE[name](*map(self.value, operands))]
         if name.startswith("mma"):
             return list(_product(*([self.value(part) for part in operand.strip("{}").split(",")] for operand in operands)))
+        if name.startswith("ld.shared"):
+            words = int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1
+            return [SHARED[self.addresses(operands[0]) // 4 + i] for i in range(words)]
         if name.startswith("ld.global"):
             return list(_load(self.addresses(operands[0]), int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1))
         if name.startswith("setp"):
@@ -164,11 +200,11 @@ class _Warp:
             return [found_all & self.predicate(operands[2]) if ".and" in how else found_all]
         if name == "vote.sync.all.pred":
             return [np.full(WARP, self.predicate(operands[0]).all())]
-        assert name == "selp.b32", f"no model of {name}"
+        assert name in ("selp.b32", "selp.f32"), f"no model of {name}"
         return [np.where(self.predicate(operands[2]), self.value(operands[0]), self.value(operands[1]))]
 
-    def set(self, target: str, values: list[NDArray[Any]]) -> None:
-        for name, value in zip(target.strip("{}").split(","), values, strict=True):
+    def set(self, targets: list[str], values: list[NDArray[Any]]) -> None:
+        for name, value in zip(targets, values, strict=True):
             self.registers[name.strip()] = value
 
 
@@ -191,10 +227,13 @@ def _run(_builder: object, asm: str, _constraints: str, values: list[Any], types
     shape, count = given[0].shape, given[0].size
     results = [np.zeros(count, dtype=np.uint32) for _ in types]
     flat = [x.reshape(-1) if x.itemsize == 8 else x.reshape(-1).view(np.uint32) for x in given]
-    for start in range(0, count, WARP):
-        part = slice(start, start + WARP)
-        warp = _Warp([np.zeros(WARP, dtype=np.uint32) for _ in types] + [x[part] for x in flat])
-        warp.run(statements)
+    parts = [slice(start, start + WARP) for start in range(0, count, WARP)]
+    warps = [_Warp([np.zeros(WARP, dtype=np.uint32) for _ in types] + [x[part] for x in flat], part.start) for part in parts]
+    running = [warp.run(statements) for warp in warps]
+    while running:  # each from one barrier to the next
+        running = [steps for steps in running if next(steps, True) is None]
+        assert len(running) in (0, len(warps)), "not all warps meet at a barrier"
+    for warp, part in zip(warps, parts, strict=True):
         for i, result in enumerate(results):
             result[part] = warp.registers[f"${i}"]
     scalars = [kind.scalar for kind in types]

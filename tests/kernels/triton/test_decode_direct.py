@@ -20,8 +20,9 @@ TRITON = replace(REFERENCE, attention=attention.attention)
 
 #: one rounding of the result, and of the weights; the interpreter cuts bfloat16 off instead of rounding it
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-#: a first token, ends within and at the ends of groups, tiles, blocks and pieces, as many pieces as there may be, longer ones
-LENGTHS = [(1, 1), (16, 1), (17, 1), (33, 1), (64, 1), (128, 1), (130, 1), (300, 1)]
+#: a first token, ends within and at the ends of groups, tiles, parts, blocks and pieces, several pieces, longer ones
+LENGTHS = [(1, 1), (16, 1), (33, 1), (64, 1), (130, 1), (256, 1), (300, 1), (1300, 1)]
+SHARED, ALONE = 1000, 0  # rows times KV heads up to which programs have several warps: all, none
 DECODING = sequences(LENGTHS)
 SHAPE = Shape(8, 2, 128, 64, torch.float16)
 ONE_HEAD = Shape(4, 1, 128, 64, torch.float16)  # where KV heads do not matter: the model of assembly takes as long for each
@@ -30,7 +31,7 @@ ONE_HEAD = Shape(4, 1, 128, 64, torch.float16)  # where KV heads do not matter: 
 @pytest.fixture(autouse=True)
 def always_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     ptx.install()
-    for name, value in (("PIECES", 4), ("PIECE", 64), ("CUT", 64), ("PROGRAMS", 24), ("SHARES", 1)):
+    for name, value in (("PIECES", 4), ("PROGRAMS", 24), ("SHARES", 1), ("FEW", SHARED), ("SHARED", 6)):
         monkeypatch.setattr(direct, name, value)
     monkeypatch.setattr(decode, "PIECES", 4)
     monkeypatch.setattr(direct, "serves", lambda q, kv: True)
@@ -41,10 +42,15 @@ def always_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "groups"), [("8", "8", 1), ("4", "4", 1), ("fp8", "fp8", 1), ("8", "4", 1), ("4", "fp8", 1), ("4", "4", 2), ("8", "fp8", 2)]
 )
-def test_keys_and_values_of_any_two_widths(key: str, value: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_of_any_two_widths_and_the_same_bits_of_one_warp_and_of_several(
+    key: str, value: str, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(direct, "groups_of", lambda kv: groups)
-    case = paged_case(KVFormat(key, value, value == "4"), ONE_HEAD, DECODING)  # type: ignore[arg-type]
-    assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
+    case = paged_case(KVFormat(key, value, value == "4"), ONE_HEAD, DECODING[::3] + DECODING[7:])  # type: ignore[arg-type]
+    found = case.attend(TRITON)
+    assert error(found, case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
+    monkeypatch.setattr(direct, "FEW", ALONE)
+    assert torch.equal(case.attend(TRITON), found)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (5, 1), (8, 1), (11, 1)])
@@ -59,8 +65,9 @@ def test_blocks_of_whole_groups(block_size: int) -> None:
     assert error(case.attend(TRITON), case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("window", [1, 16, 33, 100, 500])
-def test_a_window_hides_the_older_keys_and_blocks_behind_it_are_not_read(window: int) -> None:
+@pytest.mark.parametrize(("window", "few"), [(1, SHARED), (16, ALONE), (33, SHARED), (100, ALONE), (100, SHARED), (500, SHARED)])
+def test_a_window_hides_the_older_keys_and_blocks_behind_it_are_not_read(window: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "FEW", few)
     case = paged_case(FORMATS["4 rotated"], Shape(4, 2, 128, 16, torch.float16), DECODING)
     wanted = case.attend(REFERENCE, window)
     for row, (length, _) in enumerate(LENGTHS):
@@ -70,19 +77,24 @@ def test_a_window_hides_the_older_keys_and_blocks_behind_it_are_not_read(window:
 
 def test_the_bits_depend_neither_on_the_batch_nor_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = paged_case(FORMATS["4"], ONE_HEAD, DECODING).attend(TRITON)
-    for programs in (1, 1000):
-        monkeypatch.setattr(direct, "PROGRAMS", programs)
+    for few, programs in ((ALONE, 1), (ALONE, 1000), (SHARED, 1), (SHARED, 1000)):
+        for name, value in (("FEW", few), ("PROGRAMS", programs), ("SHARED", programs)):
+            monkeypatch.setattr(direct, name, value)
         assert torch.equal(paged_case(FORMATS["4"], ONE_HEAD, DECODING).attend(TRITON), found)
     for row in (0, 3, 7):
         assert torch.equal(paged_case(FORMATS["4"], ONE_HEAD, [DECODING[row]], shuffle=row).attend(TRITON)[0], found[row])
 
 
 # Rows are rotated, scaled and centred before they are stored, each format's way: each value of each, and all at once for each way of storing.
+@pytest.mark.parametrize("few", [SHARED, ALONE])
 @pytest.mark.parametrize(
     ("fmt", "rope", "centred", "scaled"),
-    [("8", 128, True, True), ("fp8", 128, True, True), ("4 rotated", 128, True, True), ("8", 64, True, False), ("4 rotated", 128, False, False)],
+    [("8", 128, True, True), ("fp8", 128, True, True), ("4 rotated", 128, True, True), ("8", 64, True, False), ("k8v4", 128, False, False)],
 )
-def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(fmt: str, rope: int, centred: bool, scaled: bool) -> None:
+def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(
+    fmt: str, rope: int, centred: bool, scaled: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "FEW", few)
     rows, case = len(DECODING), paged_case(FORMATS[fmt], SHAPE, DECODING)
     qkv, angles, factor = (
         numbers(SHAPE, 3, rows, 12, 128),
