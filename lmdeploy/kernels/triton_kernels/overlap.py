@@ -11,8 +11,7 @@ Two exceptions, for decode attention (`decode_plain.py`, `decode_shared.py`):
   when all of the one before that had, and so on back to the embedding: so what was there before it is there. What kernels after it write (activations, counters, the
   new key) may not be read before the call. Blocks that sequences share are full, and nobody writes to them; each layer has a cache of its own, to which in a step of
   one token each only its own attention writes. A tile that is read early may hold the place of the new key: what is read of that place is not used (16 bits), or read
-  once more by the program that stored the key (8 and 4 bits; no other program takes that tile). Where another kernel stores the new keys (steps with prompts), the
-  attention reads nothing early.
+  once more by the program when it has stored the key itself (8 and 4 bits). Where another kernel stores the new keys (steps with prompts), attention reads nothing early.
 - A program that finds nothing to do may end without the call, where another of the kernel is sure to call: the kernel has ended when all its programs have.
 """
 
