@@ -3,7 +3,7 @@
 What a byte of such a cache costs is instructions, not bandwidth: in a program that goes through shared memory each number is written there, read, converted,
 written and read again. Here a word of a key or value is four to eight operands after as many operations on bits. A program takes consecutive pieces of a row's
 keys, 16 keys at a time, and stores each piece's sums; the program that ends last joins a row's pieces. As in `decode`, where pieces begin depends on a row's
-length alone, and so do its bits.
+length alone, and so do its bits. A piece's sums are those of its parts (`decode_parts.py`), so that few rows can be taken by several warps (`decode_shared.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels import decode_shared
 from lmdeploy.kernels.triton_kernels.cache_read import block_of, cache_rows, exponent_of, power_of_two, query_rows
 from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, parts_of
-from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, joined, merged
+from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, joined, keep_sums, merged, part_of
 from lmdeploy.kernels.triton_kernels.decode_pieces import cut
 from lmdeploy.kernels.triton_kernels.decode_tiles import (
     GROUP_KEYS,
@@ -30,7 +30,7 @@ from lmdeploy.kernels.triton_kernels.decode_tiles import (
     tile_at,
     with_totals,
 )
-from lmdeploy.kernels.triton_kernels.fragments import HALF, store_sums, sums_of_keys
+from lmdeploy.kernels.triton_kernels.fragments import HALF
 from lmdeploy.kernels.triton_kernels.kv_write import cache_arguments, roped_halves, store_row
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 from lmdeploy.kernels.triton_kernels.rows import turned_128
@@ -39,32 +39,10 @@ from lmdeploy.kv_layer import KVLayer
 Tensor = torch.Tensor
 #: keys of a piece at least, multiples of CUT, and programs of a launch, as in `decode`; a program here is a quarter of one there
 PIECE, CUT, PROGRAMS, SHARES = 256, 256, 8192, 4
-#: programs of PARTS warps that the chip holds at once: as many rows times KV heads are shared by warps (`decode_shared.py`), with the same bits
-FEW = 132
-SHARED, SHARED_REGISTERS = 132, None
+#: up to FEW rows times KV heads are taken by programs of PARTS warps (`decode_shared.py`); SHARED of these the chip holds at once, or twice as many of fewer registers
+FEW, SHARED = 264, 132
 REGISTERS = 128  # of a thread over 8-bit caches: a third more programs on the chip (H200, 64 rows of 16,384 keys: 576 us for 593); fewer bits gain nothing
 JOINED = 16  # rows of parts that a program joins at once: 64 registers a thread
-
-
-@triton.jit
-def _keep(
-    largest: tl.tuple, totals: tl.tuple, sums: tl.tuple, g: tl.tensor, t: tl.tensor, members: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor,
-    PIECES: tl.constexpr, WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
-    """Store a piece's sums for `members` heads, the first of which has its parts at sums_ptr and parts_ptr."""
-    unit = tl.full(g.shape, 256.0 if WIDTH == "fp8" else 16777216.0, tl.float32)
-    upper = tl.full(g.shape, 1048576.0, tl.float32) if WIDTH == "4" else unit  # the high half of a byte
-    total_0, total_1, offset_0, offset_1 = sums_of_keys(totals[0], totals[1], totals[2], totals[3])
-    part_0, part_1, live_0, live_1 = 2 * t * PIECES + piece, (2 * t + 1) * PIECES + piece, 2 * t < members, 2 * t + 1 < members
-    tl.store(sums_ptr + part_0 * 2, largest[0], mask=live_0 & (g == 0))
-    tl.store(sums_ptr + part_0 * 2 + 1, total_0, mask=live_0 & (g == 0))
-    tl.store(sums_ptr + part_1 * 2, largest[1], mask=live_1 & (g == 0))
-    tl.store(sums_ptr + part_1 * 2 + 1, total_1, mask=live_1 & (g == 0))
-    at_0, at_1 = parts_ptr + part_0 * (2 * HALF) + g * 8, parts_ptr + part_1 * (2 * HALF) + g * 8
-    store_sums(at_0, live_0, sums, unit, offset_0, False, False)
-    store_sums(at_1, live_1, sums, unit, offset_1, False, True)
-    store_sums(at_0 + HALF, live_0, sums, upper, offset_0, True, False)
-    store_sums(at_1 + HALF, live_1, sums, upper, offset_1, True, True)
 
 
 @triton.jit
@@ -231,7 +209,7 @@ def _direct_decode_kernel(
         query = _as_query(lo, hi, scale, t, KEY_WIDTH)
         first_part = (sequence64 * (HEADS * GROUP) + head * GROUP + first_member) * PIECES
         sums_ptr, parts_ptr = sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF)
-        largest, part_size = low, size // PARTS
+        largest, part_size = low, part_of(size, PIECE)
         for part in range(start, end, part_size):
             level, totals, sums = nothing(32)
             for first in range(part, tl.minimum(part + part_size, end), N):
@@ -244,7 +222,7 @@ def _direct_decode_kernel(
             after = part + part_size
             largest, totals, sums = merged(level, totals, sums, largest, 0 * thread + (part == done - size).to(tl.int32))
             if (after == done) | (after >= end):
-                _keep(largest, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
+                keep_sums(largest, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
                 largest = low
                 piece, done = piece + 1, done + size
         tl.debug_barrier()  # every thread's parts are written before this program counts as arrived
@@ -272,7 +250,7 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     few, width = rows * places <= FEW, {"KEY_WIDTH": kv.key_width, "VALUE_WIDTH": kv.value_width}
     shares = min(PIECES, max(1, SHARED // (rows * places))) if few else min(PIECES, max(SHARES, PROGRAMS // (rows * places)))
     launch = (
-        {"num_warps": PARTS.value, "maxnreg": SHARED_REGISTERS}
+        {"num_warps": PARTS.value, "maxnreg": None if rows * places <= SHARED else REGISTERS}
         if few
         else {"num_warps": 1, "maxnreg": REGISTERS if kv.key_width == kv.value_width == "8" else None}
     )

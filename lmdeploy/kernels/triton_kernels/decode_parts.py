@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.triton_kernels.cache_read import power_of_two
-from lmdeploy.kernels.triton_kernels.fragments import FOUR_FLOATS, kinds
+from lmdeploy.kernels.triton_kernels.fragments import FOUR_FLOATS, HALF, kinds, store_sums, sums_of_keys
 
 WARPS = 8
 PARTS = tl.constexpr(WARPS)  # parts of a piece: warps of a program for few rows
@@ -127,6 +127,46 @@ def gathered(level: tl.tuple, totals: tl.tuple, sums: tl.tuple, WIDTH: tl.conste
         dtype=SEVEN_FLOATS, is_pure=False, pack=1,
     )  # fmt: skip
     return f[0], f[1], f[3] * UNIT + f[2], f[4] * UNIT + f[2], f[5] * UPPER + f[2], f[6] * UPPER + f[2]
+
+
+@triton.jit
+def part_of(size: tl.tensor, PIECE: tl.constexpr) -> tl.tensor:
+    """Keys of a part of a piece of `size` keys. Pieces of long rows have one part: parts would cost many such rows 5 %, and they are as many as there may be."""
+    return tl.where(size > 2 * PIECE, size, size // PARTS)
+
+
+@triton.jit
+def of_one_part(level: tl.tuple, totals: tl.tuple, sums: tl.tuple) -> tuple[tl.tuple, tl.tuple, tl.tuple]:
+    """What `merged` makes of the first part, for programs of several warps that have a piece each."""
+    unit, low = power_of_two(level[2]), float("-inf")
+    f, e = tl.where(level[0] == low, 0.0, unit), tl.where(level[1] == low, 0.0, unit)
+    a, b, c, d = sums
+    sums = (
+        (a[0] * f, a[1] * e, a[2] * f, a[3] * e, a[4] * f, a[5] * e, a[6] * f, a[7] * e), (b[0] * f, b[1] * e, b[2] * f, b[3] * e, b[4] * f, b[5] * e, b[6] * f, b[7] * e),
+        (c[0] * f, c[1] * e, c[2] * f, c[3] * e, c[4] * f, c[5] * e, c[6] * f, c[7] * e), (d[0] * f, d[1] * e, d[2] * f, d[3] * e, d[4] * f, d[5] * e, d[6] * f, d[7] * e),
+    )  # fmt: skip
+    return (level[0], level[1]), (totals[0] * f, totals[1] * e, totals[2] * f, totals[3] * e), sums
+
+
+@triton.jit
+def keep_sums(
+    largest: tl.tuple, totals: tl.tuple, sums: tl.tuple, g: tl.tensor, t: tl.tensor, members: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store the sums of a warp's own `piece` for `members` heads, the first of which has its parts at sums_ptr and parts_ptr."""
+    unit = tl.full(g.shape, 256.0 if WIDTH == "fp8" else 16777216.0, tl.float32)
+    upper = tl.full(g.shape, 1048576.0, tl.float32) if WIDTH == "4" else unit  # the high half of a byte
+    total_0, total_1, offset_0, offset_1 = sums_of_keys(totals[0], totals[1], totals[2], totals[3])
+    part_0, part_1, live_0, live_1 = 2 * t * PIECES + piece, (2 * t + 1) * PIECES + piece, 2 * t < members, 2 * t + 1 < members
+    tl.store(sums_ptr + part_0 * 2, largest[0], mask=live_0 & (g == 0))
+    tl.store(sums_ptr + part_0 * 2 + 1, total_0, mask=live_0 & (g == 0))
+    tl.store(sums_ptr + part_1 * 2, largest[1], mask=live_1 & (g == 0))
+    tl.store(sums_ptr + part_1 * 2 + 1, total_1, mask=live_1 & (g == 0))
+    at_0, at_1 = parts_ptr + part_0 * (2 * HALF) + g * 8, parts_ptr + part_1 * (2 * HALF) + g * 8
+    store_sums(at_0, live_0, sums, unit, offset_0, False, False)
+    store_sums(at_1, live_1, sums, unit, offset_1, False, True)
+    store_sums(at_0 + HALF, live_0, sums, upper, offset_0, True, False)
+    store_sums(at_1 + HALF, live_1, sums, upper, offset_1, True, True)
 
 
 @triton.jit

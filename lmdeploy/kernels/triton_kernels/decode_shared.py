@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.triton_kernels.cache_read import exponent_of, power_of_two, query_rows
-from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, gathered, joined, turned_threads
-from lmdeploy.kernels.triton_kernels.decode_pieces import own_pieces
+from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, gathered, joined, keep_sums, of_one_part, part_of, turned_threads
+from lmdeploy.kernels.triton_kernels.decode_pieces import cut
 from lmdeploy.kernels.triton_kernels.decode_tiles import (
     GROUP_KEYS,
     MEMBERS,
@@ -219,12 +219,42 @@ def _after(first: tl.tensor, start: tl.tensor, size: tl.tensor, part: tl.tensor,
 
 
 @triton.jit
+def _no_sums() -> tl.tuple:
+    zero = tl.zeros([THREADS], tl.float32)
+    return zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def _own_turns(
+    kv_len: tl.tensor, window: tl.tensor, share: tl.tensor, shares: tl.tensor, PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """The oldest key that a row sees, where its pieces begin, their number, keys of a part; how many pieces a program takes at once (one, of which each warp has a part, or
+    one for each warp), in how many turns all of a row's are taken, the first of the program's own and the one behind its last."""
+    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
+    part = part_of(size, PIECE)
+    at_once = part * PARTS // size
+    turns = tl.cdiv(count, at_once)
+    each = tl.cdiv(turns, shares)
+    return oldest, begin, count, part, at_once, turns, share * each, tl.minimum(share * each + each, turns)
+
+
+@triton.jit
+def _keep_apart(
+    level: tl.tuple, totals: tl.tuple, sums: tl.tuple, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor, count: tl.tensor, g: tl.tensor, t: tl.tensor,
+    members: tl.tensor, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store the sums of the piece that each warp has, where there is one."""
+    largest, totals, sums = of_one_part(level, totals, sums)
+    keep_sums(largest, totals, sums, g, t, tl.where(piece < count, members, 0), sums_ptr, parts_ptr, piece, PIECES, WIDTH)
+
+
+@triton.jit
 def _take_part(
     loaded: tl.tuple, following: tl.tuple, query: tl.tuple, places: tl.tuple, start: tl.tensor, size: tl.tensor, kv_len: tl.tensor, oldest: tl.tensor,
     head: tl.tensor, table_row: tl.tensor,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tuple, tl.tuple, tl.tuple, tl.tuple]:  # fmt: skip
-    """Each warp's part of the piece at `start`, whose first tile is loaded; `following`: where the tile behind that begins, and its block."""
+    """Each warp's part of the `size` keys from `start` on, whose first tile is loaded; `following`: where the tile behind that begins, and its block."""
     OWN: tl.constexpr = GROUPS * GROUP_KEYS
     thread, last, part = tl.arange(0, THREADS), kv_len - 1, size // PARTS
     next_tile, next_block = following
@@ -263,16 +293,14 @@ def shared_decode_kernel(
     head, first_member = place // TILES, place % TILES * MEMBERS
     members, sequence64 = tl.minimum(GROUP - first_member, MEMBERS), sequence.to(tl.int64)
     table_row = table_ptr + sequence64 * table_stride
-    likely, early, kv_len, oldest, begin, size, count, piece, last_piece = own_pieces(
-        table_row, kv_lens_ptr, sequence, share, shares, 1, window, table_stride, SLOTS, PIECES, PIECE, CUT
-    )
-    if piece < last_piece:
-        own, last, start, part = last_piece - piece, kv_len - 1, begin + piece * size, size // PARTS  # a warp takes `part` keys of a piece
-        thread = tl.arange(0, THREADS)
+    kv_len = tl.load(kv_lens_ptr + sequence)
+    oldest, begin, count, part, at_once, turns, turn, last_turn = _own_turns(kv_len, window, share, shares, PIECES, PIECE, CUT)
+    if turn < last_turn:
+        last, keys, start, thread = kv_len - 1, part * PARTS, begin + turn * (part * PARTS), tl.arange(0, THREADS)
         warp, g, t = thread // 32, thread % 32 // 4, thread % 4
         places = places_of(key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, g, t, KEY_WIDTH, VALUE_WIDTH)
         first = start + warp * part
-        tile, next_tile = tile_at(first, oldest, last, OWN), tile_at(_after(first, start, size, part, OWN), oldest, last, OWN)
+        tile, next_tile = tile_at(first, oldest, last, OWN), tile_at(_after(first, start, keys, part, OWN), oldest, last, OWN)
         block, following = block_at(table_row, tile, SLOTS), (next_tile, block_at(table_row, next_tile, SLOTS))
         first_row = row_at(block, tile, head, HEADS, SLOTS)
         loaded = first_tile(places, first_row, KEY_WIDTH, VALUE_WIDTH, GROUPS)
@@ -282,13 +310,12 @@ def shared_decode_kernel(
         member, live = tl.arange(0, MEMBERS), tl.arange(0, MEMBERS) < members
         q_at = q_ptr + sequence64 * q_stride + (head * GROUP + first_member + member) * q_head_stride
         if FUSED:
-            kv_at = k_ptr + sequence64 * k_stride + head * k_head_stride, v_ptr + sequence64 * v_stride + head * v_head_stride
-            angles_at = cos_ptr + sequence64 * angle_stride, sin_ptr + sequence64 * angle_stride
             q_lo, q_hi, x_lo, x_hi = _new_rows(
-                q_at, kv_at[0], kv_at[1], live, angles_at[0], angles_at[1], factor_ptr + sequence, center_ptr + head * (2 * HALF),
+                q_at, k_ptr + sequence64 * k_stride + head * k_head_stride, v_ptr + sequence64 * v_stride + head * v_head_stride, live,
+                cos_ptr + sequence64 * angle_stride, sin_ptr + sequence64 * angle_stride, factor_ptr + sequence, center_ptr + head * (2 * HALF),
                 ROPE_HALF, SCALED, CENTRED, ROTATED,
             )  # fmt: skip
-            if last_piece == count:
+            if last_turn == turns:
                 new_row = (new_block.to(tl.int64) * HEADS + head) * SLOTS + last % SLOTS
                 _store_new(x_lo, x_hi, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, new_row, KEY_WIDTH, VALUE_WIDTH)
                 again = (last >= tile) & (last < tile + OWN)
@@ -299,17 +326,20 @@ def shared_decode_kernel(
         first_part = (sequence64 * (HEADS * GROUP) + head * GROUP + first_member) * PIECES
         sums_ptr, parts_ptr = sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF)
         row_out = out_ptr + sequence64 * out_stride + (head * GROUP + first_member) * (2 * HALF)
-        zero = tl.zeros([THREADS], tl.float32)
-        state = zero, zero, zero, zero, zero, zero
-        for current in range(piece, last_piece):
+        state = _no_sums()
+        for current in range(turn, last_turn):
             level, totals, sums, loaded, following = _take_part(
-                loaded, following, query, places, begin + current * size, size, kv_len, oldest, head, table_row,
+                loaded, following, query, places, begin + current * keys, keys, kv_len, oldest, head, table_row,
                 KEY_WIDTH, VALUE_WIDTH, HEADS, SLOTS, GROUPS, ROTATED,
             )  # fmt: skip
-            state = gathered(level, totals, sums, VALUE_WIDTH)
-            _keep(state, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, members, 0), PIECES)
+            if at_once == 1:
+                state = gathered(level, totals, sums, VALUE_WIDTH)
+                _keep(state, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, members, 0), PIECES)
+            else:
+                _keep_apart(level, totals, sums, sums_ptr, parts_ptr, warp + current * PARTS, count, g, t, members, PIECES, VALUE_WIDTH)
         if count > 1:
             counter_ptr = counters_ptr + sequence * (HEADS * TILES) + place
+            own = tl.minimum(last_turn * at_once, count) - turn * at_once
             _arrive(counter_ptr, count, own, sums_ptr, parts_ptr, thread, members, row_out, ROTATED, PIECES, CHUNK)
         else:
             _end(state, row_out, thread, members, ROTATED)

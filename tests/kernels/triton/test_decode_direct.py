@@ -20,7 +20,7 @@ TRITON = replace(REFERENCE, attention=attention.attention)
 
 #: one rounding of the result, and of the weights; the interpreter cuts bfloat16 off instead of rounding it
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-#: a first token, ends within and at the ends of groups, tiles, parts, blocks and pieces, several pieces, longer ones
+#: a first token, ends within and at the ends of groups, tiles, parts, blocks and pieces, several pieces, those of a long row
 LENGTHS = [(1, 1), (16, 1), (33, 1), (64, 1), (130, 1), (256, 1), (300, 1), (1100, 1)]
 SHARED, ALONE = 1000, 0  # rows times KV heads up to which programs have several warps: all, none
 DECODING = sequences(LENGTHS)
@@ -31,9 +31,9 @@ ONE_HEAD = Shape(4, 1, 128, 64, torch.float16)  # where KV heads do not matter: 
 @pytest.fixture(autouse=True)
 def always_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     ptx.install()
-    for name, value in (("PIECES", 4), ("PROGRAMS", 24), ("SHARES", 1), ("FEW", SHARED), ("SHARED", 6)):
+    for name, value in (("PIECES", 2), ("PROGRAMS", 24), ("SHARES", 1), ("FEW", SHARED), ("SHARED", 6)):
         monkeypatch.setattr(direct, name, value)
-    monkeypatch.setattr(decode, "PIECES", 4)
+    monkeypatch.setattr(decode, "PIECES", 2)
     monkeypatch.setattr(direct, "serves", lambda q, kv: True)
     monkeypatch.setattr(attention, "decode", None)
 
