@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 
 END = "--- this file ended with"
@@ -16,16 +17,18 @@ END = "--- this file ended with"
 def save_time() -> None:
     """Leave out what Triton's interpreter does in vain, half of the time of kernels that are made of helpers: it looks through its whole language for what
     to replace at a launch, which needs it, and again at every call of a helper inside it, which finds everything replaced; it computes whether each sum of
-    integers overflows, and then tells it only where `debug` is set; and it makes the table of numpy's types anew for each look into it."""
+    integers overflows, and then tells it only where `debug` is set; it makes the table of numpy's types anew for each look into it; and a reduction by a
+    function of ours, which knows no place, takes one number at a time, where slices give the same bits."""
     from triton import language
     from triton.runtime import interpreter
 
-    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_get_np_dtype", "GridExecutor", "interpreter_builder")):
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_get_np_dtype", "GridExecutor", "ReduceOps", "interpreter_builder")):
         return  # another Triton, which takes the time that it takes
     patch, launch, numpy_type = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     parts: dict[Callable[..., Any], frozenset[str]] = {}
     patched: set[frozenset[str]] = set()
     types: dict[str, Any] = {}
+    reduce_numbers = interpreter.ReduceOps.generic_reduce
 
     def patch_once(fn: Callable[..., Any]) -> Any:
         if fn not in parts:
@@ -47,7 +50,20 @@ def save_time() -> None:
             types[element.name] = numpy_type(element)
         return types[element.name]
 
+    def reduce_slices(self: Any, parts: tuple[Any, ...]) -> Any:
+        if self.axis is None or len(parts[0].shape) < 2:
+            return reduce_numbers(self, parts)
+        slices = [numpy.moveaxis(part.handle.data, self.axis, 0) for part in parts]
+        found = tuple(self.to_tensor(rows[0], part.dtype) for rows, part in zip(slices, parts, strict=True))
+        for place in range(1, len(slices[0])):
+            more = (self.to_tensor(rows[place], part.dtype) for rows, part in zip(slices, parts, strict=True))
+            both = self.combine_fn.fn(*found, *more)
+            both = both if isinstance(both, tuple) else (both,)
+            found = tuple(self.to_tensor(one.handle.data, part.dtype) for one, part in zip(both, parts, strict=True))
+        return [self.to_tensor(numpy.expand_dims(one.handle.data, self.axis), one.dtype) if self.keep_dims else one for one in found]
+
     interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype = patch_once, launch_anew, known_type
+    interpreter.ReduceOps.generic_reduce = reduce_slices
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
 
