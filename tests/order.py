@@ -12,6 +12,7 @@ import pytest
 LONGEST = (
     "docs/test_docs.py",
     "acceptance/test_rows.py",
+    "kernels/triton/test_decode_direct.py",
     "engine/test_supervisor.py",
     "parity/test_engine_parity.py",
     "acceptance/test_bad_input.py",
@@ -26,7 +27,6 @@ LONGEST = (
     "cli/test_lite.py",
     "kernels/triton/test_sampling.py",
     "serving/test_engine_failure.py",
-    "kernels/triton/test_decode_direct.py",
     "kernels/triton/test_attention.py",
     "engine/test_guided.py",
     "kernels/test_kv_cpu.py",

@@ -86,7 +86,8 @@ def test_the_bits_depend_neither_on_the_batch_nor_on_how_pieces_are_shared_out(m
         assert torch.equal(paged_case(FORMATS["4"], ONE_HEAD, [batch[row]], shuffle=row).attend(TRITON)[0], found[row])
 
 
-# Rows are rotated, scaled and centred before they are stored, each format's way: each value of each, and all at once for each way of storing.
+# Rows are rotated, scaled and centred before they are stored, each format's way: each value of each, and all at once for each way of storing. The long row,
+# which takes longer than all others, is there for int8 and for rotated int4.
 @pytest.mark.parametrize("few", [SHARED, ALONE])
 @pytest.mark.parametrize(
     ("fmt", "rope", "centred", "scaled"),
@@ -96,13 +97,14 @@ def test_rope_and_attention_in_one_launch_store_and_give_what_two_do(
     fmt: str, rope: int, centred: bool, scaled: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct, "FEW", few)
-    rows, case = len(DECODING), paged_case(FORMATS[fmt], SHAPE, DECODING)
+    batch = DECODING if (fmt, rope) in (("8", 128), ("4 rotated", 128)) else DECODING[:-1]
+    rows, case = len(batch), paged_case(FORMATS[fmt], SHAPE, batch)
     qkv, angles, factor = (
         numbers(SHAPE, 3, rows, 12, 128),
         numbers(SHAPE, 4, rows, rope // 2).float(),
         numbers(SHAPE, 5, rows).float().abs() if scaled else None,
     )
-    case.meta.slot_mapping = torch.tensor([int(case.meta.block_table[i, (n - 1) // 64]) * 64 + (n - 1) % 64 for i, (n, _) in enumerate(LENGTHS)])
+    case.meta.slot_mapping = torch.tensor([int(case.meta.block_table[i, (n - 1) // 64]) * 64 + (n - 1) % 64 for i, (n, _) in enumerate(LENGTHS[:rows])])
     center = numbers(SHAPE, 9, 2, 128).float() if centred else None
     layers, outs = one_launch_and_two(attention.rope_attention, REFERENCE, case, SHAPE, qkv, angles, factor, center, 0.1)
     rotated = layers[0].rotation is not None  # a rotation rounds: a number may fall otherwise
