@@ -118,8 +118,9 @@ def test_a_conversation_outlives_its_server(real: RealServer) -> None:
     child.sendintr()  # stops the waiting, not the program
     child.expect_exact("type `again` to repeat the question")
     child.expect_exact(PROMPT)
-    real.start()
     child.send("again\r\r")
+    child.expect("trying again")  # it has asked in vain: a server that listens already would have been waited for without a word
+    real.start()
     child.expect_exact("connected again")
     child.expect("Ann")  # the history was kept on this side
     child.expect(r"\[\d+ tokens")
