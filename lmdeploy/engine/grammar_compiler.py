@@ -119,14 +119,15 @@ class GrammarCompiler:
         wanted = min(users // USERS_TOGETHER, MOST_LEXERS - 1)
         while len(compiled.matchers) <= wanted and compiled.seconds < CHEAP_SECONDS:
             compiled.matchers.append(self._compile(grammar).matchers[0])
-            self._bound_lexers(grammar)
+            self._bound_lexers(compiled)
         return compiled.matchers[min(wanted, len(compiled.matchers) - 1)].deep_copy()
 
-    def _bound_lexers(self, grammar: Grammar) -> None:
-        """Where all grammars have too many lexers together, those that were wanted least recently keep their first: `grammar` is wanted now."""
+    def _bound_lexers(self, wanted: _Compiled) -> None:
+        """Where all grammars have too many lexers together, those that were wanted least recently keep their first; `wanted` is wanted now, kept or not."""
         with self._lock:
-            others = [future.result() for other, future in self._kept.items() if other != grammar and future.done() and future.exception() is None]
-            more = len(self._kept[grammar].result().matchers) - 1 + sum(len(compiled.matchers) - 1 for compiled in others)
+            done = [future.result() for future in self._kept.values() if future.done() and not future.cancelled() and future.exception() is None]
+            others = [compiled for compiled in done if compiled is not wanted]
+            more = len(wanted.matchers) - 1 + sum(len(compiled.matchers) - 1 for compiled in others)
             for compiled in others:  # least recently wanted first
                 if more <= MOST_MORE_LEXERS:
                     break
