@@ -66,6 +66,10 @@ class NoModel:
         """The same."""
         out.zero_()
 
+    def shallow(self) -> tuple[NoModel, float]:
+        """It has no layers to leave out."""
+        return self, 1.0
+
 
 class Device:
     """A device that takes `seconds` a step and works through its queue alone; counts what it waited for its host."""

@@ -29,3 +29,7 @@ class Model(Protocol):
     def raw_logits(self, hidden: Tensor, out: Tensor) -> None:
         """The same into `out` [R, V] of the model's dtype, without a copy."""
         ...
+
+    def shallow(self) -> tuple[Model, float]:
+        """The same model with no more layers than it takes to meet every shape that a step has, and the share of the layers that these are."""
+        ...

@@ -6,6 +6,7 @@ its own small file. `forward` allocates nothing but a few [T, R/2] tables, so th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,6 +243,16 @@ class Decoder:
     def raw_logits(self, hidden: Tensor, out: Tensor) -> None:
         """The same as the head's product gives them, into `out` [R, V] of the model's dtype."""
         self.head.forward(hidden, out)
+
+    def shallow(self) -> tuple[Decoder, float]:
+        """On the same weights: of the layers that are alike, the first; and the last one, whose rows may be fewer. Their share of all layers."""
+        first: dict[object, Layer] = {}
+        for layer in self.layers[:-1]:
+            parts = (layer.input_norm, layer.attention, layer.post_norm, layer.mlp)
+            first.setdefault(tuple((type(part), *((t.shape, t.dtype) for t in part.tensors())) for part in parts), layer)
+        model = copy.copy(self)
+        model.layers = [*first.values(), self.layers[-1]]
+        return model, len(model.layers) / len(self.layers)
 
     def waits_for_device(self) -> bool:
         """Whether a step of the loaded model looks at numbers on the host, whatever its kernels: such a step cannot be captured."""

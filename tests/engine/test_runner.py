@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lmdeploy.config import TurbomindEngineConfig
 from lmdeploy.engine.plan import NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
+from lmdeploy.kernels.reference import REFERENCE, gated
+from lmdeploy.kernels.row_buckets import padded
 from lmdeploy.messages import SamplingParams
 from tests.helpers import Harness, load_model, write_llama
 
@@ -187,6 +190,27 @@ class NaNFor:
     def raw_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         self.model.raw_logits(hidden, out)
         out[self.nan_rows] = float("nan")
+
+
+def test_products_of_any_prompt_have_shapes_that_the_start_has_met(tmp_path: Path) -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        shapes.add((x.shape[0], *weight.shape))
+        REFERENCE.linear(x, weight, bias, out)
+
+    products = padded(linear)
+    kernels = replace(REFERENCE, linear=products, linear_silu=gated(products, REFERENCE.silu_mul))
+    model = load_model(write_llama(tmp_path, num_hidden_layers=5), kernels=kernels)
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=8, max_prefill_token_num=150)
+    runner = ModelRunner(model, config, PoolRequest(128, 4, 160), CPU, torch.float32, pads_rows=True)
+    met = set(shapes)
+    assert runner.model is model and len(model.layers) == 5
+    for slot, rows in enumerate((1, 2, 37, 64, 101, 128, 129, 150)):
+        driver = Driver(runner)
+        driver.run([driver.item(slot, 0, rows)], [driver.start(slot, [7] * rows)])
+    runner.close()
+    assert shapes == met and {rows for rows, *_ in met} >= {1, 2, 4, 8, 16, 32, 64, 128, 256}
 
 
 def test_nan_logits_are_an_error_of_their_slot(runner: ModelRunner, truth: Harness) -> None:

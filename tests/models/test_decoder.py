@@ -317,3 +317,14 @@ def test_only_quantised_experts_make_the_host_wait_for_the_device(model_format: 
         model = build_model(ModelSpec.from_config(config), torch.float32, torch.device("cpu"), REFERENCE, Parallel(), formats)
         model.load(RandomSource())
         assert model.waits_for_device() == (model_format == "fp8" and "Moe" in architecture)
+
+
+def test_a_shallow_model_has_one_layer_of_each_kind_and_the_last() -> None:
+    config = {**LLAMA_CONFIG, "num_hidden_layers": 6, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "mlp_only_layers": [0, 2, 3]}
+    config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    model = build_model(ModelSpec.from_config(config), torch.float32, torch.device("cpu"), REFERENCE, Parallel(), choose_formats(None, None))
+    model.load(RandomSource())
+    layers = list(model.layers)
+    shallow, share = model.shallow()
+    assert [layers.index(layer) for layer in shallow.layers] == [0, 1, 5] and share == 0.5
+    assert model.layers == layers, "the model itself keeps all"
