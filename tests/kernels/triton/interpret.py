@@ -15,14 +15,17 @@ END = "--- this file ended with"
 
 
 def save_time() -> None:
-    """Leave out what Triton's interpreter does in vain, half of the time of kernels that are made of helpers: it looks through its whole language for what
-    to replace at a launch, which needs it, and again at every call of a helper inside it, which finds everything replaced; it computes whether each sum of
-    integers overflows, and then tells it only where `debug` is set; it makes the table of numpy's types anew for each look into it; and a reduction by a
-    function of ours, which knows no place, takes one number at a time, where slices give the same bits."""
+    """Leave out what Triton's interpreter does in vain, more than half of the time of kernels that are made of helpers: it looks through its whole language for
+    what to replace at a launch, which needs it, and again at every call of a helper inside it, which finds everything replaced; it computes whether each sum
+    of integers overflows, and then tells it only where `debug` is set; it makes the table of numpy's types anew for each look into it, and the type of each
+    tensor; it works out the shape of two tensors that have the same; and a reduction by a function of ours, which knows no place, takes one number at a time,
+    where slices give the same bits."""
     from triton import language
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_get_np_dtype", "GridExecutor", "ReduceOps", "interpreter_builder")):
+    needed = ("_patch_lang", "_get_np_dtype", "GridExecutor", "ReduceOps", "interpreter_builder")
+    if not all(hasattr(interpreter, name) for name in needed) or not hasattr(TritonSemantic, "broadcast_impl_value"):
         return  # another Triton, which takes the time that it takes
     patch, launch, numpy_type = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     parts: dict[Callable[..., Any], frozenset[str]] = {}
@@ -50,6 +53,21 @@ def save_time() -> None:
             types[element.name] = numpy_type(element)
         return types[element.name]
 
+    broadcast = TritonSemantic.broadcast_impl_value
+    blocks: dict[tuple[Any, ...], Any] = {}
+
+    def block_of(scalar: Any, shape: Any) -> Any:
+        if isinstance(scalar, language.pointer_type):
+            return language.block_type(scalar, shape)
+        key = scalar.name, *shape
+        if key not in blocks:
+            blocks[key] = language.block_type(scalar, shape)
+        return blocks[key]
+
+    def broadcast_others(self: Any, left: Any, right: Any) -> Any:
+        same = left.type.is_block() and right.type.is_block() and left.handle.data.shape == right.handle.data.shape
+        return (left, right) if same else broadcast(self, left, right)
+
     def reduce_slices(self: Any, parts: tuple[Any, ...]) -> Any:
         if self.axis is None or len(parts[0].shape) < 2:
             return reduce_numbers(self, parts)
@@ -63,7 +81,9 @@ def save_time() -> None:
         return [self.to_tensor(numpy.expand_dims(one.handle.data, self.axis), one.dtype) if self.keep_dims else one for one in found]
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype = patch_once, launch_anew, known_type
-    interpreter.ReduceOps.generic_reduce = reduce_slices
+    interpreter.ReduceOps.generic_reduce, TritonSemantic.broadcast_impl_value = reduce_slices, broadcast_others
+    language.block_type.with_element_ty = lambda self, scalar: block_of(scalar, self.shape)
+    interpreter.InterpreterBuilder.get_block_ty = lambda self, scalar, shape: block_of(scalar, shape)
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
 

@@ -1,8 +1,8 @@
-"""Assembly in Triton's interpreter: kernels that have instructions written out are run as they are, warp by warp (from one barrier to the next), so that a test
-sees what a device would do.
+"""Assembly in Triton's interpreter: kernels that have instructions written out are run as they are, so that a test sees what a device would do.
 
 `install()` gives the interpreter `inline_asm_elementwise` for the instructions that the kernels here use. One element a thread (pack=1): thread i of a program
-has element i of each tensor, as the default layout of a program's own tensors has it.
+has element i of each tensor, as the default layout of a program's own tensors has it. Registers are [warps, 32]: where warps cannot meet, because nothing is
+stored, all run side by side, which saves most of the time; else one after another, from one barrier to the next.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,24 +34,21 @@ def _bits(x: NDArray[Any]) -> Words:
     return np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
 
 
-def _halves(x: Words) -> NDArray[np.float16]:
-    """[32, 2] of words of two float16, the lower one first."""
-    return np.ascontiguousarray(x).view(np.float16).reshape(WARP, 2)
+@lru_cache
+def _constant(number: int, warps: int) -> Words:
+    return np.full((warps, WARP), number, dtype=np.uint32)
 
 
 def _permuted(a: Words, b: Words, selector: Words) -> Words:
     """prmt.b32, without signs."""
-    both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
-    out = np.zeros(WARP, dtype=np.uint64)
-    for i in range(4):
-        which = (selector.astype(np.uint64) >> np.uint64(4 * i)) & np.uint64(7)
-        out |= ((both >> (which * np.uint64(8))) & np.uint64(255)) << np.uint64(8 * i)
-    return out.astype(np.uint32)
+    both = np.stack([a, b], -1).view(np.uint8)
+    which = (selector[..., None] >> np.arange(0, 16, 4, dtype=np.uint32)) & np.uint32(7)
+    return np.take_along_axis(both, which.astype(np.int64), -1).view(np.uint32)[..., 0]
 
 
 def _three(a: Words, b: Words, c: Words, table: Words) -> Words:
     """lop3.b32."""
-    out, t = np.zeros(WARP, dtype=np.uint32), int(table[0])
+    out, t = np.zeros_like(a), int(table[0, 0])
     for i in range(8):
         if t >> i & 1:
             out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
@@ -60,32 +58,51 @@ def _three(a: Words, b: Words, c: Words, table: Words) -> Words:
 def _packed(high: Words, low: Words) -> Words:
     """cvt.rn.f16x2.f32."""
     with np.errstate(over="ignore"):
-        pair = np.stack([_floats(low).astype(np.float16), _floats(high).astype(np.float16)], 1)
-    return np.ascontiguousarray(pair).view(np.uint32).reshape(WARP)
+        return np.stack([_floats(low), _floats(high)], -1).astype(np.float16).view(np.uint32)[..., 0]
 
 
 def _transposed(x: Words) -> Words:
     """movmatrix.sync.aligned.m8n8.trans.b16: thread 4 g + t has columns 2 t and 2 t + 1 of row g."""
-    matrix = np.ascontiguousarray(x).view(np.uint16).reshape(8, 8)
-    return np.ascontiguousarray(matrix.T).view(np.uint32).reshape(WARP)
+    matrix = np.ascontiguousarray(x).view(np.uint16).reshape(-1, 8, 8)
+    return np.ascontiguousarray(matrix.transpose(0, 2, 1)).view(np.uint32).reshape(x.shape)
+
+
+def _fragments(shape: tuple[int, int], words: int, row: Callable[[int, int], Any], column: Callable[[int, int], Any]) -> NDArray[np.int64]:
+    """Where an operand's numbers are among [words, 32, 2] halves."""
+    found, numbers = np.full(shape, -1), np.arange(words * WARP * 2).reshape(words, WARP, 2)
+    for i in range(words):
+        for half in range(2):
+            found[row(i, half), column(i, half)] = numbers[i, :, half]
+    assert found.min() == 0
+    return found
+
+
+# mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32, by the layouts that the PTX manual gives for its fragments
+LEFT = _fragments((16, 16), 4, lambda i, half: GROUP + 8 * (i % 2), lambda i, half: 2 * THREAD + half + 8 * (i // 2))
+RIGHT = _fragments((16, 8), 2, lambda i, half: 2 * THREAD + half + 8 * i, lambda i, half: GROUP)
+
+
+def _operand(words: list[Words], places: NDArray[np.int64]) -> NDArray[np.float64]:
+    halves = np.stack(words, 1).view(np.float16).reshape(len(words[0]), -1)
+    return halves[:, places].astype(np.float64)
 
 
 def _product(a: list[Words], b: list[Words], c: list[Words]) -> list[Words]:
-    """mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32, by the layouts that the PTX manual gives for its fragments."""
-    left, right = np.zeros((16, 16), np.float64), np.zeros((16, 8), np.float64)
-    for i, word in enumerate(a):
-        for half in range(2):
-            left[GROUP + 8 * (i % 2), 2 * THREAD + half + 8 * (i // 2)] = _halves(word)[:, half]
-    for i, word in enumerate(b):
-        for half in range(2):
-            right[2 * THREAD + half + 8 * i, GROUP] = _halves(word)[:, half]
-    result = left @ right
-    return [_bits(_floats(c[i]) + result[GROUP + 8 * (i // 2), 2 * THREAD + i % 2]) for i in range(4)]
+    """mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32."""
+    result = _operand(a, LEFT) @ _operand(b, RIGHT)
+    return [_bits(_floats(c[i]) + result[:, GROUP + 8 * (i // 2), 2 * THREAD + i % 2]) for i in range(4)]
 
 
-def _load(addresses: NDArray[np.int64], words: int) -> list[Words]:
-    raw = b"".join(ctypes.string_at(int(address), 4 * words) for address in addresses)
-    return [np.ascontiguousarray(column) for column in np.frombuffer(raw, np.uint32).reshape(WARP, words).T]
+def _load(addresses: NDArray[np.int64], live: NDArray[np.bool_], words: int) -> list[Words]:
+    """What live threads ask for; another one gets what one of these does, which nobody looks at."""
+    if not live.any():
+        return [np.zeros(addresses.shape, np.uint32)] * words
+    wanted = addresses[live]
+    first, size = int(wanted.min()), int(wanted.max() - wanted.min()) + 4 * words
+    assert not (wanted % 4).any(), "a number across two words"
+    memory = np.frombuffer((ctypes.c_uint8 * (1 << size.bit_length())).from_address(first), np.uint32)  # a view, of which only what is asked for is read
+    places = np.where(live, addresses - first, 0) // 4
+    return [memory[places + i] for i in range(words)]
 
 
 def _fused(a: Words, b: Words, c: Words) -> Words:
@@ -112,100 +129,150 @@ _SIMPLE: dict[str, Callable[..., Words]] = {
     "add.f32": lambda a, b: _bits(_floats(a) + _floats(b)), "mul.f32": lambda a, b: _bits(_floats(a) * _floats(b)),
     "max.f32": lambda a, b: _bits(np.fmax(_floats(a), _floats(b))),
     "prmt.b32": _permuted, "lop3.b32": _three, "cvt.rn.f16x2.f32": _packed, "movmatrix.sync.aligned.m8n8.trans.b16": _transposed,
-    "shfl.sync.bfly.b32": lambda a, lanes, _clamp, _mask: a[LANE ^ int(lanes[0])],
+    "shfl.sync.bfly.b32": lambda a, lanes, _clamp, _mask: a[:, LANE ^ int(lanes[0, 0])],
 }  # fmt: skip
 
 
-class _Warp:
-    """Registers of one warp, and what its instructions do to them and to memory."""
+@dataclass
+class _Statement:
+    """One instruction, or a label (without a name)."""
+
+    name: str
+    operands: list[list[str]]  # of each its parts, where it is a vector
+    guard: str = ""
+    unless: bool = False  # runs where the guard is not set
+    label: str = ""
+    words: int = 1  # of a vector
+    numbers: dict[str, int] = field(default_factory=dict)  # parts that are immediate
+
+    @classmethod
+    def read(cls, text: str) -> _Statement:
+        """One statement as it is written."""
+        if text.endswith(":"):
+            return cls("", [], label=text[:-1])
+        if text.startswith(".shared"):
+            return cls(".shared", [text.split()[-1].removesuffix("]").split("[")])
+        guard = ""
+        if text.startswith("@"):
+            guard, text = text.split(None, 1)
+        name, _, rest = text.partition(" ")
+        operands = [[part.strip() for part in found.strip("{}[]").split(",")] for found in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)]
+        words = int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1
+        numbers = {part: _number(part) for operand in operands for part in operand if re.match(r"-?\d", part)}
+        return cls(name, operands, guard.lstrip("@!"), guard.startswith("@!"), words=words, numbers=numbers)
+
+
+def _number(text: str) -> int:
+    return (int(text[2:], 16) if text.startswith("0f") else int(text, 0)) & 0xFFFFFFFF
+
+
+@lru_cache
+def _statements(asm: str) -> tuple[list[_Statement], bool]:
+    """And whether warps may meet: what one stores another may load."""
+    text = asm.strip()
+    parts = re.sub(r":\s", ":;", text.removeprefix("{").removesuffix("}") if text.startswith("{\n") else text).split(";")
+    found = [_Statement.read(part.strip()) for part in parts if part.strip() and not part.strip().startswith(".reg")]
+    return found, any(one.name.startswith(("st.", "bar.", "ld.shared", ".shared")) for one in found)
+
+
+class _Parted(Exception):
+    """Warps that ran side by side go different ways."""
+
+
+class _Warps:
+    """Registers of warps, and what instructions do to them and to memory."""
 
     def __init__(self, places: list[NDArray[Any]], first: int) -> None:
+        self.count = len(places[0])
+        threads = np.arange(first, first + self.count * WARP, dtype=np.uint32).reshape(self.count, WARP)
         self.registers: dict[str, NDArray[Any]] = {f"${i}": place for i, place in enumerate(places)}
-        self.registers |= {"%laneid": LANE.astype(np.uint32), "%tid.x": (first + LANE).astype(np.uint32)}
+        self.registers |= {"%laneid": threads % WARP, "%tid.x": threads}
 
-    def value(self, operand: str) -> Words:
-        operand = operand.strip()
-        if operand in self.registers:
-            return self.registers[operand]
-        number = int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
-        return np.full(WARP, number & 0xFFFFFFFF, dtype=np.uint32)
-
-    def addresses(self, operand: str) -> NDArray[np.int64]:
-        name, _, offset = operand.strip()[1:-1].partition("+")
+    def addresses(self, operand: list[str]) -> NDArray[np.int64]:
+        name, _, offset = operand[0].partition("+")
         at: NDArray[np.int64] = self.registers[name.strip()].astype(np.int64) + (int(offset, 0) if offset else 0)
         return at
 
-    def predicate(self, operand: str) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = self.registers[operand.strip()].astype(bool)
-        return found
+    def predicate(self, name: str) -> NDArray[np.bool_]:
+        return self.registers[name].astype(bool)
 
-    def run(self, statements: list[str]) -> Iterator[None]:
+    def run(self, statements: list[_Statement]) -> Iterator[None]:
         """Up to the end, with a stop at each barrier."""
         at = 0
         while at < len(statements):
-            if statements[at].startswith("bar.sync"):
+            one = statements[at]
+            at += 1
+            if one.name == "bar.sync":
                 yield
-                at += 1
-                continue
-            label = self.step(statements[at])
-            at = statements.index(label + ":") if label else at + 1
+            elif one.name == "bra":
+                if self.goes(one):
+                    at = next(i for i, other in enumerate(statements) if other.label == one.operands[0][0])
+            elif not one.label:
+                self.step(one)
 
-    def step(self, statement: str) -> str:
-        """Run one; the label to go on at, if it says so."""
-        if statement.endswith(":") or statement.startswith(".reg"):
-            return ""
-        if statement.startswith(".shared"):
-            name, size = statement.split()[-1].removesuffix("]").split("[")
+    def live(self, one: _Statement) -> NDArray[np.bool_] | None:
+        """The threads that run a statement; None: all."""
+        if not one.guard:
+            return None
+        found = self.predicate(one.guard) ^ one.unless
+        return None if found.all() else found
+
+    def goes(self, one: _Statement) -> bool:
+        live = self.live(one)
+        if live is None:
+            return True
+        some = live.any(axis=1)
+        assert not (some & ~live.all(axis=1)).any(), "the threads of a warp part"
+        if some.any():
+            raise _Parted
+        return False
+
+    def step(self, one: _Statement) -> None:
+        live = self.live(one)
+        if one.name == ".shared":
+            name, size = one.operands[0]
             assert int(size) <= 48 << 10
-            self.registers[name] = np.full(WARP, PLACES.setdefault(name, (48 << 10) * len(PLACES)), dtype=np.uint32)
-            return ""
-        live = np.ones(WARP, dtype=bool)
-        if statement.startswith("@"):
-            guard, statement = statement.split(None, 1)
-            live = self.predicate(guard.lstrip("@!")) ^ guard.startswith("@!")
-        name, rest = statement.split(None, 1)
-        if name == "bra":
-            assert live.all() or not live.any(), "the threads of a warp part"
-            return rest.strip() if live.all() else ""
-        operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)
-        if name.startswith("st.shared"):
-            for i, part in enumerate(operands[1].strip("{}").split(",")):
-                SHARED[self.addresses(operands[0])[live] // 4 + i] = self.value(part)[live]
-            return ""
-        if name.startswith("st.global"):
-            for lane, address in zip(np.flatnonzero(live), self.addresses(operands[0])[live], strict=True):
-                for i, part in enumerate(operands[1].strip("{}").split(",")):
-                    ctypes.c_uint32.from_address(int(address) + 4 * i).value = int(self.value(part)[lane])
-            return ""
-        assert live.all() or name.startswith("ld.global"), f"{statement}: not modelled where not all threads are live"
-        targets, values = operands[0].strip("{}").split(","), self.computed(name, operands[1:])
-        if not live.all():
-            values = [np.where(live, value, self.value(target)) for target, value in zip(targets, values, strict=True)]
-        self.set(targets, values)
-        return ""
+            self.registers[name] = _constant(PLACES.setdefault(name, (48 << 10) * len(PLACES)), self.count)
+        elif one.name.startswith("st."):
+            self.store(one, np.ones((self.count, WARP), bool) if live is None else live)
+        else:
+            assert live is None or one.name.startswith("ld.global"), f"{one.name}: not modelled where not all threads are live"
+            values = self.computed(one, live)
+            if live is not None:
+                values = [np.where(live, value, self.value(one, target)) for target, value in zip(one.operands[0], values, strict=True)]
+            self.registers.update(zip(one.operands[0], values, strict=True))
 
-    def computed(self, name: str, operands: list[str]) -> list[NDArray[Any]]:
+    def store(self, one: _Statement, live: NDArray[np.bool_]) -> None:
+        where, values = self.addresses(one.operands[0])[live], [self.value(one, part)[live] for part in one.operands[1]]
+        if one.name.startswith("st.shared"):
+            for i, value in enumerate(values):
+                SHARED[where // 4 + i] = value
+            return
+        for i, value in enumerate(values):
+            for address, number in zip(where, value, strict=True):
+                ctypes.c_uint32.from_address(int(address) + 4 * i).value = int(number)
+
+    def value(self, one: _Statement, part: str) -> Words:
+        return _constant(one.numbers[part], self.count) if part in one.numbers else self.registers[part]
+
+    def computed(self, one: _Statement, live: NDArray[np.bool_] | None) -> list[NDArray[Any]]:
+        name, operands = one.name, one.operands[1:]
         if name in _SIMPLE:
-            return [_SIMPLE[name](*map(self.value, operands))]
+            return [_SIMPLE[name](*[self.value(one, part) for (part,) in operands])]
         if name.startswith("mma"):
-            return list(_product(*([self.value(part) for part in operand.strip("{}").split(",")] for operand in operands)))
+            return list(_product(*([self.value(one, part) for part in operand] for operand in operands)))
         if name.startswith("ld.shared"):
-            words = int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1
-            return [SHARED[self.addresses(operands[0]) // 4 + i] for i in range(words)]
+            return [SHARED[self.addresses(operands[0]) // 4 + i] for i in range(one.words)]
         if name.startswith("ld.global"):
-            return list(_load(self.addresses(operands[0]), int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1))
+            return list(_load(self.addresses(operands[0]), np.ones((self.count, WARP), bool) if live is None else live, one.words))
         if name.startswith("setp"):
             how = name.removeprefix("setp.")
-            found_all = _compared(how.replace(".and", ""), self.value(operands[0]), self.value(operands[1]))
-            return [found_all & self.predicate(operands[2]) if ".and" in how else found_all]
+            found_all = _compared(how.replace(".and", ""), *(self.value(one, part) for (part,) in operands[:2]))
+            return [found_all & self.predicate(operands[2][0]) if ".and" in how else found_all]
         if name == "vote.sync.all.pred":
-            return [np.full(WARP, self.predicate(operands[0]).all())]
+            return [np.repeat(self.predicate(operands[0][0]).all(axis=1, keepdims=True), WARP, axis=1)]
         assert name in ("selp.b32", "selp.f32"), f"no model of {name}"
-        return [np.where(self.predicate(operands[2]), self.value(operands[0]), self.value(operands[1]))]
-
-    def set(self, targets: list[str], values: list[NDArray[Any]]) -> None:
-        for name, value in zip(targets, values, strict=True):
-            self.registers[name.strip()] = value
+        return [np.where(self.predicate(operands[2][0]), self.value(one, operands[0][0]), self.value(one, operands[1][0]))]
 
 
 @dataclass
@@ -219,26 +286,35 @@ class _Result:
         return self.handles[number]
 
 
-def _run(_builder: object, asm: str, _constraints: str, values: list[Any], types: list[Any], _pure: bool, pack: int) -> _Result:
-    assert pack == 1
-    text = asm.strip()
-    statements = [s.strip() for s in re.sub(r":\s", ":;", text.removeprefix("{").removesuffix("}") if text.startswith("{\n") else text).split(";") if s.strip()]
-    given = [np.ascontiguousarray(value.data) for value in values]
-    shape, count = given[0].shape, given[0].size
-    results = [np.zeros(count, dtype=np.uint32) for _ in types]
-    flat = [x.reshape(-1) if x.itemsize == 8 else x.reshape(-1).view(np.uint32) for x in given]
-    parts = [slice(start, start + WARP) for start in range(0, count, WARP)]
-    warps = [_Warp([np.zeros(WARP, dtype=np.uint32) for _ in types] + [x[part] for x in flat], part.start) for part in parts]
+def _side_by_side(statements: list[_Statement], given: list[Words], outputs: int) -> list[Words]:
+    warps = _Warps([*[_constant(0, len(given[0]))] * outputs, *given], 0)
+    for _ in warps.run(statements):
+        raise AssertionError("a barrier")
+    return [warps.registers[f"${i}"] for i in range(outputs)]
+
+
+def _one_by_one(statements: list[_Statement], given: list[Words], outputs: int) -> list[Words]:
+    warps = [_Warps([*[_constant(0, 1)] * outputs, *(x[i : i + 1] for x in given)], i * WARP) for i in range(len(given[0]))]
     running = [warp.run(statements) for warp in warps]
     while running:  # each from one barrier to the next
         running = [steps for steps in running if next(steps, True) is None]
         assert len(running) in (0, len(warps)), "not all warps meet at a barrier"
-    for warp, part in zip(warps, parts, strict=True):
-        for i, result in enumerate(results):
-            result[part] = warp.registers[f"${i}"]
+    return [np.concatenate([warp.registers[f"${i}"] for warp in warps]) for i in range(outputs)]
+
+
+def _run(_builder: object, asm: str, _constraints: str, values: list[Any], types: list[Any], _pure: bool, pack: int) -> _Result:
+    assert pack == 1
+    statements, meet = _statements(asm)
+    given = [np.ascontiguousarray(value.data) for value in values]
+    shape = given[0].shape
+    rows = [(x if x.itemsize == 8 else x.view(np.uint32)).reshape(-1, WARP) for x in given]
+    try:
+        results = (_one_by_one if meet else _side_by_side)(statements, rows, len(types))
+    except _Parted:
+        results = _one_by_one(statements, rows, len(types))
     scalars = [kind.scalar for kind in types]
     kinds = [np.float32 if str(kind) == "fp32" else np.int32 for kind in scalars]
-    return _Result([interpreter.TensorHandle(r.view(kind).reshape(shape), t) for r, kind, t in zip(results, kinds, scalars, strict=True)])
+    return _Result([interpreter.TensorHandle(r.view(kind).reshape(shape).copy(), t) for r, kind, t in zip(results, kinds, scalars, strict=True)])
 
 
 def install() -> None:
