@@ -19,6 +19,7 @@ from tests.kernels.paged import FORMATS, NOWHERE, Case, Sequence, Shape, error, 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 attention = pytest.importorskip("lmdeploy.kernels.triton_kernels.attention", reason="triton is not installed")
+decode_direct = pytest.importorskip("lmdeploy.kernels.triton_kernels.decode_direct", reason="triton is not installed")
 kv_write = pytest.importorskip("lmdeploy.kernels.triton_kernels.kv_write", reason="triton is not installed")
 
 pytestmark = pytest.mark.gpu
@@ -126,8 +127,10 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, f
 @EACH_DTYPE
 @pytest.mark.parametrize("fmt", ["16", "8", "4 rotated", "fp8"])
 @pytest.mark.parametrize("step", [5, 1])
-def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str, step: int) -> None:
-    """Launches of many rows have other shares and another pipeline; of very many, a program takes several pieces."""
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["for many", "for few"])
+def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str, step: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of many rows have other shares and another pipeline; of very many, a program takes several pieces. (Kernels for few rows and for many have their own bits.)"""
+    monkeypatch.setattr(decode_direct, "FEW", few)
     shape, batch = Shape(16, 4, 128, 64, dtype, "cuda"), [Sequence(n, 1, n) for n in (1, 300, 600, 2500, 9000, *range(1, 400, step))]
     case = paged_case(FORMATS[fmt], shape, batch)
     found = case.attend(TRITON)
@@ -138,8 +141,10 @@ def test_a_row_has_the_same_bits_among_many(dtype: torch.dtype, fmt: str, step: 
 
 
 @pytest.mark.parametrize("fmt", ["8", "fp8", "4 rotated", "k8v4"])
-def test_a_row_has_the_same_bits_among_many_in_one_launch_with_its_rotation(fmt: str) -> None:
-    """Programs of few rows have several warps, those of many one; what they store is the same, too."""
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["for many", "for few"])
+def test_a_row_has_the_same_bits_among_many_in_one_launch_with_its_rotation(fmt: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it stores is the same."""
+    monkeypatch.setattr(decode_direct, "FEW", few)
     shape, batch = Shape(16, 4, 128, 64, torch.bfloat16, "cuda"), [Sequence(n, 1, n) for n in (1, 300, 2500, 9000, *range(1, 400, 10))]
     qkv, angles = numbers(shape, 3, len(batch), 24, 128), 300 * torch.rand(len(batch), 64, device="cuda")
 

@@ -3,7 +3,7 @@
 What a byte of such a cache costs is instructions, not bandwidth: in a program that goes through shared memory each number is written there, read, converted,
 written and read again. Here a word of a key or value is four to eight operands after as many operations on bits. A program takes consecutive pieces of a row's
 keys, 16 keys at a time, and stores each piece's sums; the program that ends last joins a row's pieces. As in `decode`, where pieces begin depends on a row's
-length alone, and so do its bits. A piece's sums are those of its parts (`decode_parts.py`), so that few rows can be taken by several warps (`decode_shared.py`).
+length alone, and so do its bits. Few rows have a kernel and bits of their own (`decode_shared.py`): their pieces are taken by several warps each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels import decode_shared
 from lmdeploy.kernels.triton_kernels.cache_read import block_of, cache_rows, exponent_of, power_of_two, query_rows
 from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, parts_of
-from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, joined, keep_sums, merged, part_of
-from lmdeploy.kernels.triton_kernels.decode_pieces import cut
+from lmdeploy.kernels.triton_kernels.decode_parts import PARTS
+from lmdeploy.kernels.triton_kernels.decode_pieces import cut, joined
 from lmdeploy.kernels.triton_kernels.decode_tiles import (
     GROUP_KEYS,
     MEMBERS,
@@ -30,19 +30,42 @@ from lmdeploy.kernels.triton_kernels.decode_tiles import (
     tile_at,
     with_totals,
 )
-from lmdeploy.kernels.triton_kernels.fragments import HALF
+from lmdeploy.kernels.triton_kernels.fragments import HALF, store_sums, sums_of_keys
 from lmdeploy.kernels.triton_kernels.kv_write import cache_arguments, roped_halves, store_row
 from lmdeploy.kernels.triton_kernels.overlap import after_previous, overlaps
 from lmdeploy.kernels.triton_kernels.rows import turned_128
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
-#: keys of a piece at least, multiples of CUT, and programs of a launch, as in `decode`; a program here is a quarter of one there
-PIECE, CUT, PROGRAMS, SHARES = 256, 256, 8192, 4
+#: keys of a piece at least, multiples of CUT (of few rows: of PIECE), and programs of a launch, as in `decode`; a program here is a quarter of one there
+PIECE, CUT, PROGRAMS, SHARES = 256, 128, 8192, 4
 #: up to FEW rows times KV heads are taken by programs of PARTS warps (`decode_shared.py`); SHARED of these the chip holds at once, or twice as many of fewer registers
-FEW, SHARED = 264, 132
+FEW, SHARED = 256, 132
 REGISTERS = 128  # of a thread over 8-bit caches: a third more programs on the chip (H200, 64 rows of 16,384 keys: 576 us for 593); fewer bits gain nothing
 JOINED = 16  # rows of parts that a program joins at once: 64 registers a thread
+
+
+@triton.jit
+def _keep(
+    level: tl.tuple, totals: tl.tuple, sums: tl.tuple, g: tl.tensor, t: tl.tensor, members: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store a piece's sums for `members` heads, the first of which has its parts at sums_ptr and parts_ptr."""
+    largest_0, largest_1, exponent = level
+    UNIT: tl.constexpr = 256.0 if WIDTH == "fp8" else 16777216.0
+    UPPER_UNIT: tl.constexpr = 1048576.0 if WIDTH == "4" else UNIT  # the high half of a byte
+    unit = power_of_two(exponent)
+    total_0, total_1, offset_0, offset_1 = sums_of_keys(totals[0] * unit, totals[1] * unit, totals[2] * unit, totals[3] * unit)
+    part_0, part_1, live_0, live_1 = 2 * t * PIECES + piece, (2 * t + 1) * PIECES + piece, 2 * t < members, 2 * t + 1 < members
+    tl.store(sums_ptr + part_0 * 2, largest_0, mask=live_0 & (g == 0))
+    tl.store(sums_ptr + part_0 * 2 + 1, total_0, mask=live_0 & (g == 0))
+    tl.store(sums_ptr + part_1 * 2, largest_1, mask=live_1 & (g == 0))
+    tl.store(sums_ptr + part_1 * 2 + 1, total_1, mask=live_1 & (g == 0))
+    at_0, at_1 = parts_ptr + part_0 * (2 * HALF) + g * 8, parts_ptr + part_1 * (2 * HALF) + g * 8
+    store_sums(at_0, live_0, sums, unit * UNIT, offset_0, False, False)
+    store_sums(at_1, live_1, sums, unit * UNIT, offset_1, False, True)
+    store_sums(at_0 + HALF, live_0, sums, unit * UPPER_UNIT, offset_0, True, False)
+    store_sums(at_1 + HALF, live_1, sums, unit * UPPER_UNIT, offset_1, True, True)
 
 
 @triton.jit
@@ -51,17 +74,15 @@ def _join(
     ROTATED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Join the pieces of one row for `members` heads, divide by the sum of the weights, turn back, write to out_ptr."""
-    member, dim = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
-    live = member < members
-    lo_at, all_live = parts_ptr + member * (PIECES * 2 * HALF) + dim, live & (dim >= 0)
-    total, lo, hi, _, _ = joined(sums_ptr + member * (PIECES * 2), lo_at, lo_at + HALF, live, all_live, count, False, CHUNK, 2 * HALF)
-    total = tl.where(total == 0.0, 1.0, total)
+    total, lo, hi = joined(sums_ptr, parts_ptr, count, members, HALF, HALF, PIECES, ROWS, CHUNK)
+    member, dim = tl.arange(0, ROWS), tl.arange(0, HALF)
+    total = tl.where(total == 0.0, 1.0, total)[:, None]
     lo, hi = lo / total, hi / total
     if ROTATED:
         lo, hi = turned_128(lo, hi, ROWS)
-    at = out_ptr + member * (2 * HALF) + dim
-    tl.store(at, lo.to(out_ptr.dtype.element_ty), mask=all_live)
-    tl.store(at + HALF, hi.to(out_ptr.dtype.element_ty), mask=all_live)
+    at, live = out_ptr + member[:, None] * (2 * HALF) + dim[None, :], (member < members)[:, None]
+    tl.store(at, lo.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(at + HALF, hi.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -185,10 +206,9 @@ def _direct_decode_kernel(
         end, done = tl.minimum(begin + last_piece * size, kv_len), begin + piece * size + size
         start, last = done - size, kv_len - 1
         thread = tl.arange(0, 32)
-        low = tl.full([32], float("-inf"), tl.float32), tl.full([32], float("-inf"), tl.float32)
         g, t = thread // 4, thread % 4
-        tile, next_tile = tile_at(start + 0 * thread, oldest, last, N), tile_at(start + N + 0 * thread, oldest, last, N)
-        block, next_block = block_at(table_row, tile, SLOTS), block_at(table_row, next_tile, SLOTS)
+        tile, next_tile = tile_at(start, oldest, last, N), tile_at(start + N, oldest, last, N)
+        block, next_block = block_at(table_row, tile + 0 * thread, SLOTS), block_at(table_row, next_tile + 0 * thread, SLOTS)
         member = tl.arange(0, MEMBERS)
         live, query_head = member < members, head * GROUP + first_member + member
         row_ptr = q_ptr + sequence64 * q_stride + query_head * q_head_stride
@@ -207,24 +227,21 @@ def _direct_decode_kernel(
         places = places_of(key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, g, t, KEY_WIDTH, VALUE_WIDTH)
         loaded = first_tile(places, row_at(block, tile, head, HEADS, SLOTS), KEY_WIDTH, VALUE_WIDTH, GROUPS)
         query = _as_query(lo, hi, scale, t, KEY_WIDTH)
+        level, totals, sums = nothing(32)
         first_part = (sequence64 * (HEADS * GROUP) + head * GROUP + first_member) * PIECES
         sums_ptr, parts_ptr = sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF)
-        largest, part_size = low, part_of(size, PIECE)
-        for part in range(start, end, part_size):
-            level, totals, sums = nothing(32)
-            for first in range(part, tl.minimum(part + part_size, end), N):
-                row = row_at(next_block, next_tile, head, HEADS, SLOTS)
-                next_tile = tile_at(first + 2 * N + 0 * thread, oldest, last, N)
-                next_block = block_at(table_row, next_tile, SLOTS)
-                level, totals, sums, loaded = take_tile(
-                    level, totals, sums, loaded, query, places, row, first, g, oldest, last, KEY_WIDTH, VALUE_WIDTH, GROUPS, ROTATED
-                )  # fmt: skip
-            after = part + part_size
-            largest, totals, sums = merged(level, totals, sums, largest, 0 * thread + (part == done - size).to(tl.int32))
-            if (after == done) | (after >= end):
-                keep_sums(largest, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
-                largest = low
+        for first in range(start, end, N):
+            row = row_at(next_block, next_tile, head, HEADS, SLOTS)
+            next_tile = tile_at(first + 2 * N, oldest, last, N)
+            next_block = block_at(table_row, next_tile + 0 * thread, SLOTS)
+            level, totals, sums, loaded = take_tile(
+                level, totals, sums, loaded, query, places, row, first, g, oldest, last, KEY_WIDTH, VALUE_WIDTH, GROUPS, ROTATED
+            )  # fmt: skip
+            if (first + N >= done) & (first + N < end):  # the last piece is kept below
+                _keep(level, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
+                level, totals, sums = nothing(32)
                 piece, done = piece + 1, done + size
+        _keep(level, totals, sums, g, t, members, sums_ptr, parts_ptr, piece, PIECES, VALUE_WIDTH)
         tl.debug_barrier()  # every thread's parts are written before this program counts as arrived
         row_out = out_ptr + sequence64 * out_stride + (head * GROUP + first_member) * (2 * HALF)
         own = last_piece - share * each
@@ -262,6 +279,6 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
         out.stride(0), meta.block_table.stride(0), **width,
         GROUP=group, HEADS=kv_heads, SLOTS=slots, ROTATED=kv.rotation is not None,
         FUSED=rope is not None, ROPE_HALF=new.cos.shape[1] if rope is not None else 0, SCALED=new.q_scale is not None, CENTRED=kv.key_center is not None,
-        PIECES=PIECES, PIECE=PIECE, CUT=CUT, ROWS=joined_rows, CHUNK=JOINED // joined_rows, GROUPS=groups_of(kv), PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
+        PIECES=PIECES, PIECE=PIECE, CUT=PIECE if few else CUT, ROWS=joined_rows, CHUNK=JOINED // joined_rows, GROUPS=groups_of(kv), PDL=pdl, launch_pdl=pdl, enable_fp_fusion=False,
         **launch,
     )  # fmt: skip

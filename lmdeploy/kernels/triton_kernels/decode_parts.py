@@ -1,7 +1,6 @@
-"""A piece's keys in PARTS parts, whose sums are made apart and merged in one order: by one warp that takes part after part, or by as many warps at once.
+"""A piece's keys in PARTS parts, a warp each, whose sums meet in shared memory and are merged in one order.
 
-The bits are the same, since what is computed for a number is: `_step` for its largest score, then a product and a fused product and sum. Both ways are assembly, for
-Triton has neither a place in shared memory that stays nor threads that pick what they read there.
+In assembly, for Triton has neither a place in shared memory that stays nor threads that pick what they read there.
 
 A row of 128 dims, where a warp has one: thread l has dims 2 l and 2 l + 1 of either half.
 """
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.triton_kernels.cache_read import power_of_two
-from lmdeploy.kernels.triton_kernels.fragments import FOUR_FLOATS, HALF, kinds, store_sums, sums_of_keys
+from lmdeploy.kernels.triton_kernels.fragments import FOUR_FLOATS, HALF, kinds
 
 WARPS = 8
 PARTS = tl.constexpr(WARPS)  # parts of a piece: warps of a program for few rows
@@ -36,18 +35,6 @@ def _step(level: str, other: str, unit: str, fade: str, factor: str) -> str:
     text = f"max.f32 n, {level}, {other};\nsetp.eq.f32 p, n, 0fFF800000;\nselp.f32 b, 0f00000000, n, p;\n"
     text += f"sub.f32 {fade}, {level}, b;\nex2.approx.ftz.f32 {fade}, {fade};\nsub.f32 {factor}, {other}, b;\nex2.approx.ftz.f32 {factor}, {factor};\n"
     return text + f"mul.f32 {factor}, {factor}, {unit};\nmov.f32 {level}, n;\n"
-
-
-def _merging() -> str:
-    """One warp's way. Results: 32 sums and 4 totals of a piece's parts so far, and the two largest scores. Operands: the same of the last part alone, its unit, the
-    largest scores before it, and whether it is the first. What there was before waits in shared memory, where each thread has a place of its own for each number."""
-    text = "{\n.shared .align 16 .b8 kept[4608];\n.reg .b32 at, s;\n.reg .pred p, first;\n.reg .f32 n, b, fade<2>, factor<2>;\n"
-    text += "mov.u32 at, %tid.x;\nshl.b32 at, at, 2;\nmov.u32 s, kept;\nadd.u32 at, at, s;\nsetp.ne.s32 first, $79, 0;\n"
-    text += "".join(f"mov.f32 ${36 + i}, ${77 + i};\n" + _step(f"${36 + i}", f"${74 + i}", "$76", f"fade{i}", f"factor{i}") for i in (0, 1))
-    for i in range(36):
-        text += f"ld.shared.f32 ${i}, [at + {128 * i}];\nselp.f32 ${i}, 0f00000000, ${i}, first;\nmul.f32 ${i}, ${i}, fade{i % 2};\n"
-        text += f"fma.rn.f32 ${i}, ${38 + i}, factor{i % 2}, ${i};\nst.shared.f32 [at + {128 * i}], ${i};\n"
-    return text + "}"
 
 
 def _member(place: int) -> str:
@@ -90,27 +77,9 @@ def _gathering() -> str:
     return text + "".join(_merged(3 + 2 * upper + following, 8 * upper + 16 * following) for upper in (0, 1) for following in (0, 1)) + "}"
 
 
-TURN, MERGE, GATHER = tl.constexpr(_turning()), tl.constexpr(_merging()), tl.constexpr(_gathering())
-OF_TURN, OF_MERGE, OF_GATHER = kinds(("=&f", 4), ("f", 4)), kinds(("=&f", 38), ("f", 41), ("r", 1)), kinds(("=&f", 7), ("f", 39))
-SEVEN_FLOATS, MANY_FLOATS = tl.constexpr((tl.float32,) * 7), tl.constexpr((tl.float32,) * 38)
-
-
-@triton.jit
-def merged(level: tl.tuple, totals: tl.tuple, sums: tl.tuple, largest: tl.tuple, first: tl.tensor) -> tuple[tl.tuple, tl.tuple, tl.tuple]:
-    """For a program of one warp: largest scores, totals and sums of a piece's parts up to this one. `largest`: the scores before; `first`: 1 if this is the first."""
-    a, b, c, d = sums
-    f = tl.inline_asm_elementwise(
-        MERGE, OF_MERGE,
-        [a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7],
-         c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7],
-         totals[0], totals[1], totals[2], totals[3], level[0], level[1], power_of_two(level[2]), largest[0], largest[1], first],
-        dtype=MANY_FLOATS, is_pure=False, pack=1,
-    )  # fmt: skip
-    sums = (
-        (f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]), (f[8], f[9], f[10], f[11], f[12], f[13], f[14], f[15]),
-        (f[16], f[17], f[18], f[19], f[20], f[21], f[22], f[23]), (f[24], f[25], f[26], f[27], f[28], f[29], f[30], f[31]),
-    )  # fmt: skip
-    return (f[36], f[37]), (f[32], f[33], f[34], f[35]), sums
+TURN, GATHER = tl.constexpr(_turning()), tl.constexpr(_gathering())
+OF_TURN, OF_GATHER = kinds(("=&f", 4), ("f", 4)), kinds(("=&f", 7), ("f", 39))
+SEVEN_FLOATS = tl.constexpr((tl.float32,) * 7)
 
 
 @triton.jit
@@ -130,46 +99,6 @@ def gathered(level: tl.tuple, totals: tl.tuple, sums: tl.tuple, WIDTH: tl.conste
 
 
 @triton.jit
-def part_of(size: tl.tensor, PIECE: tl.constexpr) -> tl.tensor:
-    """Keys of a part of a piece of `size` keys. Pieces of long rows have one part: parts would cost many such rows 5 %, and they are as many as there may be."""
-    return tl.where(size > 2 * PIECE, size, size // PARTS)
-
-
-@triton.jit
-def of_one_part(level: tl.tuple, totals: tl.tuple, sums: tl.tuple) -> tuple[tl.tuple, tl.tuple, tl.tuple]:
-    """What `merged` makes of the first part, for programs of several warps that have a piece each."""
-    unit, low = power_of_two(level[2]), float("-inf")
-    f, e = tl.where(level[0] == low, 0.0, unit), tl.where(level[1] == low, 0.0, unit)
-    a, b, c, d = sums
-    sums = (
-        (a[0] * f, a[1] * e, a[2] * f, a[3] * e, a[4] * f, a[5] * e, a[6] * f, a[7] * e), (b[0] * f, b[1] * e, b[2] * f, b[3] * e, b[4] * f, b[5] * e, b[6] * f, b[7] * e),
-        (c[0] * f, c[1] * e, c[2] * f, c[3] * e, c[4] * f, c[5] * e, c[6] * f, c[7] * e), (d[0] * f, d[1] * e, d[2] * f, d[3] * e, d[4] * f, d[5] * e, d[6] * f, d[7] * e),
-    )  # fmt: skip
-    return (level[0], level[1]), (totals[0] * f, totals[1] * e, totals[2] * f, totals[3] * e), sums
-
-
-@triton.jit
-def keep_sums(
-    largest: tl.tuple, totals: tl.tuple, sums: tl.tuple, g: tl.tensor, t: tl.tensor, members: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor,
-    PIECES: tl.constexpr, WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
-    """Store the sums of a warp's own `piece` for `members` heads, the first of which has its parts at sums_ptr and parts_ptr."""
-    unit = tl.full(g.shape, 256.0 if WIDTH == "fp8" else 16777216.0, tl.float32)
-    upper = tl.full(g.shape, 1048576.0, tl.float32) if WIDTH == "4" else unit  # the high half of a byte
-    total_0, total_1, offset_0, offset_1 = sums_of_keys(totals[0], totals[1], totals[2], totals[3])
-    part_0, part_1, live_0, live_1 = 2 * t * PIECES + piece, (2 * t + 1) * PIECES + piece, 2 * t < members, 2 * t + 1 < members
-    tl.store(sums_ptr + part_0 * 2, largest[0], mask=live_0 & (g == 0))
-    tl.store(sums_ptr + part_0 * 2 + 1, total_0, mask=live_0 & (g == 0))
-    tl.store(sums_ptr + part_1 * 2, largest[1], mask=live_1 & (g == 0))
-    tl.store(sums_ptr + part_1 * 2 + 1, total_1, mask=live_1 & (g == 0))
-    at_0, at_1 = parts_ptr + part_0 * (2 * HALF) + g * 8, parts_ptr + part_1 * (2 * HALF) + g * 8
-    store_sums(at_0, live_0, sums, unit, offset_0, False, False)
-    store_sums(at_1, live_1, sums, unit, offset_1, False, True)
-    store_sums(at_0 + HALF, live_0, sums, upper, offset_0, True, False)
-    store_sums(at_1 + HALF, live_1, sums, upper, offset_1, True, True)
-
-
-@triton.jit
 def turned_threads(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tuple:
     """`turned_128` where a warp has a row: of a thread's dims of the lower half (a, b) and of the upper."""
     f = tl.inline_asm_elementwise(TURN, OF_TURN, [a, b, c, d], dtype=FOUR_FLOATS, is_pure=True, pack=1)
@@ -178,37 +107,30 @@ def turned_threads(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl
 
 @triton.jit
 def joined(
-    sums_at: tl.tensor, a_at: tl.tensor, b_at: tl.tensor, live: tl.tensor, all_live: tl.tensor, count: tl.tensor,
-    PAIRS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-) -> tl.tuple:  # fmt: skip
-    """Sums of weights and of values of a row's pieces, CHUNK of them asked for at once. What is computed for a number depends on how many pieces there are, not on the
-    tensors' shapes.
+    sums_at: tl.tensor, at: tl.tensor, live: tl.tensor, count: tl.tensor, CHUNK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Sum of weights, and weighted sums of a thread's dims of the lower half and of the upper, of a row's pieces, CHUNK of them asked for at once.
 
-    sums_at: where members have their first pieces' largest score and sum of weights; a_at, b_at: where their sums of the lower and of the upper half are, STEP from a
-    piece to the next, PAIRS of neighbours or one by one. What other programs wrote a moment ago is read past the first-level cache.
+    sums_at: where a thread's member has its first piece's largest score and sum of weights; at: where it has the sums of the thread's first dim. What other programs
+    wrote a moment ago is read past the first-level cache.
     """
-    peak, total = tl.full(sums_at.shape, float("-inf"), tl.float32), tl.zeros(sums_at.shape, tl.float32)
-    a = tl.zeros(a_at.shape, tl.float32)
-    b, c, d = a, a, a
-    no, none = live.to(tl.int32) * 0, all_live.to(tl.int32) * 0
+    none, zero = live.to(tl.int32) * 0, tl.zeros(at.shape, tl.float32)
+    peak, total, a, b, c, d = tl.full(at.shape, float("-inf"), tl.float32), zero, zero, zero, zero, zero
     for first in tl.range(0, count, CHUNK, num_stages=1):
         largest = peak
         for i in tl.static_range(CHUNK):
-            there = live & (first + i + no < count)
+            there = live & (first + i + none < count)
             largest = tl.maximum(largest, tl.load(sums_at + (first + i) * 2, mask=there, other=float("-inf"), cache_modifier=".cg"))
         level = tl.where(largest == float("-inf"), 0.0, largest)  # of rows that are no head
         fade = tl.exp2(peak - level)
-        total, faded = total * fade, tl.broadcast_to(fade, a.shape)
-        a, b, c, d = a * faded, b * faded, c * faded, d * faded
+        total, a, b, c, d = total * fade, a * fade, b * fade, c * fade, d * fade
         for i in tl.static_range(CHUNK):
-            there, all_there = live & (first + i + no < count), all_live & (first + i + none < count)
+            there, place = live & (first + i + none < count), at + (first + i) * (2 * HALF)
             share = tl.exp2(tl.load(sums_at + (first + i) * 2, mask=there, other=float("-inf"), cache_modifier=".cg") - level)
             total = tl.fma(share, tl.load(sums_at + (first + i) * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"), total)
-            share = tl.broadcast_to(share, a.shape)
-            a = tl.fma(share, tl.load(a_at + (first + i) * STEP, mask=all_there, other=0.0, cache_modifier=".cg"), a)
-            b = tl.fma(share, tl.load(b_at + (first + i) * STEP, mask=all_there, other=0.0, cache_modifier=".cg"), b)
-            if PAIRS:
-                c = tl.fma(share, tl.load(a_at + (first + i) * STEP + 1, mask=all_there, other=0.0, cache_modifier=".cg"), c)
-                d = tl.fma(share, tl.load(b_at + (first + i) * STEP + 1, mask=all_there, other=0.0, cache_modifier=".cg"), d)
+            a = tl.fma(share, tl.load(place, mask=there, other=0.0, cache_modifier=".cg"), a)
+            b = tl.fma(share, tl.load(place + 1, mask=there, other=0.0, cache_modifier=".cg"), b)
+            c = tl.fma(share, tl.load(place + HALF, mask=there, other=0.0, cache_modifier=".cg"), c)
+            d = tl.fma(share, tl.load(place + HALF + 1, mask=there, other=0.0, cache_modifier=".cg"), d)
         peak = largest
     return total, a, b, c, d

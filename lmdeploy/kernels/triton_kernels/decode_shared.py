@@ -1,7 +1,7 @@
 """`decode_direct` for few rows: a program has a warp for each part of a piece. They begin to read before the kernel before has ended, and meet once a piece.
 
-The bits are those of `decode_direct`, whose programs of one warp take the same parts one after the other (`decode_parts.py`). All keys but the new one are of earlier
-steps, and may be read early (`overlap.py`); a warp whose first tile holds the new one reads that tile once more when the program has stored it.
+A row's bits are not those of `decode_direct`, whose programs of one warp sum a piece's keys one after the other, as products of few rows and of many have their own. All
+keys but the new one are of earlier steps, and may be read early (`overlap.py`); a warp whose first tile holds the new one reads that tile once more when the program has stored it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lmdeploy.kernels.triton_kernels.cache_read import exponent_of, power_of_two, query_rows
-from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, gathered, joined, keep_sums, of_one_part, part_of, turned_threads
+from lmdeploy.kernels.triton_kernels.decode_parts import PARTS, gathered, joined, turned_threads
 from lmdeploy.kernels.triton_kernels.decode_pieces import cut
 from lmdeploy.kernels.triton_kernels.decode_tiles import (
     GROUP_KEYS,
@@ -194,7 +194,7 @@ def _arrive(
         tl.store(counter_ptr, 0)  # for the next layer
         member = thread // 32
         at, live = parts_ptr + member * (PIECES * 2 * HALF) + thread % 32 * 2, member < members
-        total, a, c, b, d = joined(sums_ptr + member * (PIECES * 2), at, at + HALF, live, live, count, True, CHUNK, 2 * HALF)
+        total, a, b, c, d = joined(sums_ptr + member * (PIECES * 2), at, live, count, CHUNK)
         _end((total, total, a, b, c, d), out_ptr, thread, members, ROTATED)
 
 
@@ -222,30 +222,6 @@ def _after(first: tl.tensor, start: tl.tensor, size: tl.tensor, part: tl.tensor,
 def _no_sums() -> tl.tuple:
     zero = tl.zeros([THREADS], tl.float32)
     return zero, zero, zero, zero, zero, zero
-
-
-@triton.jit
-def _own_turns(
-    kv_len: tl.tensor, window: tl.tensor, share: tl.tensor, shares: tl.tensor, PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """The oldest key that a row sees, where its pieces begin, their number, keys of a part; how many pieces a program takes at once (one, of which each warp has a part, or
-    one for each warp), in how many turns all of a row's are taken, the first of the program's own and the one behind its last."""
-    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
-    part = part_of(size, PIECE)
-    at_once = part * PARTS // size
-    turns = tl.cdiv(count, at_once)
-    each = tl.cdiv(turns, shares)
-    return oldest, begin, count, part, at_once, turns, share * each, tl.minimum(share * each + each, turns)
-
-
-@triton.jit
-def _keep_apart(
-    level: tl.tuple, totals: tl.tuple, sums: tl.tuple, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor, count: tl.tensor, g: tl.tensor, t: tl.tensor,
-    members: tl.tensor, PIECES: tl.constexpr, WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
-    """Store the sums of the piece that each warp has, where there is one."""
-    largest, totals, sums = of_one_part(level, totals, sums)
-    keep_sums(largest, totals, sums, g, t, tl.where(piece < count, members, 0), sums_ptr, parts_ptr, piece, PIECES, WIDTH)
 
 
 @triton.jit
@@ -294,13 +270,15 @@ def shared_decode_kernel(
     members, sequence64 = tl.minimum(GROUP - first_member, MEMBERS), sequence.to(tl.int64)
     table_row = table_ptr + sequence64 * table_stride
     kv_len = tl.load(kv_lens_ptr + sequence)
-    oldest, begin, count, part, at_once, turns, turn, last_turn = _own_turns(kv_len, window, share, shares, PIECES, PIECE, CUT)
-    if turn < last_turn:
-        last, keys, start, thread = kv_len - 1, part * PARTS, begin + turn * (part * PARTS), tl.arange(0, THREADS)
+    oldest, begin, size, count = cut(kv_len, window, PIECES, PIECE, CUT)
+    each = tl.cdiv(count, shares)
+    piece, last_piece = share * each, tl.minimum(share * each + each, count)
+    if piece < last_piece:
+        last, part, start, thread = kv_len - 1, size // PARTS, begin + piece * size, tl.arange(0, THREADS)
         warp, g, t = thread // 32, thread % 32 // 4, thread % 4
         places = places_of(key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, g, t, KEY_WIDTH, VALUE_WIDTH)
         first = start + warp * part
-        tile, next_tile = tile_at(first, oldest, last, OWN), tile_at(_after(first, start, keys, part, OWN), oldest, last, OWN)
+        tile, next_tile = tile_at(first, oldest, last, OWN), tile_at(_after(first, start, size, part, OWN), oldest, last, OWN)
         block, following = block_at(table_row, tile, SLOTS), (next_tile, block_at(table_row, next_tile, SLOTS))
         first_row = row_at(block, tile, head, HEADS, SLOTS)
         loaded = first_tile(places, first_row, KEY_WIDTH, VALUE_WIDTH, GROUPS)
@@ -315,7 +293,7 @@ def shared_decode_kernel(
                 cos_ptr + sequence64 * angle_stride, sin_ptr + sequence64 * angle_stride, factor_ptr + sequence, center_ptr + head * (2 * HALF),
                 ROPE_HALF, SCALED, CENTRED, ROTATED,
             )  # fmt: skip
-            if last_turn == turns:
+            if last_piece == count:
                 new_row = (new_block.to(tl.int64) * HEADS + head) * SLOTS + last % SLOTS
                 _store_new(x_lo, x_hi, key_ptr, key_scales_ptr, value_ptr, value_scales_ptr, new_row, KEY_WIDTH, VALUE_WIDTH)
                 again = (last >= tile) & (last < tile + OWN)
@@ -327,19 +305,15 @@ def shared_decode_kernel(
         sums_ptr, parts_ptr = sums_ptr + first_part * 2, parts_ptr + first_part * (2 * HALF)
         row_out = out_ptr + sequence64 * out_stride + (head * GROUP + first_member) * (2 * HALF)
         state = _no_sums()
-        for current in range(turn, last_turn):
+        for current in range(piece, last_piece):
             level, totals, sums, loaded, following = _take_part(
-                loaded, following, query, places, begin + current * keys, keys, kv_len, oldest, head, table_row,
+                loaded, following, query, places, begin + current * size, size, kv_len, oldest, head, table_row,
                 KEY_WIDTH, VALUE_WIDTH, HEADS, SLOTS, GROUPS, ROTATED,
             )  # fmt: skip
-            if at_once == 1:
-                state = gathered(level, totals, sums, VALUE_WIDTH)
-                _keep(state, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, members, 0), PIECES)
-            else:
-                _keep_apart(level, totals, sums, sums_ptr, parts_ptr, warp + current * PARTS, count, g, t, members, PIECES, VALUE_WIDTH)
+            state = gathered(level, totals, sums, VALUE_WIDTH)
+            _keep(state, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, members, 0), PIECES)
         if count > 1:
             counter_ptr = counters_ptr + sequence * (HEADS * TILES) + place
-            own = tl.minimum(last_turn * at_once, count) - turn * at_once
-            _arrive(counter_ptr, count, own, sums_ptr, parts_ptr, thread, members, row_out, ROTATED, PIECES, CHUNK)
+            _arrive(counter_ptr, count, last_piece - piece, sums_ptr, parts_ptr, thread, members, row_out, ROTATED, PIECES, CHUNK)
         else:
             _end(state, row_out, thread, members, ROTATED)

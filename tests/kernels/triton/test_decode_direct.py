@@ -42,15 +42,13 @@ def always_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "groups"), [("8", "8", 1), ("4", "4", 1), ("fp8", "fp8", 1), ("8", "4", 1), ("4", "fp8", 1), ("4", "4", 2), ("8", "fp8", 2)]
 )
-def test_keys_and_values_of_any_two_widths_and_the_same_bits_of_one_warp_and_of_several(
-    key: str, value: str, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_and_values_of_any_two_widths(key: str, value: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "groups_of", lambda kv: groups)
     case = paged_case(KVFormat(key, value, value == "4"), ONE_HEAD, DECODING[1::3])  # type: ignore[arg-type]
-    found = case.attend(TRITON)
-    assert error(found, case.attend(REFERENCE)) <= TOLERANCE[torch.float16]
-    monkeypatch.setattr(direct, "FEW", ALONE)
-    assert torch.equal(case.attend(TRITON), found)
+    wanted = case.attend(REFERENCE)
+    for few in (SHARED, ALONE):
+        monkeypatch.setattr(direct, "FEW", few)
+        assert error(case.attend(TRITON), wanted) <= TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (5, 1), (8, 1), (11, 1)])
@@ -75,13 +73,14 @@ def test_a_window_hides_the_older_keys_and_blocks_behind_it_are_not_read(window:
     assert error(case.attend(TRITON, window), wanted) <= TOLERANCE[torch.float16]
 
 
-def test_the_bits_depend_neither_on_the_batch_nor_on_how_pieces_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [SHARED, ALONE])
+def test_the_bits_depend_neither_on_the_batch_nor_on_how_pieces_are_shared_out(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = DECODING[1::2]
+    monkeypatch.setattr(direct, "FEW", few)
     found = paged_case(FORMATS["4"], ONE_HEAD, batch).attend(TRITON)
-    for few, programs in ((ALONE, 1), (ALONE, 1000), (SHARED, 1)):
-        for name, value in (("FEW", few), ("PROGRAMS", programs), ("SHARED", programs)):
-            monkeypatch.setattr(direct, name, value)
-        assert torch.equal(paged_case(FORMATS["4"], ONE_HEAD, batch).attend(TRITON), found)
+    for name in ("PROGRAMS", "SHARED"):
+        monkeypatch.setattr(direct, name, 1)
+    assert torch.equal(paged_case(FORMATS["4"], ONE_HEAD, batch).attend(TRITON), found)
     for row in (0, 3):
         assert torch.equal(paged_case(FORMATS["4"], ONE_HEAD, [batch[row]], shuffle=row).attend(TRITON)[0], found[row])
 
