@@ -57,6 +57,7 @@ class AttentionMeta:
     query_lens: list[int]
     kv_lens_host: list[int]
     num_decode: int  # leading sequences with one new token
+    whole_weights: bool = False  # the products around are of weights of 16 bits: what may run beside them depends on it
     workspace: dict[object, object] = field(default_factory=dict)  # what the kernels of the step's layers share, by their own names
 
 

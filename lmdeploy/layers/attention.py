@@ -67,6 +67,7 @@ class Attention:
             self.norms[0].heads(step.q)
             self.norms[1].heads(step.k)
         kv, meta = inputs.kv[self.index], inputs.attention
+        meta.whole_weights = self.qkv.whole
         if self.kernels.rope_attention is not None:
             rotary = (inputs.cos, inputs.sin, inputs.q_scale)
             return self.kernels.rope_attention(step.q, step.k, step.v, *rotary, kv, meta, self.scale, self.window, step.attn)

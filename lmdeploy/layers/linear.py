@@ -49,6 +49,11 @@ class Linear:
         """x [T, K] -> out [T, N]; `kernels`: the set whose order x is in, where it is not the layer's own."""
         self.weight.matmul(x, out, kernels or self.kernels)  # type: ignore[union-attr]  # loaded; not checked again per call
 
+    @property
+    def whole(self) -> bool:
+        """Whether the weights are held in 16 bits."""
+        return self.weight is not None and len(self.weight.operands) == 1
+
     def rows_in_quarters(self) -> range:
         """For how many rows x is best in quarters."""
         assert self.weight is not None, "not loaded"

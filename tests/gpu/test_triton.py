@@ -247,12 +247,38 @@ def test_one_graph_serves_every_length(fmt: str) -> None:
         assert torch.equal(out, case.attend(TRITON))
 
 
-@pytest.mark.parametrize("fmt", ["16", "8", "4 rotated"])
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_in_a_chain_attention_reads_nothing_too_early(rows: int, fmt: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "rope"), [(16, 8, 128), (8, 2, 64), (8, 1, 128)])
+def test_a_row_alone_between_products_of_whole_weights(heads: int, kv_heads: int, rope: int, dtype: torch.dtype) -> None:
+    """Its own kernel: any length, in a window, and with its rotation in one launch, which changes no bit."""
+    shape = Shape(heads, kv_heads, 128, 64, dtype, "cuda")
+    for length in (1, 2, 17, 64, 128, 129, 130, 257, 1000, 5000, 16000):
+        case = paged_case(FORMATS["16"], shape, [Sequence(length, 1, length)])
+        usual = case.attend(TRITON)
+        case.meta.whole_weights = True
+        for window in (0, 1, 100):
+            agree(case, window)
+        assert (case.attend(TRITON) != usual).any() or length < 64, "it was not called"
+        case.meta.slot_mapping[0] = int(case.meta.block_table[0, (length - 1) // 64]) * 64 + (length - 1) % 64
+        qkv, angles = numbers(shape, 3, 1, heads + 2 * kv_heads, 128), 300 * torch.rand(1, rope // 2, device="cuda")
+        rotary, outs = (angles.cos(), angles.sin(), torch.full((1,), 1.25, device="cuda")), [torch.full_like(usual, float("nan")) for _ in range(2)]
+        assert TRITON.rope_attention is not None
+        TRITON.rope_attention(*parts(shape, qkv.clone()), *rotary, case.layer, case.meta, 0.1, 0, outs[0])
+        stored = [cache.clone() for cache in (case.layer.key, case.layer.value)]
+        q, k, v = parts(shape, qkv)
+        TRITON.rope_write_kv(q, k, v, *rotary, case.layer, case.meta.slot_mapping)
+        TRITON.attention(q, k, v, case.layer, case.meta, 0.1, 0, outs[1])
+        assert torch.equal(*outs)
+        assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(stored, (case.layer.key, case.layer.value), strict=True))
+
+
+@pytest.mark.parametrize(("rows", "fmt", "whole"), [*((rows, fmt, False) for rows in (1, 5, 40) for fmt in ("16", "8", "4 rotated")), (1, "16", True)])
+def test_in_a_chain_attention_reads_nothing_too_early(rows: int, fmt: str, whole: bool) -> None:
     """Few rows' programs ask for keys before the product before has ended. Replays with other numbers give what each kernel gives that runs alone."""
     shape, layers = Shape(8, 2, 128, 64, torch.bfloat16, "cuda"), range(6)
     cases = [paged_case(FORMATS[fmt], shape, sequences([(250 + 70 * (i % 9), 1) for i in range(rows)], 50 * layer)) for layer in layers]
+    for case in cases:
+        case.meta.whole_weights = whole
     up, down = (numbers(shape, seed, outer, 1024) / 32 for seed, outer in ((5, 1536), (6, 1024)))
     angles, start = 300 * torch.rand(rows, 64, device="cuda"), numbers(shape, 7, rows, 1024)
     cos, sin = angles.cos(), angles.sin()  # not between the kernels, which then would not overlap

@@ -20,6 +20,7 @@ from lmdeploy.kernels.triton_kernels import (  # noqa: E402
     decode,
     decode_direct,
     decode_plain,
+    decode_row16,
     decode_shared,
     embedding,
     experts,
@@ -242,6 +243,33 @@ def test_decoding_asks_for_keys_before_it_waits(capability: int) -> None:
         before, after = text.split("griddepcontrol.wait", 1)
         assert before.count("cp.async.cg") == decode.EARLY_TILES * 4 * 4, "keys and values in two halves each, four copies a thread"
         assert "st.global" not in before and "griddepcontrol.wait" not in after
+
+
+@pytest.mark.parametrize(("capability", "dtype", "group"), [(80, "*fp16", 8), (90, BF16, 4)])
+def test_decoding_of_a_row_alone_compiles(capability: int, dtype: str, group: int) -> None:
+    kernel, hopper = decode_row16.row_decode_kernel, capability >= 90
+    types = {
+        **dict.fromkeys(("q_ptr", "out_ptr", "key_ptr", "value_ptr", "k_ptr", "v_ptr", "factor_ptr"), dtype),
+        **dict.fromkeys(("sums_ptr", "parts_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+        **dict.fromkeys(("table_ptr", "kv_lens_ptr", "counters_ptr"), I32),
+        "scale": "fp32",
+    }
+    constants = {"GROUP": group, "HEADS": 8, "SLOTS": 64, "FUSED": True, "ROPE_HALF": 64, "SCALED": False, "PIECES": 16, "PIECE": 128, "CUT": 128}
+    constants |= {"CHUNK": 8, "GROUPS": 1, "EARLY": 0, "PDL": hopper}
+    names: list[str] = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes: dict[Any, Any] = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "i32")[0] == "*" or name.endswith("stride")
+    }
+    source = compiler.ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    options = {"num_warps": 8, "maxnreg": decode_row16.REGISTERS, "enable_fp_fusion": False}
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    text = compiled.asm["ptx"]
+    assert text.count("st.shared") == 34 + 1 + 1, "warps meet once a piece, and all learn who arrives last; nothing else goes through shared memory"
+    if hopper:
+        before, after = text.split("griddepcontrol.wait", 1)
+        assert before.count("ld.global.L1::no_allocate") == 16 and "st.global" not in before, "keys and values of the first tiles"
+        assert after.count("ld.global.v2.b32") == 12 and "ld.global.b16" not in after, "queries and the new key, the new value: four dims at once"
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmdeploy.inputs import AttentionMeta
-from lmdeploy.kernels.triton_kernels import decode_direct
+from lmdeploy.kernels.triton_kernels import decode_direct, decode_row16
 from lmdeploy.kernels.triton_kernels.decode import Rope, decode
 from lmdeploy.kernels.triton_kernels.extend import extend
 from lmdeploy.kernels.triton_kernels.kv_write import rope_write_kv
@@ -69,8 +69,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv: KVLayer, meta: AttentionMeta,
 
 
 def _decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: int, out: Tensor, rope: Rope | None = None) -> None:
-    """One kernel for a layer's format and heads, whatever the batch: a row's bits do not depend on it."""
-    kernel = decode_direct.decode if decode_direct.serves(q, kv) else decode
+    """A kernel for a layer's format and heads, and perhaps another for a row alone, whose products have their own, too: else a row's bits do not depend on the batch."""
+    kernel = decode_direct.decode if decode_direct.serves(q, kv) else decode_row16.decode if decode_row16.serves(q, kv, meta) else decode
     kernel(q, kv, meta, scale, window, out, rope)
 
 

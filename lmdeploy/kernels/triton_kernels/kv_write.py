@@ -19,7 +19,7 @@ BLOCK = 16  # rows of a program, the least that tensor cores multiply
 
 
 @triton.jit
-def _roped(x_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, dim: tl.tensor, inside: tl.tensor, ROPE_HALF: tl.constexpr) -> tl.tensor:
+def rotated_dims(x_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, dim: tl.tensor, inside: tl.tensor, ROPE_HALF: tl.constexpr) -> tl.tensor:
     """Half-split rotation of the given dims of rows. x_ptr [n, 1], cos_ptr and sin_ptr [n, 1], dim [1, P]; float32 [n, P].
 
     Each dim below 2 * ROPE_HALF reads its partner, ROPE_HALF dims away, from memory as well: the caller must not store before all have read.
@@ -48,8 +48,8 @@ def roped_halves(
     else:
         same = tl.zeros(x_ptr.shape, tl.int32)
         cos_row, sin_row = cos_ptr + same, sin_ptr + same
-        new_lo = _roped(x_ptr, cos_row, sin_row, dim, mask, ROPE_HALF)
-        new_hi = _roped(x_ptr, cos_row, sin_row, dim + HALF, mask, ROPE_HALF)
+        new_lo = rotated_dims(x_ptr, cos_row, sin_row, dim, mask, ROPE_HALF)
+        new_hi = rotated_dims(x_ptr, cos_row, sin_row, dim + HALF, mask, ROPE_HALF)
     return new_lo, new_hi
 
 
@@ -94,8 +94,8 @@ def _prepare(
     mask = live[:, None] & (dim < HALF)
     row_ptr = x_ptr + (token.to(tl.int64) * x_stride + head * x_head_stride)[:, None]
     cos_row, sin_row = cos_ptr + (token * angle_stride)[:, None], sin_ptr + (token * angle_stride)[:, None]
-    lo = _roped(row_ptr, cos_row, sin_row, dim, mask, ROPE_HALF)
-    hi = _roped(row_ptr, cos_row, sin_row, dim + HALF, live[:, None] & (dim < HALF), ROPE_HALF)
+    lo = rotated_dims(row_ptr, cos_row, sin_row, dim, mask, ROPE_HALF)
+    hi = rotated_dims(row_ptr, cos_row, sin_row, dim + HALF, live[:, None] & (dim < HALF), ROPE_HALF)
     if SCALED:
         factor = tl.load(factor_ptr + token, mask=live, other=1.0)[:, None]
         lo, hi = lo * factor, hi * factor

@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 
 Words = NDArray[np.uint32]
 WARP = 32
-SHARED: NDArray[np.uint32] = np.full(96 << 8, 0x7FC00000, dtype=np.uint32)  # NaN at first; what a program leaves there the next one finds
+SHARED: NDArray[np.uint32] = np.full(192 << 8, 0x7FC00000, dtype=np.uint32)  # NaN at first; what a program leaves there the next one finds
 PLACES: dict[str, int] = {}  # where arrays begin in it, in bytes
 LANE = np.arange(WARP)
 GROUP, THREAD = LANE // 4, LANE % 4
@@ -61,6 +61,12 @@ def _packed(high: Words, low: Words) -> Words:
         return np.stack([_floats(low), _floats(high)], -1).astype(np.float16).view(np.uint32)[..., 0]
 
 
+def _packed_bf16(high: Words, low: Words) -> Words:
+    """cvt.rn.bf16x2.f32, of numbers that are no NaN."""
+    high, low = ((x + np.uint32(0x7FFF) + (x >> np.uint32(16) & np.uint32(1))) >> np.uint32(16) for x in (high, low))
+    return high << np.uint32(16) | low
+
+
 def _transposed(x: Words) -> Words:
     """movmatrix.sync.aligned.m8n8.trans.b16: thread 4 g + t has columns 2 t and 2 t + 1 of row g."""
     matrix = np.ascontiguousarray(x).view(np.uint16).reshape(-1, 8, 8)
@@ -77,19 +83,20 @@ def _fragments(shape: tuple[int, int], words: int, row: Callable[[int, int], Any
     return found
 
 
-# mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32, by the layouts that the PTX manual gives for its fragments
+# mma.sync.aligned.m16n8k16.row.col.f32, of float16 or bfloat16, by the layouts that the PTX manual gives for its fragments
 LEFT = _fragments((16, 16), 4, lambda i, half: GROUP + 8 * (i % 2), lambda i, half: 2 * THREAD + half + 8 * (i // 2))
 RIGHT = _fragments((16, 8), 2, lambda i, half: 2 * THREAD + half + 8 * i, lambda i, half: GROUP)
 
 
-def _operand(words: list[Words], places: NDArray[np.int64]) -> NDArray[np.float64]:
-    halves = np.stack(words, 1).view(np.float16).reshape(len(words[0]), -1)
-    return halves[:, places].astype(np.float64)
+def _operand(words: list[Words], places: NDArray[np.int64], kind: str) -> NDArray[np.float64]:
+    halves = np.stack(words, 1).view(np.uint16).reshape(len(words[0]), -1)[:, places]
+    numbers = halves.view(np.float16) if kind == "f16" else (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return numbers.astype(np.float64)
 
 
-def _product(a: list[Words], b: list[Words], c: list[Words]) -> list[Words]:
-    """mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32."""
-    result = _operand(a, LEFT) @ _operand(b, RIGHT)
+def _product(kind: str, a: list[Words], b: list[Words], c: list[Words]) -> list[Words]:
+    """mma.sync.aligned.m16n8k16.row.col.f32.KIND.KIND.f32."""
+    result = _operand(a, LEFT, kind) @ _operand(b, RIGHT, kind)
     return [_bits(_floats(c[i]) + result[:, GROUP + 8 * (i // 2), 2 * THREAD + i % 2]) for i in range(4)]
 
 
@@ -128,7 +135,7 @@ _SIMPLE: dict[str, Callable[..., Words]] = {
     "ex2.approx.ftz.f32": _power,
     "add.f32": lambda a, b: _bits(_floats(a) + _floats(b)), "mul.f32": lambda a, b: _bits(_floats(a) * _floats(b)),
     "max.f32": lambda a, b: _bits(np.fmax(_floats(a), _floats(b))),
-    "prmt.b32": _permuted, "lop3.b32": _three, "cvt.rn.f16x2.f32": _packed, "movmatrix.sync.aligned.m8n8.trans.b16": _transposed,
+    "prmt.b32": _permuted, "lop3.b32": _three, "cvt.rn.f16x2.f32": _packed, "cvt.rn.bf16x2.f32": _packed_bf16, "movmatrix.sync.aligned.m8n8.trans.b16": _transposed,
     "shfl.sync.bfly.b32": lambda a, lanes, _clamp, _mask: a[:, LANE ^ int(lanes[0, 0])],
 }  # fmt: skip
 
@@ -171,7 +178,7 @@ def _statements(asm: str) -> tuple[list[_Statement], bool]:
     """And whether warps may meet: what one stores another may load."""
     text = asm.strip()
     parts = re.sub(r":\s", ":;", text.removeprefix("{").removesuffix("}") if text.startswith("{\n") else text).split(";")
-    found = [_Statement.read(part.strip()) for part in parts if part.strip() and not part.strip().startswith(".reg")]
+    found = [_Statement.read(part.strip()) for part in parts if part.strip() and not part.strip().startswith((".reg", "prefetch"))]
     return found, any(one.name.startswith(("st.", "bar.", "ld.shared", ".shared")) for one in found)
 
 
@@ -260,7 +267,7 @@ class _Warps:
         if name in _SIMPLE:
             return [_SIMPLE[name](*[self.value(one, part) for (part,) in operands])]
         if name.startswith("mma"):
-            return list(_product(*([self.value(one, part) for part in operand] for operand in operands)))
+            return list(_product(name.split(".")[-2], *([self.value(one, part) for part in operand] for operand in operands)))
         if name.startswith("ld.shared"):
             return [SHARED[self.addresses(operands[0]) // 4 + i] for i in range(one.words)]
         if name.startswith("ld.global"):
