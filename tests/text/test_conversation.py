@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ for _ in range(100):
         ([{"role": "user", "content": "x" * (1 << 20)}] * 17, "messages", "more than 16777216 bytes"),
         ([{"role": "user", "content": "x", "extra": [0] * 17_000_000}], "messages", "more than 16777216 bytes"),
     ],
-    ids=lambda v: str(v)[:40],
+    ids=lambda v: reprlib.repr(v)[:40],  # of a part of 17 million numbers
 )
 def test_bad_messages_are_refused_by_name(messages: Any, param: str, message: str) -> None:
     with pytest.raises(RequestError, match=message.replace("[", r"\[")) as caught:
