@@ -1,7 +1,7 @@
 """Attention of sequences with one new token: their keys are cut into pieces, which programs all over the chip share.
 
-A row's keys are cut at places that depend on their number alone, and the pieces are joined in one order, so a row's bits do not depend on the batch. The
-grid depends on the number of rows and never on lengths, which are read on the device: one captured launch serves every context. The program that ends
+A row's keys are cut at places that depend on their number alone, and the pieces are joined in one order, so a row's bits do not depend on the batch (a row alone may have
+others). The grid depends on the number of rows and never on lengths, which are read on the device: one captured launch serves every context. The program that ends
 last joins a row's pieces; a launch of its own for that would cost every layer more than most joins take.
 
 The launch may also do the work of `rope_write_kv`: a program rotates the queries that it takes up, and the one that has a row's last piece stores the new
@@ -39,6 +39,9 @@ from lmdeploy.kv_layer import KVLayer
 Tensor = torch.Tensor
 #: a row's keys are cut into at most PIECES pieces of at least PIECE keys each, a multiple of CUT
 PIECES, PIECE, CUT = 16, 512, 128
+#: the same of a row alone over a plain cache, of which so many programs more find room at once: a tile of 64 keys takes 1.2 to 2 us, a join as long as two (H200, the 1.8B
+#: shape in 4 bits, us a step at 150, 256 and 380 keys: pieces of 512 keys 603, 628, 703, of 64 625, 624, 626). Products of one row have bits of their own, too
+ALONE = 64
 #: programs of a launch, rounded down to so many for each row and KV head, and these at least: long rows among many are shared, too
 PROGRAMS, SHARES = 2048, 4
 #: of rows that fill the chip FULL programs at a time, a program takes so many pieces at least as times they fill it, up to WHOLE: it has begun with its row, and
@@ -227,7 +230,8 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads, early), parts_of(q, meta)
     joined = min(shape.M, int(triton.next_power_of_2(group)))  # rows that the join holds
     new = rope or Rope(q, q, q, q, None)
-    assert CUT % shape.N == 0 == PIECE % CUT, "a tile is of one piece"
+    piece, cut = (ALONE, ALONE) if early and rows == 1 else (PIECE, CUT)
+    assert cut % shape.N == 0 == piece % cut, "a tile is of one piece"
     places = kv_heads * triton.cdiv(group, shape.M)
     shares = min(PIECES, max(SHARES, PROGRAMS // (rows * places)))
     least = max(1, min(WHOLE, rows * places // FULL))
@@ -237,7 +241,7 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     )  # fmt: skip
     constants = facts(q, kv) | {
         "FUSED": rope is not None, "ROPE_HALF": new.cos.shape[1] if rope is not None else 0, "SCALED": new.q_scale is not None,
-        "PIECES": PIECES, "PIECE": PIECE, "CUT": CUT, "M": shape.M, "N": shape.N, "ROWS": joined, "CHUNK": max(1, min(PIECES, JOINED // (joined * padded))),
+        "PIECES": PIECES, "PIECE": piece, "CUT": cut, "M": shape.M, "N": shape.N, "ROWS": joined, "CHUNK": max(1, min(PIECES, JOINED // (joined * padded))),
         "num_warps": shape.warps, "num_stages": shape.stages, "maxnreg": shape.registers, "PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False,
     }  # fmt: skip
     if plain:
