@@ -50,11 +50,17 @@ class Items:
     """The `PlanItem`s of a step as columns; new blocks, which few rows have, by slot."""
 
     slots: Ints
-    starts: Ints
+    first: Ints
     counts: Ints
     sample: NDArray[np.bool_]
     new_blocks: dict[int, list[int]]
+    further: int = 0
     again: bool = False  # known: the rows of the plan before, each one token further, none of them the first or the last one of its answer
+
+    @property
+    def starts(self) -> Ints:
+        """Of each row: `first`, and so many tokens `further`, which few ask for."""
+        return self.first + self.further if self.further else self.first
 
     @classmethod
     def of(cls, items: Sequence[PlanItem]) -> Items:
@@ -102,7 +108,7 @@ class SlotResult(msgspec.Struct):
 
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt positions start+1 .. start+num_tokens of this chunk
-    error: str | None = None
+    error: str | None = None  # why, where it is not that no token can be chosen among the logits
     logits: object = None  # float32 [n, V] on request: rows of this chunk ('all') or its sampled row ('generation')
     last_hidden_state: object = None
     embedding: bytes | None = None  # float64 [M] of a request that embeds: the sum over this chunk's hidden rows, or the prompt's last row
@@ -114,18 +120,13 @@ class SlotResult(msgspec.Struct):
 ZERO, ONE = np.array(0), np.array(1)
 
 
-def any_of(mask: NDArray[np.bool_]) -> bool:
-    """`mask.any()`, which takes three times as long where it is short."""
-    return b"\1" in mask.tobytes()
-
-
 #: of a row that brought nothing but its token
 NOTHING_MORE = SlotResult()
 
 
 @dataclass(slots=True)
 class StepResult:
-    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or has an error), and of few rows more."""
+    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or for which none could be chosen), and of few rows more."""
 
     step: int
     tokens: Ints
@@ -135,12 +136,6 @@ class StepResult:
     def of(cls, plan: StepPlan) -> StepResult:
         """Nothing known yet."""
         return cls(plan.step, np.full(len(plan.items), -1, dtype=np.int64))
-
-    @classmethod
-    def plain(cls, step: int, tokens: Ints, error: str) -> StepResult:
-        """A token of each row, and nothing else; `error` is that of a row with -1."""
-        failed = (tokens < 0).nonzero()[0].tolist() if any_of(tokens < ZERO) else []
-        return cls(step, tokens, {row: SlotResult(error=error) for row in failed})
 
     def rows(self) -> Rows:
         """All rows, to be filled in."""
@@ -169,9 +164,6 @@ class Rows:
         """Rows of these."""
         return Rows(self.result, self.places[rows])
 
-    def note_tokens(self, tokens: Ints, error: str) -> None:
-        """The token of each row; `error` is that of a row with -1."""
+    def note_tokens(self, tokens: Ints) -> None:
+        """The token of each row, -1 where there is none."""
         self.result.tokens[self.places] = tokens
-        if len(tokens) and tokens.min() < 0:
-            for row in np.flatnonzero(tokens < 0).tolist():
-                self[row].error = error

@@ -40,7 +40,6 @@ Tensor = torch.Tensor
 GRAPH_ROOM = 256 << 20
 #: so many steps in a row leave sequences in an order: it is one of lengths, and only roughly
 REPEATS = LENGTH_STEP // 8
-NO_TOKEN = "no token can be chosen: the logits are not numbers, or every token is forbidden"  # noqa: S105
 DEAD_END = "no token satisfies the grammar and the request's other limits (logit_bias, bad_words) at once, or the logits are not numbers"
 
 
@@ -225,7 +224,7 @@ class ModelRunner:
         self._repeat = repeat if repeat.left else None
 
         def wait() -> StepResult:
-            return StepResult.plain(plan.step, arrived(), NO_TOKEN)
+            return StepResult(plan.step, arrived())
 
         return wait
 
@@ -327,7 +326,7 @@ class ModelRunner:
 
         def finish() -> None:
             arrived = host()
-            results.note_tokens(arrived, NO_TOKEN)
+            results.note_tokens(arrived)
             if mask is not None:
                 assert self.guided is not None
                 _note_ends(mask, self.guided.follow(mask, arrived), results)

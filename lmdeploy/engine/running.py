@@ -9,36 +9,37 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdeploy.engine.plan import ONE, ZERO, Ints, Items, StepResult, any_of
+from lmdeploy.engine.plan import ONE, ZERO, Ints, Items, StepResult
 from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, PUBLISHED, REQUEST, SAMPLES, Sequence, TokenLog
 from lmdeploy.messages import StepOutputs
 
-#: so many tokens that end answers are looked for one by one
-FEW_STOPS = 4
 #: steps whose tokens are kept side by side before sequences take them over
 LOGGED = 128
-#: what changes of a sequence's counts when its next token is launched, COMPUTED and PENDING, and when it comes, PENDING, KNOWN and DONE
-LAUNCHED, ARRIVED = np.array([[1], [1]]), np.array([[-1], [1], [1]])
 
 
 @dataclass(slots=True)
 class _Steady:
-    """What the next steps are as long as nobody comes or goes: a token of each answer, neither its first nor its last one."""
+    """What the next steps are as long as nobody comes or goes: a token of each answer, neither its first nor its last one.
+
+    Behind the wait for a long step nothing is in the processor's caches any more, so that such a step costs what it touches: here nothing but a few numbers.
+    """
 
     order: Ints
     epochs: Ints
-    starts: Ints  # where the next tokens are
+    starts: Ints  # where the first one's tokens are
     ones: Ints
     all: NDArray[np.bool_]
-    launched: Ints  # what a launch changes of the counts of all slots, as they lie in the table
-    arrived: Ints  # and what a result does
+    count: int  # answers
     left: int  # steps until one may have its last token
     room: int  # steps for which all have blocks
+    further: int = 0  # steps that were given out
+    launched: int = 0  # steps that were launched and are not written down
+    arrived: list[bytes] = field(default_factory=list)  # their results that have come: int64 tokens
     stamp: Stamp | None = None  # of all their plans
     names: tuple[list[int], list[int]] | None = None  # the answers' requests and indices, when they were first asked for
 
@@ -53,7 +54,10 @@ class Stamp:
 
 
 class Running:
-    """In order of arrival. A slot's epoch grows when its sequence leaves: results of older plans are then void."""
+    """In order of arrival. A slot's epoch grows when its sequence leaves: results of older plans are then void.
+
+    What steady steps change of the counts, and the tokens that they bring, is written down when something else happens: see `write_down`.
+    """
 
     def __init__(self, num_slots: int, block_size: int) -> None:
         self._size = np.array(block_size)
@@ -65,11 +69,11 @@ class Running:
         self._epochs = np.zeros(num_slots, dtype=np.int64)
         self._leavings = 0
         self._table = table = np.zeros((INDEX + 1, num_slots), dtype=np.int64)  # each count of all slots; see `Sequence`
-        self._launched, self._pending, self._arrived = table[COMPUTED : PENDING + 1], table[PENDING], table[PENDING : DONE + 1]
+        self._pending = table[PENDING]
         self._log = TokenLog(LOGGED, num_slots)
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
-        self._stop_arrays: list[Ints] | None = None  # these tokens; None = to be made again
+        self._special = {-1}  # these tokens, and what stands for none
         self._steady: _Steady | None = None  # holds while `_order` is its order
 
     def __len__(self) -> int:
@@ -97,17 +101,17 @@ class Running:
         self._holders[slot], self._taken[slot] = seq, True
         insort(self._sequences, seq, key=_arrival)
         self._stops.update(seq.stop_ids)
-        self._stop_arrays = None
+        self._special |= seq.stop_ids
         self._order = None
 
     def leave(self, seq: Sequence) -> None:
-        """Take back a slot; nothing of the sequence is computed any more."""
+        """Take back a slot; nothing of the sequence is computed any more. All must have been written down."""
         self._sequences.remove(seq)
         for token in seq.stop_ids:
             self._stops[token] -= 1
             if not self._stops[token]:
                 del self._stops[token]
-                self._stop_arrays = None
+                self._special.discard(token)
         slot = seq.slot
         seq.leave_slot()
         del self._holders[slot]
@@ -141,14 +145,16 @@ class Running:
     def shares(self, budget_of: Callable[[int, int], int], num_free: int) -> tuple[Items, list[tuple[int, int]], int]:
         """What each sequence computes next, perhaps no token, in order of arrival; how many blocks the rows that lack some are to get, of so many free ones; and
         the budget that was kept to, which `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
-        order, table, steady = self._standing(), self._table, self._steady
-        if steady is not None and steady.order is order and steady.left and (budget := budget_of(len(order), 0)) >= len(order):
-            starts = steady.starts
-            steady.starts, steady.left, steady.room = starts + ONE, steady.left - 1, steady.room - 1
+        steady = self._steady
+        if steady is not None and steady.order is self._order and steady.left and (budget := budget_of(steady.count, 0)) >= steady.count:
+            items = Items(steady.order, steady.starts, steady.ones, steady.all, {}, further=steady.further, again=True)
+            steady.further, steady.left, steady.room = steady.further + 1, steady.left - 1, steady.room - 1
             lacking: list[tuple[int, int]] = []
             if steady.room < 0:
-                lacking, steady.room = self._lacking(steady.starts, steady.ones, num_free)
-            return Items(order, starts, steady.ones, steady.all, {}, again=True), lacking, budget
+                lacking, steady.room = self._lacking(items.starts + ONE, steady.ones, num_free)
+            return items, lacking, budget
+        self.write_down()
+        order, table = self._standing(), self._table
         pending, computed = table[PENDING][order], table[COMPUTED][order]
         known, limit = table[KNOWN][order] + pending, table[LIMIT][order]
         todo = known - computed
@@ -160,7 +166,7 @@ class Running:
         sample = (ends == known) & (table[SAMPLES][order] > 0)
         if ones == len(order) and sample.all():
             left = max(int((limit - known).min()) - 2, 0)
-            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, LAUNCHED * self._taken, ARRIVED * self._taken, left, 0)
+            self._steady = _Steady(order, self._epochs[order], ends, counts, sample, len(order), left, 0)
         lacking, _ = self._lacking(ends, counts, num_free)
         return Items(order, computed, counts, sample, {}), lacking, budget
 
@@ -192,12 +198,29 @@ class Running:
 
     def unpublished(self) -> list[Sequence]:
         """Those with full blocks that the prefix cache was not offered."""
+        self.write_down()
         slots = (self._table[DONE] >= (self._table[PUBLISHED] + ONE) * self._size).nonzero()[0]
         return [self._holders[slot] for slot in slots.tolist()]
 
     def unsettle(self) -> None:
-        """Their counts were changed from outside."""
+        """Their counts are to be changed from outside."""
+        self.write_down()
         self._steady = None
+
+    def write_down(self) -> None:
+        """Bring counts and tokens up to date with steady steps: before anything looks at them, or somebody leaves."""
+        steady = self._steady
+        if steady is None or not (steady.launched or steady.arrived):
+            return
+        order, table, count = steady.order, self._table, len(steady.arrived)
+        if count:
+            self._keep(order, np.frombuffer(b"".join(steady.arrived), dtype=np.int64).reshape(count, -1))
+            steady.arrived.clear()
+            table[KNOWN][order] += count
+            table[DONE][order] += count
+        table[COMPUTED][order] += steady.launched
+        self._pending[order] += steady.launched - count
+        steady.launched = 0
 
     def next_of(self, seq: Sequence, num_tokens: int) -> Items:
         """The next tokens of one sequence, of which the rank knows nothing: all its blocks are new."""
@@ -209,7 +232,7 @@ class Running:
         """A plan with these items is launched."""
         if items.again:
             assert self._steady is not None
-            self._launched += self._steady.launched
+            self._steady.launched += 1
             return
         self._table[COMPUTED][items.slots] = items.starts + items.counts
         self._pending[items.slots] += items.sample
@@ -218,21 +241,25 @@ class Running:
 
     def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[int]]:
         """Add the tokens of the rows that brought nothing else; the other rows that still count, which are to be looked at."""
-        tokens, steady, table = result.tokens, stamp.steady, self._table
-        if steady is not None and stamp.leavings == self._leavings and not result.more and not self._any_stops(tokens):
-            self._keep(items.slots, tokens)
-            self._arrived += steady.arrived
+        steady, table = stamp.steady, self._table
+        listed = result.tokens.tolist()
+        usual = not result.more and self._special.isdisjoint(listed)
+        if usual and steady is not None and steady is self._steady and stamp.leavings == self._leavings:
+            steady.arrived.append(result.tokens.tobytes())
+            if len(steady.arrived) == len(self._log.rows):
+                self.write_down()
             if steady.names is None:
                 steady.names = table[REQUEST][steady.order].tolist(), table[INDEX][steady.order].tolist()
-            return StepOutputs(*steady.names, tokens.tolist()), []
+            return StepOutputs(*steady.names, listed), []
+        self.write_down()
         valid = self.remaining(items, stamp)
-        plain = self._only_tokens(items, result) & valid
-        slots, done, tokens = items.slots[plain], items.starts[plain] + 1, tokens[plain]
+        plain = self._only_tokens(items, result, usual) & valid
+        slots, done, tokens = items.slots[plain], items.starts[plain] + 1, result.tokens[plain]
         absent = self._taken.copy()
         absent[slots] = False
         for slot in absent.nonzero()[0].tolist():
             self._holders[slot].catch_up()
-        self._keep(slots, tokens)
+        self._keep(slots, tokens[None])
         table[DONE][slots] = done
         self._pending[slots] -= 1
         table[KNOWN][slots] += 1
@@ -240,28 +267,20 @@ class Running:
         return outputs, (valid & ~plain).nonzero()[0].tolist()
 
     def _keep(self, slots: Ints, tokens: Ints) -> None:
-        """Note tokens that are not counted yet."""
-        if self._log.used == len(self._log.rows):
+        """Note tokens [steps, slots] that are not counted yet."""
+        if self._log.used + len(tokens) > len(self._log.rows):
             for seq in self._sequences:
                 seq.catch_up()
             self._log.used = 0
         self._log.add(slots, tokens)
 
-    def _any_stops(self, tokens: Ints) -> bool:
-        """Whether one of the tokens may end an answer."""
-        if len(self._stops) > FEW_STOPS:
-            return not self._stops.keys().isdisjoint(tokens.tolist())
-        if self._stop_arrays is None:
-            self._stop_arrays = [np.array(token) for token in self._stops]
-        return any(any_of(tokens == stop) for stop in self._stop_arrays)
-
-    def _only_tokens(self, items: Items, result: StepResult) -> NDArray[np.bool_]:
-        """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens."""
+    def _only_tokens(self, items: Items, result: StepResult, usual: bool) -> NDArray[np.bool_]:
+        """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens. `usual`: none ends an answer."""
         plain: NDArray[np.bool_] = result.tokens >= 0
         if not items.again:
             slots, ends = items.slots, items.starts + 1
             plain &= (items.counts == 1) & (ends > self._table[PROMPT][slots]) & (ends + 1 < self._table[LIMIT][slots])
-        if self._any_stops(result.tokens):
+        if not usual:
             plain &= ~np.isin(result.tokens, list(self._stops))
         if result.more:
             plain[list(result.more)] = False
@@ -269,16 +288,17 @@ class Running:
 
     def check_integrity(self) -> None:
         """Slots, order and counts agree with the sequences."""
+        self.write_down()
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
         assert sorted([s.slot for s in self] + self._free_slots) == list(range(self._table.shape[1])), "slots are lost or doubled"
-        assert self._stops == Counter(token for s in self for token in s.stop_ids)
+        assert self._stops == Counter(token for s in self for token in s.stop_ids) and self._special == {-1, *self._stops}
         assert {s.slot: s for s in self} == self._holders and self._taken.nonzero()[0].tolist() == sorted(self._holders)
         assert [s.slot for s in self] == self._standing().tolist()
         if (steady := self._steady) is not None and steady.order is self._order and steady.left:
-            table, order = self._table, steady.order
-            assert (steady.starts == table[COMPUTED][order]).all() and (steady.starts + 1 == table[KNOWN][order] + table[PENDING][order]).all()
-            assert steady.room <= (table[BLOCKS][order] * self._size - steady.starts).min()
-            assert (steady.starts >= table[PROMPT][order]).all() and (steady.starts + steady.left + 1 < table[LIMIT][order]).all()
+            table, order, starts = self._table, steady.order, steady.starts + steady.further
+            assert (starts == table[COMPUTED][order]).all() and (starts + 1 == table[KNOWN][order] + table[PENDING][order]).all()
+            assert steady.room <= (table[BLOCKS][order] * self._size - starts).min()
+            assert (starts >= table[PROMPT][order]).all() and (starts + steady.left + 1 < table[LIMIT][order]).all()
         for seq in self:
             assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
             assert 0 <= seq.num_behind <= self._log.used and seq.counts.item(LIMIT) == seq.max_tokens

@@ -39,6 +39,7 @@ class Fill:
     most: int
 
 
+NO_TOKEN = "no token can be chosen: the logits are not numbers, or every token is forbidden"  # noqa: S105
 #: waiting requests that are counted, at most; more are many
 COUNTED = 32
 
@@ -205,9 +206,8 @@ class Scheduler:
             while (missing := sum(count for row, count in lacking if row < len(running))) > self.pool.num_free:
                 self._give_way()
             items.new_blocks = running.hand_out(lacking, self.pool.allocate(missing))
-        computed = items.counts[: len(running)]  # pre-emption shortens the list from its end
-        if len(computed) < len(items) or not (items.again or computed.all()):
-            items = items.take(np.flatnonzero(computed))
+        if len(running) < len(items) or not (items.again or items.counts.all()):
+            items = items.take(np.flatnonzero(items.counts[: len(running)]))  # pre-emption shortens the list from its end
         running.count_as_computed(items)
         return items, budget
 
@@ -289,6 +289,7 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Give back slot and blocks; what is in flight for the sequence becomes void."""
         self._released.append(seq.slot)
+        self._running.write_down()
         self._publish(seq)
         self.pool.release(seq.blocks)
         seq.blocks = []
@@ -319,9 +320,9 @@ class Scheduler:
         return outputs
 
     def _take_result(self, seq: Sequence, item: PlanItem, token: int, more: SlotResult) -> EngineOutput | None:
-        if more.error is not None:
-            return self._fail(seq, more.error, more.error_code)
-        assert (token >= 0) == item.sample, f"slot {item.slot}: token {token} for sample={item.sample}"
+        if more.error is not None or (item.sample and token < 0):
+            return self._fail(seq, more.error or NO_TOKEN, more.error_code)
+        assert item.sample or token < 0, f"slot {item.slot}: token {token}, though it was not to be sampled"
         seq.num_done = item.start + item.num_tokens
         self._publish(seq)
         if seq.siblings and seq.num_done // self.limits.block_size >= self._shared_blocks(seq):
@@ -420,8 +421,8 @@ class Scheduler:
             held.update(plan.items.slots[self._running.remaining(plan.items, stamp)].tolist())
         self._flights.clear()
         self._released = list(dict.fromkeys(released + self._released))  # the rank may not have seen them
-        found = [seq for seq in self._running if seq.slot in held]
         self._running.unsettle()
+        found = [seq for seq in self._running if seq.slot in held]
         for seq in found:
             seq.num_computed, seq.num_pending = seq.num_done, 0
         return found
@@ -462,6 +463,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Every block, slot and count is where it should be; for tests and for debugging (slow)."""
+        self._running.write_down()
         live = [seq for sequences in self._requests.values() for seq in sequences]
         assert len(live) == self._num_unfinished and not any(seq.ended for seq in live)
         self.pool.check_integrity(block for seq in live for block in seq.blocks)

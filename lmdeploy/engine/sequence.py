@@ -29,9 +29,10 @@ class TokenLog:
         self.used = 0  # rows
 
     def add(self, slots: Ints, tokens: Ints) -> None:
-        """A row: a token of each of these slots, of which each has one in every row since it was asked for last."""
-        self.rows[self.used, slots] = tokens
-        self.used += 1
+        """Rows [steps, slots]: a token of each of these slots, of which each has one in every row since it was asked for last."""
+        end = self.used + len(tokens)
+        self.rows[self.used : end, slots] = tokens
+        self.used = end
 
     def last(self, slot: int, count: int) -> bytes:
         """So many of the slot's tokens."""

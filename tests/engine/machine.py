@@ -196,12 +196,14 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _step(self) -> None:
         running = self.engine.scheduler._running
+        running.write_down()
         oldest, done = (running[0], running[0].num_done) if running else (None, 0)
         for output in self.engine.step():
             answer = self.answers[output.request_id, output.index]
             assert not answer.ended, "an answer goes on after its end"
             answer.got.append(output)
         if oldest is not None and self.run_ahead == 0:
+            running.write_down()
             assert oldest.ended or oldest.num_done > done, "the oldest running sequence did not progress"
 
     def _judge(self, request: EngineRequest, index: int, answer: Answer) -> None:
