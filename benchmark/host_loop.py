@@ -118,12 +118,14 @@ class PretendedGraphs(StepGraphs):
             mock.patch("torch.zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
             mock.patch("torch.cuda.graph_pool_handle", lambda: (0, 0)),
         ):
-            super().__init__(runner.model, runner.batches, runner.sampler, runner.max_batch_size, torch.float32)
-        self._drawn = torch.tensor(np.random.default_rng(0).choice(text_ids, self._logits.shape[0]))
+            super().__init__(
+                runner.model, runner.batches, runner.sampler, runner.arrivals.lines, runner.arrivals.take_line, runner.max_batch_size, torch.float32
+            )
+        self._lines[:] = torch.tensor(np.random.default_rng(0).choice(text_ids, self._lines.shape[1]))
 
     def _captured(self, shape: Shape) -> None:
         graph: Any = NoGraph()
-        self._graphs[shape] = graph, self._drawn[: shape.sequences]
+        self._graphs[shape] = graph
 
 
 class PretendedExecutor(LocalExecutor):

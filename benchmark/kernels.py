@@ -244,7 +244,7 @@ def choose_case(rows: int, dtype: torch.dtype, kind: str) -> Case:
     scratch = torch.zeros(rows + 1, kernel.scratch_width, dtype=torch.int64)
 
     def run(_: Kernels, i: int) -> None:
-        kernel.choose(logits[i], slots, lengths, table.columns, None, known, tokens, scratch)
+        kernel.choose(logits[i], slots, lengths, table.columns, None, known, tokens, slots, scratch)
 
     return Case(f"choose_tokens {kind} S={rows}", logits[0].nbytes, 0, 4, run)
 

@@ -15,45 +15,53 @@ Finish = Callable[[], None]
 
 
 class Arrivals:
-    """Chosen tokens on their way to the host: a few pinned buffers and events in turn, so that nothing waits before it must."""
+    """Chosen tokens on their way to the host: a few lines of pinned memory and events in turn, so that nothing waits before it must. Graphs write their tokens
+    into `lines` themselves. What arrived is good until as many lines have been taken again, for two steps at least."""
 
     def __init__(self, most_rows: int, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._buffers = [torch.zeros(most_rows, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)] if self._cuda else []
-        self._parts: dict[int, list[tuple[Tensor, Ints]]] = {}  # their first so many places, made when first needed: slices of tensors take their time
-        self._events = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
+        self.lines = torch.zeros((STAGES, most_rows), dtype=torch.int64, pin_memory=self._cuda)
+        self._found = self.lines.numpy()
+        self._parts: dict[int, list[Ints]] = {}  # the first so many places of each line, made when first needed: slices take their time
+        self._events = [torch.cuda.Event() for _ in range(STAGES if self._cuda else 0)]  # type: ignore[no-untyped-call]
         self._stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on: to ask for it takes its time
-        self._next = 0
+        self.last = 0  # line that was taken
+
+    def take_line(self) -> int:
+        """The next line."""
+        self.last = (self.last + 1) % STAGES
+        return self.last
 
     def end(self) -> Finish | None:
         """Waits for all that has been launched; None where nothing runs beside the host. So no step is more than one behind the host, sampled or not."""
         if not self._cuda:
             return None
-        reached = self._events[self._turn()]
+        reached = self._events[self.take_line()]
         reached.record(self._stream)
         wait: Finish = reached.synchronize
         return wait
 
-    def begin(self, tokens: Tensor, places: slice | Ints) -> Callable[[], Ints]:
-        """Start to copy int64 [B]; the returned function waits and gives those at `places`."""
+    def begin(self, tokens: Tensor) -> Callable[[], Ints]:
+        """Start to copy int64 [B]; the returned function waits and gives them."""
         if not self._cuda:
-            return lambda: tokens.numpy()[places]
-        turn, count = self._turn(), tokens.shape[0]
-        if count not in self._parts:
-            self._parts[count] = [(buffer[:count], buffer[:count].numpy()) for buffer in self._buffers]
-        arrived, (buffer, found) = self._events[turn], self._parts[count][turn]
-        buffer.copy_(tokens, non_blocking=True)
-        arrived.record(self._stream)
+            return lambda: tokens.numpy()
+        line, count = self.take_line(), tokens.shape[0]
+        self.lines[line, :count].copy_(tokens, non_blocking=True)
+        return self.written(line, count)
+
+    def written(self, line: int, count: int) -> Callable[[], Ints]:
+        """So many tokens that what was launched writes into a line; the returned function waits for them."""
+        parts = self._parts.get(count) or self._parts.setdefault(count, [found[:count] for found in self._found])
+        if not self._cuda:
+            return lambda: parts[line]
+        event = self._events[line]
+        event.record(self._stream)
 
         def wait() -> Ints:
-            arrived.synchronize()
-            return found[places]
+            event.synchronize()
+            return parts[line]
 
         return wait
-
-    def _turn(self) -> int:
-        turn, self._next = self._next, (self._next + 1) % STAGES
-        return turn
 
 
 class Owed:

@@ -100,6 +100,7 @@ class StepLayout:
     query_start: Ints  # [B + 1] rows query_start[b]..query_start[b + 1] of the step are sequence b's
     rows: Ints  # [R] rows of the step whose hidden state is wanted
     chosen: Ints  # [S] the sequences that are sampled
+    arrive: Ints  # [S] the place of each one's token among those that are handed over
     num_decode: int  # leading sequences with one token
 
 
@@ -168,7 +169,7 @@ class BatchBuilder:
         first_row = np.cumsum(wanted) - wanted
         chosen = np.flatnonzero(sampled)
         return StepBatch(
-            layout=StepLayout(positions, token_slots, slots, starts + counts, query_start, rows, chosen, int((counts == 1).sum())),
+            layout=StepLayout(positions, token_slots, slots, starts + counts, query_start, rows, chosen, np.arange(len(chosen)), int((counts == 1).sum())),
             items=items,
             order=order,
             first_row=first_row,
@@ -177,14 +178,14 @@ class BatchBuilder:
         )
 
     def _next_tokens(self, items: Items) -> StepBatch:
-        """`build` where every sequence has one token and gets one: nearly all steps are such."""
+        """`build` where every sequence has one token and gets one: nearly all steps are such. Tokens arrive in the order of the items."""
         starts = np.arange(len(items) + 1)
         order = rows = starts[:-1]
         place = items.starts // LENGTH_STEP
         if (place[1:] > place[:-1]).any():
             order = np.argsort(-place, kind="stable")
             items = items.take(order)
-        layout = StepLayout(items.starts, items.slots, items.slots, items.starts + 1, starts, rows, rows, len(items))
+        layout = StepLayout(items.starts, items.slots, items.slots, items.starts + 1, starts, rows, rows, order, len(items))
         return StepBatch(layout, items, order, rows, np.ones(len(items), dtype=np.int64), None)
 
     def inputs(self, layout: StepLayout) -> ForwardInputs:

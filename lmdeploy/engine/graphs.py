@@ -102,9 +102,10 @@ class Shape:
         return self.decodes + self.tokens
 
     def lengths(self) -> tuple[int, ...]:
-        """Of the parts of a step's input: positions, slots of the tokens; slots, ends; starts; wanted rows; slots that get a token, and its place."""
+        """Of the parts of a step's input: positions, slots of the tokens; slots, ends; starts; wanted rows; slots that get a token, its place there, and its
+        place among those that arrive."""
         b = self.sequences
-        return self.rows, self.rows, b, b, b + 1, b, b, b
+        return self.rows, self.rows, b, b, b + 1, b, b, b, b
 
 
 def parts_of(shape: Shape, flat: Ints) -> list[Ints]:
@@ -113,11 +114,12 @@ def parts_of(shape: Shape, flat: Ints) -> list[Ints]:
     return [flat[a:b] for a, b in pairwise(bounds)]
 
 
-def lay_out(layout: StepLayout, shape: Shape, filler: int, parts: list[Ints]) -> None:
-    """Write a step into the parts of a shape: sequences with one token, what fills them up, prompts, what fills these up. Nothing is left as it was there."""
+def lay_out(layout: StepLayout, shape: Shape, filler: int, first: int, parts: list[Ints]) -> None:
+    """Write a step into the parts of a shape: sequences with one token, what fills them up, prompts, what fills these up. Nothing is left as it was there.
+    `first`: where the first token arrives."""
     if not shape.tokens and len(layout.chosen) == layout.num_decode:
-        return _lay_out_tokens(layout, filler, parts)
-    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = parts
+        return _lay_out_tokens(layout, filler, first, parts)
+    positions, token_slots, slots, ends, starts, rows, to_slots, to_places, where = parts
     decodes, gap = layout.num_decode, shape.decodes - layout.num_decode
     for part, values, empty in (
         (positions, layout.positions, 0),
@@ -135,17 +137,17 @@ def lay_out(layout: StepLayout, shape: Shape, filler: int, parts: list[Ints]) ->
     starts[shape.decodes : last + 1] = layout.query_start[decodes:] + gap
     starts[last + 1 :] = starts[last]
     rows[:] = np.maximum(starts[1:] - 1, 0)
-    to_slots[:], to_places[:] = filler, 1  # the token of a sequence that is not sampled goes nowhere
+    to_slots[:], to_places[:], where[:] = filler, 1, -1  # the token of a sequence that is not sampled goes nowhere
     chosen = in_shape(layout, shape)
-    to_slots[chosen], to_places[chosen] = slots[chosen], ends[chosen]
+    to_slots[chosen], to_places[chosen], where[chosen] = slots[chosen], ends[chosen], layout.arrive + first
     return None
 
 
-def _lay_out_tokens(layout: StepLayout, filler: int, parts: list[Ints]) -> None:
+def _lay_out_tokens(layout: StepLayout, filler: int, first: int, parts: list[Ints]) -> None:
     """The same where every sequence has one token and gets one: nearly all steps are such."""
-    positions, token_slots, slots, ends, starts, rows, to_slots, to_places = parts
+    positions, token_slots, slots, ends, starts, rows, to_slots, to_places, where = parts
     count = layout.num_decode
-    for part, values, empty in ((positions, layout.positions, 0), (ends, layout.ends, 1), (to_places, layout.ends, 1)):
+    for part, values, empty in ((positions, layout.positions, 0), (ends, layout.ends, 1), (to_places, layout.ends, 1), (where, layout.arrive + first, -1)):
         part[:count] = values
         part[count:] = empty
     for part in (token_slots, slots, to_slots):
@@ -162,12 +164,12 @@ def in_shape(layout: StepLayout, shape: Shape) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What a step brought, until the next one: of each sequence of its shape the logits [B, V] as the head gave them, and the token int64 [B] that
-    `Sampler.choose` chose for want of edits and masks."""
+    """What a step brings: of each sequence of its shape the logits [B, V] as the head gave them, until the next one, and, on a line of those that arrive, the
+    tokens that `Sampler.choose` chose for want of edits and masks."""
 
     logits: Tensor
-    tokens: Tensor
     places: slice | Ints  # the sampled sequences among the B
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +183,13 @@ class _Input:
 class StepGraphs:
     """The steps of one rank. The builder's tables have one slot more than can be used: the last one belongs to what fills up."""
 
-    def __init__(self, model: Model, builder: BatchBuilder, sampler: Sampler, most_rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, builder: BatchBuilder, sampler: Sampler, lines: Tensor, take_line: Callable[[], int], most_rows: int, dtype: torch.dtype
+    ) -> None:
+        """`lines` int64 [L, N]: where tokens arrive; `take_line` gives the number of the next one."""
         self._model, self._builder, self._sampler = model, builder, sampler
         self._tables = tables = builder.tables
+        self._lines, self._take_line = lines, take_line
         self._sizes = row_buckets(most_rows)
         self._beside = sorted({min(size, most_rows) for size in (*DECODES_BESIDE, most_rows)})
         most = min(max(rows_worth_a_graph(model.spec), PROMPT_TOKENS[0]), builder.scratch.max_rows)  # one at least, whose kernels are compiled at the start
@@ -202,7 +208,7 @@ class StepGraphs:
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
         self._lengths = iter(range(LENGTHS, min(builder.scratch.max_rows, tables.width - 1) + 1, LENGTHS))
-        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -218,28 +224,26 @@ class StepGraphs:
             settle()
             if not self._capture(shape):
                 return None
-        graph, tokens = self._graphs[shape]
-        self._send(layout, shape)
+        line = self._take_line()
+        self._send(layout, shape, line)
         settle()
         self._sampler.table.refresh()
-        graph.replay()
+        self._graphs[shape].replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
         self._before = shape if every else None
-        return Ran(self._logits[: shape.sequences], tokens, slice(0, layout.num_decode) if every else in_shape(layout, shape))
+        return Ran(self._logits[: shape.sequences], slice(0, layout.num_decode) if every else in_shape(layout, shape), line)
 
-    def again(self, new_blocks: dict[int, list[int]]) -> Tensor:
-        """The step before once more, each of its sequences a token further, some with a new block; the tokens of its shape. Only behind a `run` that took a
-        token of each sequence and gave it one, and nothing else was computed since, or behind another `again`: the step before has left its input."""
+    def again(self, new_blocks: dict[int, list[int]]) -> None:
+        """The step before once more, each of its sequences a token further, some with a new block; its tokens arrive on the line behind. Only behind a `run` that
+        took a token of each sequence and gave it one, and nothing else was computed since, or behind another `again`: the step before has left its input."""
         assert self._before is not None
         if new_blocks:
             self._tables.append_blocks(new_blocks.items())
-        graph, tokens = self._graphs[self._before]
-        graph.replay()
-        return tokens
+        self._graphs[self._before].replay()
 
     def drop(self) -> None:
         """Destroy what was captured, now."""
-        for graph, _ in self._graphs.values():
+        for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
 
@@ -268,7 +272,8 @@ class StepGraphs:
     def _prompt(self, length: int) -> StepLayout:
         """A step of one prompt that is nobody's."""
         positions, slot, ends = np.arange(length), np.full(length, self._filler), np.array([0, length])
-        return StepLayout(positions, slot, slot[:1], ends[1:], ends, positions[-1:], np.zeros(0, dtype=np.int64), 0)
+        none = np.zeros(0, dtype=np.int64)
+        return StepLayout(positions, slot, slot[:1], ends[1:], ends, positions[-1:], none, none, 0)
 
     def _capture(self, shape: Shape) -> bool:
         """Have a graph of that shape; False where it could not be made, for lack of memory as a rule: such steps are launched kernel by kernel."""
@@ -295,7 +300,7 @@ class StepGraphs:
         place = bisect_left(sizes, tokens)
         return None if place == len(sizes) or len(layout.slots) - decodes > MOST_PROMPTS else Shape(beside, sizes[place])
 
-    def _send(self, layout: StepLayout, shape: Shape) -> None:
+    def _send(self, layout: StepLayout, shape: Shape, line: int) -> None:
         found = self._input_of.get(shape)
         if found is None:
             total = sum(shape.lengths())
@@ -303,7 +308,7 @@ class StepGraphs:
             found = self._input_of[shape] = _Input(self._inputs[:total], [(whole, parts_of(shape, whole.numpy())) for whole in wholes])
         whole, parts = found.stages[self._stage]
         self._stage, self._before = (self._stage + 1) % STAGES, None
-        lay_out(layout, shape, self._filler, parts)
+        lay_out(layout, shape, self._filler, line * self._lines.shape[1], parts)
         found.there.copy_(whole, non_blocking=True)
 
     def _captured(self, shape: Shape) -> None:
@@ -311,28 +316,26 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         # other threads may use the device, but graphs and events that a garbage collection finds must not be destroyed now: that would spoil the capture
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=_side_stream(self._tables.device), capture_error_mode="thread_local"):
-            tokens = self._step(shape)
-        self._graphs[shape] = graph, tokens
+            self._step(shape)
+        self._graphs[shape] = graph
         logger.debug("captured a graph of %s", shape)
 
     def _try_out(self, shape: Shape) -> None:
         """Launch a step of nothing but filling kernel by kernel: kernels are compiled, and libraries take their buffers."""
         none = np.zeros(0, dtype=np.int64)
-        self._send(StepLayout(none, none, none, none, np.zeros(1, dtype=np.int64), none, none, 0), shape)
+        self._send(StepLayout(none, none, none, none, np.zeros(1, dtype=np.int64), none, none, none, 0), shape, 0)
         torch.cuda.synchronize(self._tables.device)  # also for what other engines of this process have launched: kernels share counters
         side = _side_stream(self._tables.device)
         with torch.cuda.stream(side):
             self._step(shape)
         side.synchronize()
 
-    def _step(self, shape: Shape) -> Tensor:
+    def _step(self, shape: Shape) -> None:
         """The whole step, from the device's own tables."""
         parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
-        slots, places = parts[6:]
+        slots, places, where = parts[6:]
         inputs = self._builder.on_device(Places(*parts[:6]), [], [], shape.decodes)
         logits = self._logits[: shape.sequences]
         self._model.raw_logits(self._model.forward(inputs), logits)
-        tokens = torch.empty(shape.sequences, dtype=torch.int64, device=logits.device)
         positions, ends = parts[0], parts[3]
-        self._sampler.choose(logits, slots, places, tokens, goes_on=None if shape.tokens else (positions, ends))
-        return tokens
+        self._sampler.choose(logits, slots, places, self._lines, goes_on=None if shape.tokens else (positions, ends), where=where)

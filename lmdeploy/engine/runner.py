@@ -47,7 +47,7 @@ DEAD_END = "no token satisfies the grammar and the request's other limits (logit
 class _Repeat:
     """What lets the next step be the last one once more: a graph computed it, its tokens were taken as they came."""
 
-    places: Ints  # of the plan's tokens among those of the graph
+    count: int  # of tokens
     left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
 
 
@@ -219,7 +219,8 @@ class ModelRunner:
         repeat, self._repeat = self._repeat, None
         assert repeat is not None and self.graphs is not None
         with self._turn:
-            arrived = self.arrivals.begin(self.graphs.again(plan.items.new_blocks), repeat.places)
+            self.graphs.again(plan.items.new_blocks)
+            arrived = self.arrivals.written(self.arrivals.take_line(), repeat.count)
         repeat.left -= 1
         self._repeat = repeat if repeat.left else None
 
@@ -276,7 +277,7 @@ class ModelRunner:
         if not len(sampled):
             return None
         if ran is not None:
-            return self._take(ran, slots, lengths, sampled, mask)
+            return self._take(ran, batch, sampled, mask)
         assert hidden is not None
         rows = hidden if batch.sample_rows is None else hidden.index_select(0, upload(batch.sample_rows, self.device))
         logits = torch.empty((rows.shape[0], self.model.spec.vocab_size), dtype=self.dtype, device=self.device)
@@ -288,14 +289,16 @@ class ModelRunner:
         self.pictures.fill(inputs, batch.items)
         return self.model.forward(inputs)
 
-    def _take(self, ran: Ran, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
+    def _take(self, ran: Ran, batch: StepBatch, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
+        slots, lengths, arrive = batch.slots, batch.lengths, batch.layout.arrive
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
-            if isinstance(ran.places, slice) and len(results) == len(results.result.tokens):
-                order = np.empty_like(results.places)
-                order[results.places] = np.arange(len(results))
-                self._repeat = _Repeat(order, REPEATS)
-            return self._fetch(ran.tokens, results, ran.places)
+            count, told = len(results), len(results.result.tokens)
+            arrived = self.arrivals.written(ran.line, count)
+            # each token of the plan comes, in its order, and the next step's go to the next line
+            if isinstance(ran.places, slice) and count == told and ran.line == self.arrivals.last and np.array_equal(arrive, results.places):
+                self._repeat = _Repeat(count, REPEATS)
+            return lambda: results.note_tokens(arrived()[arrive])
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
 
@@ -305,10 +308,10 @@ class ModelRunner:
         raw = torch.log_softmax(logits[upload(wanted, self.device)].float(), dim=-1) if wanted.size else None
         choose = self.sampler.begin(logits, slots, lengths, mask)
         if mask is not None and raw is None:
-            self._owed = Owed(lambda: self._fetch(choose(), results, slice(None), mask), self.device)
+            self._owed = Owed(lambda: self._fetch(choose(), results, mask), self.device)
             return self._owed.finish
         tokens = choose()
-        finish = self._fetch(tokens, results, slice(None), mask)
+        finish = self._fetch(tokens, results, mask)
         if raw is None:
             return finish
         finish()
@@ -320,9 +323,9 @@ class ModelRunner:
         if owed is not None:
             owed.settle()
 
-    def _fetch(self, tokens: Tensor, results: Rows, places: slice | Ints, mask: GuidedStep | None = None) -> Finish:
-        """Begin to copy the tokens at `places` to the host; the returned function waits for them and tells results and grammars."""
-        host = self.arrivals.begin(tokens, places)
+    def _fetch(self, tokens: Tensor, results: Rows, mask: GuidedStep | None) -> Finish:
+        """Begin to copy tokens to the host; the returned function waits for them and tells results and grammars."""
+        host = self.arrivals.begin(tokens)
 
         def finish() -> None:
             arrived = host()
@@ -382,7 +385,7 @@ class ModelRunner:
         return prompt_logprobs(self.model.logits, rows, targets, count, self.chunk)
 
     def _make_graphs(self) -> StepGraphs:
-        return StepGraphs(self.model, self.batches, self.sampler, self.max_batch_size, self.dtype)
+        return StepGraphs(self.model, self.batches, self.sampler, self.arrivals.lines, self.arrivals.take_line, self.max_batch_size, self.dtype)
 
     def _graph_bytes(self) -> int:
         """What graphs take beside the cache: the memory of the largest one, which all share, and room for what each needs of the driver's."""

@@ -178,6 +178,7 @@ class Sampler:
         if self.kernel is not None:  # now and for all: graphs keep its address
             places = torch.full((table.num_slots + MOST_PROMPTS,), -1, dtype=torch.int32, device=tokens.device)
             self._no_masks = (table.young_words[:1], places)
+            self._in_order = torch.arange(table.num_slots + MOST_PROMPTS, device=tokens.device)
             self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width, torch.int64)
 
     def reserve(self, max_rows: int) -> None:
@@ -231,19 +232,21 @@ class Sampler:
         tokens: Tensor,
         masks: tuple[Tensor, Tensor] | None = None,
         goes_on: tuple[Tensor, Tensor] | None = None,
+        where: Tensor | None = None,
     ) -> None:
         """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
 
         Everything is on the device, parameters are read from `table.columns` when it runs, logits, of any floating type, are left alone: this can be part of a
         CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words
         int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. `goes_on`: positions and ends of the rows, which become the
-        next step's, and so do `lengths`, but not those of the slot that no sequence has. Only where there is a `kernel`.
+        next step's, and so do `lengths`, but not those of the slot that no sequence has. `where`, int64 [S]: tokens are int64 [lines, N], and each row's goes to
+        this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. Only where there is a `kernel`.
         """
         assert self.kernel is not None
         # one kernel, which is there from the start on, for steps with masks and without
         words, places = masks or self._no_masks
         masks_of = (words, places, self.table.young_words)
-        self.kernel.choose(logits, slots, lengths, self.table.columns, masks_of, self.tokens, tokens, self._candidates, goes_on)
+        self.kernel.choose(logits, slots, lengths, self.table.columns, masks_of, self.tokens, tokens, self._in_order if where is None else where, self._candidates, goes_on)
 
     def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""

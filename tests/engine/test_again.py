@@ -30,7 +30,7 @@ class Replayed:
     """A graph of a step with single tokens that computes on the CPU what it finds in its input."""
 
     def __init__(self, graphs: EagerGraphs, shape: Shape) -> None:
-        self.graphs, self.shape, self.tokens = graphs, shape, torch.zeros(shape.sequences, dtype=torch.int64)
+        self.graphs, self.shape = graphs, shape
 
     @torch.inference_mode()
     def replay(self) -> None:
@@ -41,10 +41,12 @@ class Replayed:
         graphs._model.raw_logits(graphs._model.forward(inputs), logits)
         graphs._logits[: shape.sequences] = logits
         rows = torch.nonzero(parts[6] != graphs._filler)[:, 0]
-        self.tokens.fill_(-7)
-        self.tokens[rows] = graphs._sampler._choose(logits[rows], parts[6][rows].numpy().copy(), parts[7][rows].numpy().copy(), None)
+        lines, where = graphs._lines, parts[8]
+        assert (where[rows] >= 0).all() and (where.sum() == where[rows].sum() - (len(where) - len(rows)))
+        lines.view(-1)[where[rows]] = graphs._sampler._choose(logits[rows], parts[6][rows].numpy().copy(), parts[7][rows].numpy().copy(), None)
         for part in (parts[0], parts[3], parts[7]):  # the next step's, as the kernel leaves them
             part[rows] += 1
+        where[rows] = (where[rows] + lines.shape[1]) % lines.numel()
 
     def reset(self) -> None:
         """Nothing is held."""
@@ -64,32 +66,21 @@ class EagerGraphs(StepGraphs):
 
     def _captured(self, shape: Shape) -> None:
         graph: Any = Replayed(self, shape)
-        self._graphs[shape] = graph, graph.tokens
+        self._graphs[shape] = graph
 
-    def again(self, new_blocks: dict[int, list[int]]) -> torch.Tensor:
+    def again(self, new_blocks: dict[int, list[int]]) -> None:
         self.noted.append(len(new_blocks))
-        return super().again(new_blocks)
+        super().again(new_blocks)
 
 
 class EagerRunner(ModelRunner):
     """A rank on the CPU whose steps of single tokens are graphs."""
 
     def _make_graphs(self) -> StepGraphs:
-        return EagerGraphs(self.model, self.batches, self.sampler, self.max_batch_size, self.dtype)
+        return EagerGraphs(self.model, self.batches, self.sampler, self.arrivals.lines, self.arrivals.take_line, self.max_batch_size, self.dtype)
 
     def _graph_bytes(self) -> int:
         return 0
-
-
-class Copies:
-    """Tokens arrive when they are asked for, as on a device: what is launched meanwhile may overwrite them."""
-
-    def begin(self, tokens: torch.Tensor, places: Any) -> Any:
-        arrived = tokens.numpy().copy()
-        return lambda: arrived[places]
-
-    def end(self) -> None:
-        """Nothing runs."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +97,6 @@ def no_prompts_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine_of(folder: Path, kind: type[ModelRunner], blocks: int) -> tuple[Engine, ModelRunner]:
     config = TurbomindEngineConfig(dtype="float32", max_batch_size=8, max_prefill_token_num=64)
     runner = kind(load_model(folder), config, PoolRequest(blocks, 4, 64), CPU, torch.float32, graphed=kind is EagerRunner)
-    runner.arrivals = Copies()  # type: ignore[assignment]
     info = EngineInfo(
         session_len=64, vocab_size=runner.model.spec.vocab_size, max_batch_size=8, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 from dataclasses import replace
@@ -27,6 +28,7 @@ from lmdeploy.messages import SamplingParams
 CPU = torch.device("cpu")
 FILLER = 8  # a slot with a block of its own, 99
 BLOCK = 4
+WIDTH = FILLER + MOST_PROMPTS  # of a line of tokens that arrive
 SMALL: Any = SimpleNamespace(vocab_size=64, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, num_experts=0)
 
 
@@ -53,7 +55,10 @@ class Captures(StepGraphs):
             mock.patch("torch.zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
             mock.patch("torch.cuda.graph_pool_handle", lambda: (0, 0)),
         ):
-            super().__init__(model, build, Sampler(table, build.tables.tokens), FILLER, torch.float32)
+            numbers = itertools.count()
+            super().__init__(
+                model, build, Sampler(table, build.tables.tokens), zeros(STAGES, WIDTH, dtype=torch.int64), lambda: next(numbers) % STAGES, FILLER, torch.float32
+            )
         self.noted: list[Shape] = []
         self.computed: list[Any] = []  # the inputs of steps
         self.too_large: set[Shape] = set()
@@ -68,13 +73,14 @@ class Captures(StepGraphs):
             """As far as the input goes: the last kernel of a step of single tokens leaves the next one's (`goes_on` of `choose_tokens`, see tests/kernels/triton)."""
             computed.append(given.copy())
             if not shape.tokens:
-                positions, _, _, ends, _, _, to_slots, to_places = parts_of(shape, given)
+                positions, _, _, ends, _, _, to_slots, to_places, where = parts_of(shape, given)
                 for part in (positions, ends, to_places):
                     part += to_slots != FILLER
+                where[where >= 0] = (where[where >= 0] + WIDTH) % (STAGES * WIDTH)
 
         graph = mock.Mock()
         graph.replay.side_effect = replay
-        self._graphs[shape] = graph, torch.zeros(shape.sequences)
+        self._graphs[shape] = graph
 
 
 def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
@@ -201,7 +207,7 @@ def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int,
     prompt_tokens = len(layout.positions) - layout.num_decode
     shape = Shape(layout.num_decode + more_decodes, prompt_tokens + more_tokens if prompt_tokens else 0)
     flat = np.full(sum(shape.lengths()), -7)
-    lay_out(layout, shape, FILLER, parts_of(shape, flat))
+    lay_out(layout, shape, FILLER, 1000, parts_of(shape, flat))
     parts = torch.split(torch.from_numpy(flat), list(shape.lengths()))
     found = build.on_device(Places(*parts[:6]), [], [], shape.decodes)
     plain = build.inputs(layout)
@@ -226,8 +232,11 @@ def test_a_step_in_a_shape_is_the_step_and_harmless_filling(raw: list[tuple[int,
     assert ((found.logit_rows >= 0) & (found.logit_rows < shape.rows)).all()
     places = in_shape(layout, shape)
     assert parts[6][places].tolist() == batch.slots.tolist() and parts[7][places].tolist() == batch.lengths.tolist()
+    assert sorted(parts[8][places].tolist()) == list(range(1000, 1000 + len(places)))
+    if batch.layout.num_decode == len(raw) and all(sample for *_, sample in raw):
+        assert [raw[i - 1000][0] for i in parts[8][places].tolist()] == batch.slots.tolist(), "tokens arrive in the order of the plan"
     unsampled = np.setdiff1d(np.arange(shape.sequences), places)
-    assert all(parts[6][i] == FILLER for i in unsampled)
+    assert all(parts[6][i] == FILLER and parts[8][i] == -1 for i in unsampled)
     assert shape.sequences <= shape.decodes + MOST_PROMPTS
 
 
@@ -239,7 +248,8 @@ def test_a_step_again_is_laid_out_as_the_step_itself(runs: list[tuple[list[int],
     for starts, times in runs:
         items = [PlanItem(slot, start, 1, [], True) for slot, start in enumerate(starts)]
         layout = builder().build(Items.of(items), None).layout
-        assert graphs.run(layout, lambda: None) is not None
+        ran = graphs.run(layout, lambda: None)
+        assert ran is not None
         for further in range(1, times + 1):
             layout = replace(layout, positions=layout.positions + 1, ends=layout.ends + 1)
             new = {0: [50 + further]} if further % 2 else {}
@@ -248,7 +258,7 @@ def test_a_step_again_is_laid_out_as_the_step_itself(runs: list[tuple[list[int],
             shape = graphs._shape(layout)
             assert shape is not None
             wanted = np.zeros(sum(shape.lengths()), dtype=np.int64)
-            lay_out(layout, shape, FILLER, parts_of(shape, wanted))
+            lay_out(layout, shape, FILLER, (ran.line + further) % STAGES * WIDTH, parts_of(shape, wanted))
             assert np.array_equal(graphs.computed[-1], wanted)
             if new:
                 assert graphs._tables.blocks[0, :5].tolist() == [0, 1, 2, 50 + further, 4]

@@ -422,15 +422,17 @@ ANYWHERE = [
         "tokens",
         "positions",
         "ends",
+        "where",
     )
 ]
 
 
-@triton.jit(do_not_specialize=["words_stride", "table_stride", "nobody"], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=["words_stride", "table_stride", "nobody", "line", "lines_end"], do_not_specialize_on_alignment=ANYWHERE)
 def _choose_kernel(
     logits_ptr: tl.tensor, slots_ptr: tl.tensor, lengths_ptr: tl.tensor, values_ptr: tl.tensor, seeds_ptr: tl.tensor, prompt_len_ptr: tl.tensor,
     young_until_ptr: tl.tensor, words_ptr: tl.tensor, mask_rows_ptr: tl.tensor, young_words_ptr: tl.tensor, table_ptr: tl.tensor, tokens_ptr: tl.tensor,
-    scratch_ptr: tl.tensor, positions_ptr: tl.tensor, ends_ptr: tl.tensor, logits_stride: tl.tensor, words_stride: tl.tensor, table_stride: tl.tensor, nobody: tl.tensor,
+    scratch_ptr: tl.tensor, positions_ptr: tl.tensor, ends_ptr: tl.tensor, where_ptr: tl.tensor, logits_stride: tl.tensor, words_stride: tl.tensor,
+    table_stride: tl.tensor, nobody: tl.tensor, line: tl.tensor, lines_end: tl.tensor,
     VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr, GOES_ON: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -457,13 +459,15 @@ def _choose_kernel(
         token = _draw(
             row_ptr, words_ptr, masked, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
         )  # fmt: skip
-    tl.store(tokens_ptr + row, token)
+    where = tl.load(where_ptr + row)
+    tl.store(tokens_ptr + where, token, mask=where >= 0)
     tl.store(table_ptr + slot * table_stride + length, tl.maximum(token, 0).to(tl.int32))
     if GOES_ON:
         more = (slot != nobody).to(tl.int64)
         tl.store(lengths_ptr + row, length + more)
         tl.store(positions_ptr + row, tl.load(positions_ptr + row) + more)
         tl.store(ends_ptr + row, tl.load(ends_ptr + row) + more)
+        tl.store(where_ptr + row, tl.where(where < 0, where, (where + line) % lines_end))
 
 
 def scratch_width() -> int:
@@ -473,19 +477,22 @@ def scratch_width() -> int:
 
 def choose_tokens(
     logits: Tensor, slots: Tensor, lengths: Tensor, table: tuple[Tensor, Tensor, Tensor, Tensor], masks: tuple[Tensor, Tensor, Tensor] | None, known: Tensor,
-    tokens: Tensor, scratch: Tensor, goes_on: tuple[Tensor, Tensor] | None = None, *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
+    tokens: Tensor, where: Tensor, scratch: Tensor, goes_on: tuple[Tensor, Tensor] | None = None, *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
 ) -> None:  # fmt: skip
-    """tokens int64 [S] = the next token of each row of logits [S, V] of any floating type; -1 where none can be chosen.
+    """The next token of each row of logits [S, V] of any floating type; -1 where none can be chosen. It goes to tokens int64 [N] or [lines, N], seen as one
+    line, at where int64 [S] of the row; nowhere if that is -1. `tokens` may be the host's: pinned.
 
     slots, lengths int64 [S]: the row's slot, and how many of its tokens are known. `table`: of all slots the float32 parameters [slots, 7], the seeds, the
     lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
     that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
     or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
-    `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's.
+    `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's. And
+    `where` becomes the same place of the next line, behind the last one of the first.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len, young_until = table
     assert logits.is_floating_point() and logits.stride(1) == 1 and scratch.is_contiguous() and scratch.shape[1] == scratch_width()
+    assert tokens.is_contiguous() and where.dtype == tokens.dtype == torch.int64
     assert values.is_contiguous() and known.dtype == torch.int32 and known.stride(1) == 1
     words, places, young_words = masks if masks is not None else (slots, slots, slots)
     assert masks is None or words.stride() == young_words.stride()
@@ -494,7 +501,7 @@ def choose_tokens(
     positions, ends = goes_on or (lengths, lengths)
     tiles = int(triton.next_power_of_2(triton.cdiv(vocab, lines * 32)))
     _choose_kernel[(rows,)](
-        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, positions, ends,
-        logits.stride(0), words.stride(0), known.stride(0), known.shape[0] - 1,
+        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, positions, ends, where,
+        logits.stride(0), words.stride(0), known.stride(0), known.shape[0] - 1, tokens.shape[-1], tokens.numel(),
         VOCAB=vocab, ROWS=lines, MASKS=masks is not None, MOST=MOST, PAIRS=pairs, TILES=tiles, GOES_ON=goes_on is not None, num_warps=num_warps,
     )  # fmt: skip

@@ -63,7 +63,15 @@ def test_the_places_of_the_next_step_are_left_where_a_sequence_has_the_slot() ->
     slots[3] = nobody
     given = lengths.clone(), torch.arange(5) + 40, torch.arange(5) + 90
     length, position, end = (part.clone() for part in given)
-    sampler.choose(rows.logits, slots, length, tokens, goes_on=(position, end))
+    lines, where = torch.full((2, 6), -7), torch.tensor([9, 6, 11, -1, 7])  # of two lines the second
+    sampler.choose(rows.logits, slots, length, lines, goes_on=(position, end), where=where)
+    assert where.tolist() == [3, 0, 5, -1, 1], "the first line is next"
+    assert lines[0].tolist() == [-7] * 6 and lines[1, [2, 4]].tolist() == [-7, -7], "nothing else is written"
+    tokens[[0, 1, 2, 4]] = lines[1, [3, 0, 5, 1]]
+    expected = torch.zeros(5, dtype=torch.int64)
+    rows.sampler("cpu", KERNEL).choose(rows.logits, slots, lengths.clone(), expected)
+    assert torch.equal(tokens[slots != nobody], expected[slots != nobody])
+    tokens[3] = expected[3]
     more = (slots != nobody).long()
     assert more.sum() == 4
     for part, before in zip((length, position, end), given, strict=True):
