@@ -246,7 +246,9 @@ class Sampler:
         # one kernel, which is there from the start on, for steps with masks and without
         words, places = masks or self._no_masks
         masks_of = (words, places, self.table.young_words)
-        self.kernel.choose(logits, slots, lengths, self.table.columns, masks_of, self.tokens, tokens, self._in_order if where is None else where, self._candidates, goes_on)
+        self.kernel.choose(
+            logits, slots, lengths, self.table.columns, masks_of, self.tokens, tokens, self._in_order if where is None else where, self._candidates, goes_on
+        )
 
     def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""

@@ -57,7 +57,13 @@ class Captures(StepGraphs):
         ):
             numbers = itertools.count()
             super().__init__(
-                model, build, Sampler(table, build.tables.tokens), zeros(STAGES, WIDTH, dtype=torch.int64), lambda: next(numbers) % STAGES, FILLER, torch.float32
+                model,
+                build,
+                Sampler(table, build.tables.tokens),
+                zeros(STAGES, WIDTH, dtype=torch.int64),
+                lambda: next(numbers) % STAGES,
+                FILLER,
+                torch.float32,
             )
         self.noted: list[Shape] = []
         self.computed: list[Any] = []  # the inputs of steps

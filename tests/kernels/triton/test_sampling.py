@@ -57,7 +57,7 @@ def test_tokens_are_the_samplers(vocab: int, rows: int, scale: float) -> None:
 
 def test_the_places_of_the_next_step_are_left_where_a_sequence_has_the_slot() -> None:
     rows = rows_of([MIXTURE[i % len(MIXTURE)] for i in range(5)], normal(5, 32))
-    sampler, tokens = rows.sampler("cpu", KERNEL), torch.zeros(5, dtype=torch.int64)
+    sampler, other, tokens = rows.sampler("cpu", KERNEL), rows.sampler("cpu", KERNEL), torch.zeros(5, dtype=torch.int64)
     slots, lengths = torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths)
     nobody = sampler.tokens.shape[0] - 1
     slots[3] = nobody
@@ -69,7 +69,7 @@ def test_the_places_of_the_next_step_are_left_where_a_sequence_has_the_slot() ->
     assert lines[0].tolist() == [-7] * 6 and lines[1, [2, 4]].tolist() == [-7, -7], "nothing else is written"
     tokens[[0, 1, 2, 4]] = lines[1, [3, 0, 5, 1]]
     expected = torch.zeros(5, dtype=torch.int64)
-    rows.sampler("cpu", KERNEL).choose(rows.logits, slots, lengths.clone(), expected)
+    other.choose(rows.logits, slots, lengths, expected)
     assert torch.equal(tokens[slots != nobody], expected[slots != nobody])
     tokens[3] = expected[3]
     more = (slots != nobody).long()
