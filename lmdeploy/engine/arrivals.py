@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -23,8 +24,11 @@ class Arrivals:
         self.lines = torch.zeros((STAGES, most_rows), dtype=torch.int64, pin_memory=self._cuda)
         self._found = self.lines.numpy()
         self._parts: dict[int, list[Ints]] = {}  # the first so many places of each line, made when first needed: slices take their time
-        self._events = [torch.cuda.Event() for _ in range(STAGES if self._cuda else 0)]  # type: ignore[no-untyped-call]
-        self._stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on: to ask for it takes its time
+        events = [torch.cuda.Event() for _ in range(STAGES if self._cuda else 0)]  # type: ignore[no-untyped-call]
+        stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on
+        # what torch's own methods of events call, in which they look for the stream
+        self._records = [partial(super(torch.cuda.Event, event).record, stream) for event in events]
+        self._waits = [super(torch.cuda.Event, event).synchronize for event in events]
         self.last = 0  # line that was taken
 
     def take_line(self) -> int:
@@ -36,10 +40,8 @@ class Arrivals:
         """Waits for all that has been launched; None where nothing runs beside the host. So no step is more than one behind the host, sampled or not."""
         if not self._cuda:
             return None
-        reached = self._events[self.take_line()]
-        reached.record(self._stream)
-        wait: Finish = reached.synchronize
-        return wait
+        self.mark(self.take_line())
+        return self._waits[self.last]
 
     def begin(self, tokens: Tensor) -> Callable[[], Ints]:
         """Start to copy int64 [B]; the returned function waits and gives them."""
@@ -47,21 +49,22 @@ class Arrivals:
             return lambda: tokens.numpy()
         line, count = self.take_line(), tokens.shape[0]
         self.lines[line, :count].copy_(tokens, non_blocking=True)
-        return self.written(line, count)
+        self.mark(line)
+        return partial(self.wait, line, count)
 
-    def written(self, line: int, count: int) -> Callable[[], Ints]:
-        """So many tokens that what was launched writes into a line; the returned function waits for them."""
-        parts = self._parts.get(count) or self._parts.setdefault(count, [found[:count] for found in self._found])
-        if not self._cuda:
-            return lambda: parts[line]
-        event = self._events[line]
-        event.record(self._stream)
+    def mark(self, line: int) -> None:
+        """What writes to this line has been launched."""
+        if self._cuda:
+            self._records[line]()
 
-        def wait() -> Ints:
-            event.synchronize()
-            return parts[line]
-
-        return wait
+    def wait(self, line: int, count: int) -> Ints:
+        """So many tokens of a line that was marked, once they are there."""
+        if self._cuda:
+            self._waits[line]()
+        parts = self._parts.get(count)
+        if parts is None:
+            parts = self._parts[count] = [found[:count] for found in self._found]
+        return parts[line]
 
 
 class Owed:

@@ -9,7 +9,7 @@ What every row of a step has is a column, so that a decode step costs a few vect
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -45,8 +45,7 @@ class PlanItem(msgspec.Struct, array_like=True):
     sample: bool
 
 
-@dataclass(slots=True)
-class Items:
+class Items(msgspec.Struct):
     """The `PlanItem`s of a step as columns; new blocks, which few rows have, by slot."""
 
     slots: Ints
@@ -93,8 +92,7 @@ class Items:
         return Items(slots, self.starts[rows], self.counts[rows], self.sample[rows], blocks)
 
 
-@dataclass(slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct):
     """One step. `released` slots are forgotten first, then `new` ones set up, then `items` computed together."""
 
     step: int
@@ -124,13 +122,12 @@ ZERO, ONE = np.array(0), np.array(1)
 NOTHING_MORE = SlotResult()
 
 
-@dataclass(slots=True)
-class StepResult:
+class StepResult(msgspec.Struct):
     """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or for which none could be chosen), and of few rows more."""
 
     step: int
     tokens: Ints
-    more: dict[int, SlotResult] = field(default_factory=dict)
+    more: dict[int, SlotResult] = {}
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepResult:

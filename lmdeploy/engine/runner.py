@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -220,14 +221,13 @@ class ModelRunner:
         assert repeat is not None and self.graphs is not None
         with self._turn:
             self.graphs.again(plan.items.new_blocks)
-            arrived = self.arrivals.written(self.arrivals.take_line(), repeat.count)
+            self.arrivals.mark(line := self.arrivals.take_line())
         repeat.left -= 1
         self._repeat = repeat if repeat.left else None
+        return partial(self._arrived, plan.step, line, repeat.count)
 
-        def wait() -> StepResult:
-            return StepResult(plan.step, arrived())
-
-        return wait
+    def _arrived(self, step: int, line: int, count: int) -> StepResult:
+        return StepResult(step, self.arrivals.wait(line, count))
 
     def _sound(self, items: Items, rows: Rows) -> tuple[Items, Rows]:
         """Without the items whose slots could not be set up, which have an error instead."""
@@ -294,11 +294,11 @@ class ModelRunner:
         slots, lengths, arrive = batch.slots, batch.lengths, batch.layout.arrive
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
             count, told = len(results), len(results.result.tokens)
-            arrived = self.arrivals.written(ran.line, count)
+            self.arrivals.mark(ran.line)
             # each token of the plan comes, in its order, and the next step's go to the next line
             if isinstance(ran.places, slice) and count == told and ran.line == self.arrivals.last and np.array_equal(arrive, results.places):
                 self._repeat = _Repeat(count, REPEATS)
-            return lambda: results.note_tokens(arrived()[arrive])
+            return lambda: results.note_tokens(self.arrivals.wait(ran.line, count)[arrive])
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
 

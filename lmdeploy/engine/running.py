@@ -43,6 +43,12 @@ class _Steady:
     stamp: Stamp | None = None  # of all their plans
     names: tuple[list[int], list[int]] | None = None  # the answers' requests and indices, when they were first asked for
 
+    def give_out(self) -> Items:
+        """The next step."""
+        further = self.further
+        self.further, self.left, self.room = further + 1, self.left - 1, self.room - 1
+        return Items(self.order, self.starts, self.ones, self.all, {}, further, True)
+
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
@@ -142,13 +148,20 @@ class Running:
             self._order = np.array([seq.slot for seq in self._sequences], dtype=np.int64)
         return self._order
 
+    def go_on(self, budget: int) -> Items | None:
+        """The next step, which then counts as launched, where it is a steady one for which all have blocks; nobody may be waiting."""
+        steady = self._steady
+        if steady is None or steady.order is not self._order or not steady.left or steady.room <= 0 or steady.count > budget:
+            return None
+        steady.launched += 1
+        return steady.give_out()
+
     def shares(self, budget_of: Callable[[int, int], int], num_free: int) -> tuple[Items, list[tuple[int, int]], int]:
         """What each sequence computes next, perhaps no token, in order of arrival; how many blocks the rows that lack some are to get, of so many free ones; and
         the budget that was kept to, which `budget_of` gives for the number of those that want one token, and of the tokens that the others want."""
         steady = self._steady
         if steady is not None and steady.order is self._order and steady.left and (budget := budget_of(steady.count, 0)) >= steady.count:
-            items = Items(steady.order, steady.starts, steady.ones, steady.all, {}, further=steady.further, again=True)
-            steady.further, steady.left, steady.room = steady.further + 1, steady.left - 1, steady.room - 1
+            items = steady.give_out()
             lacking: list[tuple[int, int]] = []
             if steady.room < 0:
                 lacking, steady.room = self._lacking(items.starts + ONE, steady.ones, num_free)

@@ -166,8 +166,10 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before results are seen."""
-        items, budget = self._schedule_running()
         new: list[NewSequence] = []
+        if not self._waiting and (again := self._running.go_on(self.limits.max_prefill_token_num)) is not None:
+            return self._launch(new, again)
+        items, budget = self._schedule_running()
         if self._waiting and (started := self._schedule_waiting(budget - int(items.counts.sum()))):
             new = [sequence for sequence, _ in started]
             items = items.joined([item for _, item in started])
