@@ -24,11 +24,8 @@ class Arrivals:
         self.lines = torch.zeros((STAGES, most_rows), dtype=torch.int64, pin_memory=self._cuda)
         self._found = self.lines.numpy()
         self._parts: dict[int, list[Ints]] = {}  # the first so many places of each line, made when first needed: slices take their time
-        events = [torch.cuda.Event() for _ in range(STAGES if self._cuda else 0)]  # type: ignore[no-untyped-call]
-        stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on
-        # what torch's own methods of events call, in which they look for the stream
-        self._records = [partial(super(torch.cuda.Event, event).record, stream) for event in events]
-        self._waits = [super(torch.cuda.Event, event).synchronize for event in events]
+        self._events = [torch.cuda.Event() for _ in range(STAGES if self._cuda else 0)]  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on: to ask for it takes its time
         self.last = 0  # line that was taken
 
     def take_line(self) -> int:
@@ -41,7 +38,8 @@ class Arrivals:
         if not self._cuda:
             return None
         self.mark(self.take_line())
-        return self._waits[self.last]
+        wait: Finish = self._events[self.last].synchronize
+        return wait
 
     def begin(self, tokens: Tensor) -> Callable[[], Ints]:
         """Start to copy int64 [B]; the returned function waits and gives them."""
@@ -55,12 +53,12 @@ class Arrivals:
     def mark(self, line: int) -> None:
         """What writes to this line has been launched."""
         if self._cuda:
-            self._records[line]()
+            self._events[line].record(self._stream)
 
     def wait(self, line: int, count: int) -> Ints:
         """So many tokens of a line that was marked, once they are there."""
         if self._cuda:
-            self._waits[line]()
+            self._events[line].synchronize()
         parts = self._parts.get(count)
         if parts is None:
             parts = self._parts[count] = [found[:count] for found in self._found]
