@@ -10,9 +10,9 @@ import pytest
 from hypothesis import settings
 
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.plan import StepPlan
+from lmdeploy.engine.plan import StepPlan, StepResult
 from lmdeploy.engine.prefix_cache import RootKey
-from lmdeploy.engine.running import Running
+from lmdeploy.engine.running import LOGGED, Running
 from lmdeploy.engine.scheduler import Fill
 from lmdeploy.engine.sequence import Sequence
 from lmdeploy.messages import EngineOutput, EngineRequest, SamplingParams
@@ -89,6 +89,49 @@ def test_few_prompts_fill_the_steps_of_running_answers_up_and_many_are_computed_
     assert steps[0] == [(2, True)]  # nothing is running
     assert steps[1:4] == [[(1, True), (6, False)], [(1, True), (6, False)], [(1, True), (1, True), (3, True)]]
     assert steps[5] == [(1, True), (1, True), (1, True), (16, True)]
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_an_answer_for_which_no_token_can_be_chosen_ends_alone(run_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = FakeRank(num_blocks=64, max_batch_size=4)
+    engine, result, seen = build(rank, run_ahead=run_ahead), rank.result, []
+
+    def without_one() -> StepResult:
+        found = result()
+        seen.append(found.step)
+        if len(seen) == 7:  # in the middle of all answers
+            found.tokens[1] = -1
+        return found
+
+    monkeypatch.setattr(rank, "result", without_one)
+    prompts = [[10 * i + k for k in range(1, 6)] for i in range(3)]
+    found = finish(engine, *(request(i, prompt, max_new_tokens=20) for i, prompt in enumerate(prompts)))
+    wanted = [expected_tokens(prompt, 20) for prompt in prompts]
+    assert tokens(found[0, 0]) == wanted[0] and tokens(found[2, 0]) == wanted[2]
+    assert tokens(found[1, 0]) == wanted[1][:6]
+    last = found[1, 0][-1]
+    assert last.finish_reason == "error" and "no token can be chosen" in (last.error or "") and last.num_generated == 6
+
+
+def test_steady_steps_are_written_down_when_someone_looks_and_before_there_is_no_room() -> None:
+    """Without a prefix cache nobody looks; the log has room for some steps only."""
+    rank = FakeRank(num_blocks=400, block_size=4, session_len=600)
+    engine = build(rank, run_ahead=1, caching=False)
+    engine.add(request(1, [5, 6], max_new_tokens=2 * LOGGED + 40))
+    engine.add(request(2, [7, 8, 9], max_new_tokens=LOGGED + 20))
+    found: dict[int, list[int]] = {1: [], 2: []}
+    step = 0
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+        step += 1
+        if step in (30, LOGGED + 5):
+            running = engine.scheduler._running
+            behind = running[0].num_known
+            running.write_down()
+            assert behind < running[0].num_known == len(running[0].token_ids) == 2 + len(found[1])
+            engine.scheduler.check_integrity()
+    assert found == {1: expected_tokens([5, 6], 2 * LOGGED + 40), 2: expected_tokens([7, 8, 9], LOGGED + 20)}
 
 
 def test_a_full_batch_does_not_count_those_that_wait_for_a_slot() -> None:
