@@ -406,25 +406,8 @@ def _draw(
 
 
 #: where these lie depends on the step and on the number of slots; a kernel for each alignment would be compiled while requests wait
-ANYWHERE = [
-    f"{name}_ptr"
-    for name in (
-        "slots",
-        "lengths",
-        "values",
-        "seeds",
-        "prompt_len",
-        "young_until",
-        "words",
-        "mask_rows",
-        "young_words",
-        "table",
-        "tokens",
-        "positions",
-        "ends",
-        "where",
-    )
-]
+POINTERS = "slots lengths values seeds prompt_len young_until words mask_rows young_words table tokens positions ends where"
+ANYWHERE = [f"{name}_ptr" for name in POINTERS.split()]
 
 
 @triton.jit(do_not_specialize=["words_stride", "table_stride", "nobody", "line", "lines_end"], do_not_specialize_on_alignment=ANYWHERE)
