@@ -203,7 +203,7 @@ class StepGraphs:
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
-        self._before: Shape | None = None  # of the step before, where it can be launched `again`
+        self._before: torch.cuda.CUDAGraph | None = None  # of the step before, where it can be launched `again`
         self._logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
@@ -228,9 +228,10 @@ class StepGraphs:
         self._send(layout, shape, line)
         settle()
         self._sampler.table.refresh()
-        self._graphs[shape].replay()
+        graph = self._graphs[shape]
+        graph.replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
-        self._before = shape if every else None
+        self._before = graph if every else None
         return Ran(self._logits[: shape.sequences], slice(0, layout.num_decode) if every else in_shape(layout, shape), line)
 
     def again(self, new_blocks: dict[int, list[int]]) -> None:
@@ -239,13 +240,14 @@ class StepGraphs:
         assert self._before is not None
         if new_blocks:
             self._tables.append_blocks(new_blocks.items())
-        self._graphs[self._before].replay()
+        self._before.replay()
 
     def drop(self) -> None:
         """Destroy what was captured, now."""
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
+        self._before = None
 
     def warm_up(self) -> None:
         """Capture the largest steps, whose memory all others share, and try out the smaller ones that have kernels of their own: no request waits for a compiler."""

@@ -308,11 +308,11 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> StepOutputs:
         """Take in the result of the oldest plan in flight."""
         launched, stamp = self._flights.popleft()
-        assert launched is plan and result.step == plan.step and len(result.tokens) == len(plan.items), "results must come in the order of the plans"
+        assert launched is plan and result.step == plan.step and len(result.tokens) == len(plan.items.slots), "results must come in the order of the plans"
         self.counts.steps += 1
         items = plan.items
         outputs, rows = self._running.take_tokens(items, result, stamp)
-        self.counts.generated_tokens += len(outputs)
+        self.counts.generated_tokens += len(outputs.token_ids)
         if items.new_blocks:
             self._publish_running()  # those who needed a block have filled one
         for row in rows:

@@ -59,14 +59,14 @@ def test_tokens_that_came_while_nobody_looked_are_taken_over() -> None:
     seq, row, log = build(), np.zeros(11, dtype=np.int64), TokenLog(4, 2)
     seq.take_slot(1, row, log)
     slot, both = np.array([1]), np.array([0, 1])
-    for tokens in ([50], [9, 51], [52]):
-        log.add(both if len(tokens) == 2 else slot, np.array(tokens))
-        row[KNOWN] += 1
+    log.add(slot, np.array([[50]]))
+    log.add(both, np.array([[9, 51], [9, 52]]))  # two steps
+    row[KNOWN] += 3
     assert (seq.num_known, seq.num_behind, seq.num_generated) == (7, 3, 3)
     assert seq.content(0, 4) == np.array([1, 2, 3, 4], dtype=np.int32).tobytes() and seq.num_behind == 3, "nothing new is needed for it"
     seq.append(53)
     assert seq.num_behind == 0 and seq.token_ids == [1, 2, 3, 4, 50, 51, 52, 53]
-    log.add(slot, np.array([54]))
+    log.add(slot, np.array([[54]]))
     row[KNOWN] += 1
     assert seq.content(1, 4) == np.array([50, 51, 52, 53], dtype=np.int32).tobytes()
     seq.leave_slot()
