@@ -33,7 +33,7 @@ class Executor(Protocol):
         ...
 
     def result(self) -> StepResult:
-        """Wait for the oldest submitted plan whose result was not fetched. Called exactly once per submitted plan."""
+        """Wait for the oldest submitted plan whose result was not fetched. Called exactly once per submitted plan. Its tokens hold until the next `submit`."""
         ...
 
     def prepare_ahead(self) -> bool:
