@@ -25,7 +25,8 @@ class Arrivals:
         self._found = self.lines.numpy()
         self._parts: dict[int, list[Ints]] = {}  # the first so many places of each line, made when first needed: slices take their time
         self._events = [torch.cuda.Event() for _ in range(STAGES if self._cuda else 0)]  # type: ignore[no-untyped-call]
-        self._stream = torch.cuda.current_stream(device) if self._cuda else None  # that steps are launched on: to ask for it takes its time
+        # on the stream that steps are launched on; what torch's own method calls, once it has looked for the stream and for its class
+        self._records = [partial(super(torch.cuda.Event, event).record, torch.cuda.current_stream(device)) for event in self._events]
         self.last = 0  # line that was taken
 
     def take_line(self) -> int:
@@ -37,8 +38,7 @@ class Arrivals:
         """Waits for all that has been launched; None where nothing runs beside the host. So no step is more than one behind the host, sampled or not."""
         if not self._cuda:
             return None
-        self.mark(self.take_line())
-        wait: Finish = self._events[self.last].synchronize
+        wait: Finish = self._events[self.follow()].synchronize
         return wait
 
     def begin(self, tokens: Tensor) -> Callable[[], Ints]:
@@ -53,7 +53,14 @@ class Arrivals:
     def mark(self, line: int) -> None:
         """What writes to this line has been launched."""
         if self._cuda:
-            self._events[line].record(self._stream)
+            self._records[line]()
+
+    def follow(self) -> int:
+        """What writes to the next line, whose number is returned, has been launched."""
+        self.last = line = (self.last + 1) % STAGES
+        if self._cuda:
+            self._records[line]()
+        return line
 
     def wait(self, line: int, count: int) -> Ints:
         """So many tokens of a line that was marked, once they are there."""

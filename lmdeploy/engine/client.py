@@ -197,6 +197,7 @@ class EngineThread:
             self._beat += 1
             if outputs:
                 self._deliver(outputs)
+            del outputs  # the next step's numbers take the memory of these
 
     def _drain_inbox(self, engine: Engine, refused: list[EngineOutput]) -> bool:
         """Take in everything that has arrived, waiting only when there is nothing else to do; False = close."""

@@ -173,6 +173,14 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True)
+class _Graph:
+    """How a captured step is launched, and destroyed."""
+
+    replay: Callable[[], None]
+    reset: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Input:
     """Where the input of a shape is on the device, and its copies on the host, whole and in parts, one for each step that may be on its way."""
 
@@ -203,12 +211,12 @@ class StepGraphs:
         self._stages = [torch.zeros(longest, dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
-        self._before: torch.cuda.CUDAGraph | None = None  # of the step before, where it can be launched `again`
+        self._before: Callable[[], None] | None = None  # launches the step before, where that can be done `again`
         self._logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
         self._lengths = iter(range(LENGTHS, min(builder.scratch.max_rows, tables.width - 1) + 1, LENGTHS))
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, _Graph] = {}
         self._refused: set[Shape] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -228,10 +236,10 @@ class StepGraphs:
         self._send(layout, shape, line)
         settle()
         self._sampler.table.refresh()
-        graph = self._graphs[shape]
-        graph.replay()
+        replay = self._graphs[shape].replay
+        replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
-        self._before = graph if every else None
+        self._before = replay if every else None
         return Ran(self._logits[: shape.sequences], slice(0, layout.num_decode) if every else in_shape(layout, shape), line)
 
     def again(self, new_blocks: dict[int, list[int]]) -> None:
@@ -240,7 +248,7 @@ class StepGraphs:
         assert self._before is not None
         if new_blocks:
             self._tables.append_blocks(new_blocks.items())
-        self._before.replay()
+        self._before()
 
     def drop(self) -> None:
         """Destroy what was captured, now."""
@@ -319,7 +327,7 @@ class StepGraphs:
         # other threads may use the device, but graphs and events that a garbage collection finds must not be destroyed now: that would spoil the capture
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=_side_stream(self._tables.device), capture_error_mode="thread_local"):
             self._step(shape)
-        self._graphs[shape] = graph
+        self._graphs[shape] = _Graph(super(torch.cuda.CUDAGraph, graph).replay, graph.reset)  # what torch's own `replay` calls
         logger.debug("captured a graph of %s", shape)
 
     def _try_out(self, shape: Shape) -> None:

@@ -221,7 +221,7 @@ class ModelRunner:
         assert repeat is not None and self.graphs is not None
         with self._turn:
             self.graphs.again(plan.items.new_blocks)
-            self.arrivals.mark(line := self.arrivals.take_line())
+            line = self.arrivals.follow()
         repeat.left -= 1
         self._repeat = repeat if repeat.left else None
         return partial(self._arrived, plan.step, line, repeat.count)
