@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -40,11 +41,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """At the end everything goes: libraries complain of what is left."""
-    gc.unfreeze()
+        atexit.register(gc.unfreeze)  # at the end everything goes: libraries complain of what is left
 
 
 @pytest.fixture(scope="session")
