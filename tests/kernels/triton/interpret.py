@@ -17,8 +17,8 @@ END = "--- this file ended with"
 def save_time() -> None:
     """Leave out what Triton's interpreter does in vain, more than half of the time of kernels that are made of helpers: it looks through its whole language for
     what to replace at a launch, which needs it, and again at every call of a helper inside it, which finds everything replaced; it computes whether each sum
-    of integers overflows, and then tells it only where `debug` is set; it makes the table of numpy's types anew for each look into it, and the type of each
-    tensor; it works out the shape of two tensors that have the same; and a reduction by a function of ours, which knows no place, takes one number at a time,
+    of integers overflows, and then tells it only where `debug` is set; it makes the table of numpy's types anew for each look into it, and type and shape of
+    each tensor; it works out the shape of two tensors that have the same; and a reduction by a function of ours, which knows no place, takes one number at a time,
     where slices give the same bits."""
     from triton import language
     from triton.language.semantic import TritonSemantic
@@ -53,13 +53,25 @@ def save_time() -> None:
             types[element.name] = numpy_type(element)
         return types[element.name]
 
+    make = language.tensor.__init__
+    shapes: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def make_tensor(self: Any, handle: Any, kind: Any) -> None:
+        """All of it but what depends on the shape alone, which is made once."""
+        shape = tuple(kind.shape.values) if kind.is_block() else ()
+        if shape not in shapes:
+            make(self, handle, kind)
+            shapes[shape] = {name: value for name, value in vars(self).items() if name in ("shape", "numel")}
+            return
+        vars(self).update(shapes[shape], handle=handle, type=kind, dtype=kind.scalar)
+
     broadcast = TritonSemantic.broadcast_impl_value
     blocks: dict[tuple[Any, ...], Any] = {}
 
     def block_of(scalar: Any, shape: Any) -> Any:
         if isinstance(scalar, language.pointer_type):
             return language.block_type(scalar, shape)
-        key = scalar.name, *shape
+        key = scalar.name, *getattr(shape, "values", shape)
         if key not in blocks:
             blocks[key] = language.block_type(scalar, shape)
         return blocks[key]
@@ -84,6 +96,8 @@ def save_time() -> None:
     interpreter.ReduceOps.generic_reduce, TritonSemantic.broadcast_impl_value = reduce_slices, broadcast_others
     language.block_type.with_element_ty = lambda self, scalar: block_of(scalar, self.shape)
     interpreter.InterpreterBuilder.get_block_ty = lambda self, scalar, shape: block_of(scalar, shape)
+    if set(vars(language.tensor(None, language.int32))) == {"handle", "shape", "numel", "type", "dtype"}:
+        language.tensor.__init__ = make_tensor
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
 
