@@ -255,7 +255,7 @@ def test_decoding_of_a_row_alone_compiles(capability: int, dtype: str, group: in
         "scale": "fp32",
     }
     constants = {"GROUP": group, "HEADS": 8, "SLOTS": 64, "FUSED": True, "ROPE_HALF": 64, "SCALED": False, "PIECES": 16, "PIECE": 128, "CUT": 128}
-    constants |= {"CHUNK": 8, "GROUPS": 1, "EARLY": 0, "PDL": hopper}
+    constants |= {"CHUNK": 8, "PDL": hopper}
     names: list[str] = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes: dict[Any, Any] = {

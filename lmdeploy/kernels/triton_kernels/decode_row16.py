@@ -1,12 +1,12 @@
-"""`decode` over caches of 16 bits for few rows of heads of 128 dims: keys and values go straight to tensor cores' registers (`fragments16.py`), and warps do not wait for
-each other but once a piece.
+"""`decode` for a row alone over a cache of 16 bits: keys and values go straight to tensor cores' registers (`fragments16.py`), and warps meet once a piece.
 
 A row's old keys are cut into pieces by their number alone, a piece's keys into parts, one for each warp of a program. Sums of parts and of pieces are merged in one order
-(`decode_parts.py`), so a row's bits do not depend on how programs share its pieces. The first warp of the first piece begins with the new key, whose weight is 1: it
-comes from registers, is stored beside, and is never read back by the launch, so all other keys are of earlier steps. Each warp asks for its first keys, and for the piece
-to come to the second-level cache, before the kernel before has ended (`overlap.py`).
+(`decode_parts.py`), so a row's bits depend neither on other rows nor on how programs share its pieces. The first warp of the first piece begins with the new key, whose
+weight is 1: it comes from registers, is stored beside, and is never read back by the launch, so all other keys are of earlier steps, and each warp asks for its first
+16 before the kernel before has ended (`overlap.py`).
 
-Every warp rotates the queries for itself, in the registers where products want them, and the new key in the place of a query that is not there: no barrier either.
+Every warp rotates the queries for itself, in the registers where products want them, and the new key in the place of a query that is not there: so what is between the
+wait and the first product goes through no barrier. Little shared memory (5 kB a query head) leaves room for programs of the next product, which ask for their weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lmdeploy.kernels.triton_kernels.decode_tiles import GROUP_KEYS, MEMBERS, bl
 from lmdeploy.kernels.triton_kernels.fragments import HALF, sums_of_keys
 from lmdeploy.kernels.triton_kernels.fragments16 import (
     add_values,
-    ask_for,
     keys_at,
     largest_of_keys,
     merged,
@@ -39,10 +38,12 @@ from lmdeploy.kernels.triton_kernels.overlap import overlaps
 from lmdeploy.kv_layer import KVLayer
 
 Tensor = torch.Tensor
-#: a row's old keys are cut into at most PIECES pieces of at least PIECE keys, a multiple of CUT; programs that share them are PROGRAMS at most, if that is not less than rows
+#: a row's old keys are cut into at most PIECES pieces of at least PIECE keys, a multiple of CUT; as many programs share them as the chip holds at once (H200, us of a 7B's
+#: step at 150, 256, 380, 1,000 and 4,000 keys: 3,726, 3,743, 3,746, 3,751, 3,886; 256 keys a piece 3,717, 3,754, 3,793, 3,806, 3,893; 512: 3,725, 3,760, 3,797, 3,887, 3,941)
 PIECE, CUT, PROGRAMS = 128, 128, 132
-#: groups of 16 keys that a warp takes at once (1 or 2), registers of a thread at most, pieces that a program joins at once, times THREADS keys to ask for early
-GROUPS, REGISTERS, CHUNK, EARLY = 1, 168, 8, 0
+#: of a thread at most: 128 would not hold what it needs (4 to 8 us more a layer), and 32 keys of a warp at once need 254 (0 to 2 us more)
+REGISTERS = 168
+CHUNK = 8  # pieces that a program joins at once
 
 
 @triton.jit
@@ -61,9 +62,9 @@ def _cut(
 
 
 @triton.jit
-def _part_of(start: tl.tensor, size: tl.tensor, limit: tl.tensor, N: tl.constexpr) -> tl.tensor:
-    """Keys of a warp, whole tiles of N, of the piece at `start`."""
-    return tl.cdiv(tl.minimum(size, limit - start), N * PARTS) * N
+def _part_of(start: tl.tensor, size: tl.tensor, limit: tl.tensor) -> tl.tensor:
+    """Keys of a warp, whole tiles, of the piece at `start`."""
+    return tl.cdiv(tl.minimum(size, limit - start), GROUP_KEYS * PARTS) * GROUP_KEYS
 
 
 @triton.jit
@@ -234,33 +235,22 @@ def _spread(row: tl.tensor, tile: tl.tensor, place: tl.tensor, oldest: tl.tensor
 
 
 @triton.jit
-def _keys(cache: tl.tuple, row: tl.tensor, tile: tl.tensor, oldest: tl.tensor, limit: tl.tensor, FROM: tl.constexpr) -> tl.tuple:
-    """Words of the tile's 16 keys from FROM on; `row`: of its first key."""
+def _keys(cache: tl.tuple, row: tl.tensor, tile: tl.tensor, oldest: tl.tensor, limit: tl.tensor) -> tl.tuple:
+    """Words of the 16 keys of a tile; `row`: of its first key."""
     g, t = tl.arange(0, THREADS) % 32 // 4, tl.arange(0, THREADS) % 4
     at = cache[0] + t * 8
-    return keys_at(at + _spread(row, tile, FROM + g, oldest, limit), at + _spread(row, tile, FROM + g + 8, oldest, limit))
+    return keys_at(at + _spread(row, tile, g, oldest, limit), at + _spread(row, tile, g + 8, oldest, limit))
 
 
 @triton.jit
-def _values(cache: tl.tuple, row: tl.tensor, tile: tl.tensor, oldest: tl.tensor, limit: tl.tensor, FROM: tl.constexpr) -> tl.tuple:
+def _values(cache: tl.tuple, row: tl.tensor, tile: tl.tensor, oldest: tl.tensor, limit: tl.tensor) -> tl.tuple:
     """Likewise of values."""
     g, t = tl.arange(0, THREADS) % 32 // 4, tl.arange(0, THREADS) % 4
-    at, key = cache[1] + g * 8, FROM + 2 * t
+    at, key = cache[1] + g * 8, 2 * t
     return values_at(
         at + _spread(row, tile, key, oldest, limit), at + _spread(row, tile, key + 1, oldest, limit),
         at + _spread(row, tile, key + 8, oldest, limit), at + _spread(row, tile, key + 9, oldest, limit),
     )  # fmt: skip
-
-
-@triton.jit
-def _first_tile(cache: tl.tuple, row: tl.tensor, tile: tl.tensor, oldest: tl.tensor, limit: tl.tensor, GROUPS: tl.constexpr) -> tl.tuple:
-    """What `_take_tile` wants to be loaded."""
-    k, v = _keys(cache, row, tile, oldest, limit, 0), _values(cache, row, tile, oldest, limit, 0)
-    if GROUPS == 2:
-        loaded = k, v, _keys(cache, row, tile, oldest, limit, GROUP_KEYS), _values(cache, row, tile, oldest, limit, GROUP_KEYS)
-    else:
-        loaded = k, v  # type: ignore[assignment]
-    return loaded
 
 
 @triton.jit
@@ -284,62 +274,37 @@ def _weigh(totals: tl.tuple, x: tl.tuple, base: tl.tuple, TYPE: tl.constexpr) ->
 @triton.jit
 def _take_tile(
     state: tl.tuple, loaded: tl.tuple, query: tl.tuple, factor: tl.tensor, first: tl.tensor, cache: tl.tuple, row: tl.tensor, tile: tl.tensor,
-    oldest: tl.tensor, limit: tl.tensor, GROUPS: tl.constexpr, TYPE: tl.constexpr,
+    oldest: tl.tensor, limit: tl.tensor, TYPE: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tuple]:  # fmt: skip
-    """A step of the online softmax: the tile of GROUPS (1 or 2) groups of 16 keys from `first` on, which is loaded. Keys of the next one, at `tile`, are asked for as
-    soon as these are used up, values likewise."""
+    """A step of the online softmax: the tile of 16 keys from `first` on, which is loaded. Keys of the next one, at `tile`, are asked for as soon as these are used up,
+    values likewise."""
     level, totals, sums = state
     x = _scores(loaded[0], query, factor, first, oldest, limit, TYPE)
-    k = _keys(cache, row, tile, oldest, limit, 0)
-    peak_0, peak_1 = tl.maximum(x[0], x[2]), tl.maximum(x[1], x[3])
-    if GROUPS == 2:
-        y = _scores(loaded[2], query, factor, first + GROUP_KEYS, oldest, limit, TYPE)
-        k2 = _keys(cache, row, tile, oldest, limit, GROUP_KEYS)
-        peak_0, peak_1 = tl.maximum(peak_0, tl.maximum(y[0], y[2])), tl.maximum(peak_1, tl.maximum(y[1], y[3]))
-    peak_0, peak_1 = largest_of_keys(peak_0, peak_1)
+    k = _keys(cache, row, tile, oldest, limit)
+    peak_0, peak_1 = largest_of_keys(tl.maximum(x[0], x[2]), tl.maximum(x[1], x[3]))
     new_0, new_1 = tl.maximum(level[0], peak_0), tl.maximum(level[1], peak_1)
     base_0, base_1 = tl.where(new_0 == float("-inf"), 0.0, new_0), tl.where(new_1 == float("-inf"), 0.0, new_1)
     fade_0, fade_1 = tl.exp2(level[0] - base_0), tl.exp2(level[1] - base_1)
     totals, p = _weigh((totals[0] * fade_0, totals[1] * fade_1), x, (base_0, base_1), TYPE)
     sums = add_values(sums, (fade_0, fade_1), p, loaded[1], TYPE)
-    v = _values(cache, row, tile, oldest, limit, 0)
-    if GROUPS == 2:
-        one = tl.full([THREADS], 1.0, tl.float32)
-        totals, p = _weigh(totals, y, (base_0, base_1), TYPE)
-        sums = add_values(sums, (one, one), p, loaded[3], TYPE)
-        following = k, v, k2, _values(cache, row, tile, oldest, limit, GROUP_KEYS)
-    else:
-        following = k, v  # type: ignore[assignment]
-    return ((new_0, new_1), totals, sums), following
+    return ((new_0, new_1), totals, sums), (k, _values(cache, row, tile, oldest, limit))
 
 
 @triton.jit
 def _take_part(
     state: tl.tuple, loaded: tl.tuple, query: tl.tuple, factor: tl.tensor, cache: tl.tuple, table_row: tl.tensor, head: tl.tensor, start: tl.tensor, size: tl.tensor,
-    oldest: tl.tensor, limit: tl.tensor, HEADS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr,
+    oldest: tl.tensor, limit: tl.tensor, HEADS: tl.constexpr, SLOTS: tl.constexpr, TYPE: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tuple]:  # fmt: skip
     """Each warp's part of the piece from `start` on, whose first tile is loaded; the next piece's is asked for behind the last."""
-    N: tl.constexpr = GROUPS * GROUP_KEYS
     warp = tl.arange(0, THREADS) // 32
-    part = _part_of(start, size, limit, N)
-    first, following = start + warp * part, start + size + warp * _part_of(start + size, size, limit, N)
-    for done in range(0, part, N):
-        behind = first + (done + N)
-        tile = tile_at(tl.where(behind < first + part, behind, following), oldest, limit - 1, N)
+    part = _part_of(start, size, limit)
+    first, following = start + warp * part, start + size + warp * _part_of(start + size, size, limit)
+    for done in range(0, part, GROUP_KEYS):
+        behind = first + (done + GROUP_KEYS)
+        tile = tile_at(tl.where(behind < first + part, behind, following), oldest, limit - 1, GROUP_KEYS)
         row = row_at(block_at(table_row, tile, SLOTS), tile, head, HEADS, SLOTS)
-        state, loaded = _take_tile(state, loaded, query, factor, first + done, cache, row, tile, oldest, limit, GROUPS, TYPE)
+        state, loaded = _take_tile(state, loaded, query, factor, first + done, cache, row, tile, oldest, limit, TYPE)
     return state, loaded
-
-
-@triton.jit
-def _ask(
-    cache: tl.tuple, table_row: tl.tensor, head: tl.tensor, start: tl.tensor, oldest: tl.tensor, limit: tl.tensor, HEADS: tl.constexpr, SLOTS: tl.constexpr
-) -> None:
-    """A key and a value for each thread, from `start` on."""
-    key = tl.maximum(tl.minimum(start + tl.arange(0, THREADS), limit - 1), oldest)
-    row = row_at(block_at(table_row, key, SLOTS), key, head, HEADS, SLOTS) * (2 * HALF)
-    ask_for(cache[0] + row)
-    ask_for(cache[1] + row)
 
 
 @triton.jit(do_not_specialize=["window", "rows", "shares", "table_stride"])
@@ -351,7 +316,7 @@ def row_decode_kernel(
     q_stride: tl.tensor, q_head_stride: tl.tensor, k_stride: tl.tensor, k_head_stride: tl.tensor, v_stride: tl.tensor, v_head_stride: tl.tensor,
     angle_stride: tl.tensor, out_stride: tl.tensor, table_stride: tl.tensor,
     GROUP: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, FUSED: tl.constexpr, ROPE_HALF: tl.constexpr, SCALED: tl.constexpr,
-    PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, CUT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Consecutive pieces of one row's keys, for the heads of one KV head: the pieces are shared out among `shares` programs, and many find none left. Without FUSED the
     cache's newest key is the kernel before's."""
@@ -365,13 +330,10 @@ def row_decode_kernel(
     table_row, kv_len, cache = table_ptr + sequence64 * table_stride, tl.load(kv_lens_ptr + sequence), (key_ptr, value_ptr)
     oldest, begin, limit, size, count, piece, last_piece = _cut(kv_len, window, shares, share, PIECES, PIECE, CUT)
     if piece < last_piece:
-        N: tl.constexpr = GROUPS * GROUP_KEYS
         start = begin + piece * size
-        tile = tile_at(start + thread // 32 * _part_of(start, size, limit, N), oldest, limit - 1, N)
+        tile = tile_at(start + thread // 32 * _part_of(start, size, limit), oldest, limit - 1, GROUP_KEYS)
         row = row_at(block_at(table_row, tile, SLOTS), tile, head, HEADS, SLOTS)
-        loaded = _first_tile(cache, row, tile, oldest, limit, GROUPS)
-        for i in tl.static_range(EARLY):
-            _ask(cache, table_row, head, start + i * THREADS, oldest, limit, HEADS, SLOTS)
+        loaded = _keys(cache, row, tile, oldest, limit), _values(cache, row, tile, oldest, limit)
         newest = kv_len - 1
         new = ((tl.load(table_row + newest // SLOTS).to(tl.int64) * HEADS + head) * SLOTS + newest % SLOTS) * (2 * HALF)
         angles_at = cos_ptr + sequence64 * angle_stride, sin_ptr + sequence64 * angle_stride
@@ -393,7 +355,7 @@ def row_decode_kernel(
         found = zero, zero, zero, zero, zero, zero
         for current in range(piece, last_piece):
             state, loaded = _take_part(
-                state, loaded, query, factor, cache, table_row, head, begin + current * size, size, oldest, limit, HEADS, SLOTS, GROUPS, TYPE
+                state, loaded, query, factor, cache, table_row, head, begin + current * size, size, oldest, limit, HEADS, SLOTS, TYPE
             )  # fmt: skip
             level, totals, sums = state
             found = merged(level, totals, sums, GROUP)
@@ -406,9 +368,9 @@ def row_decode_kernel(
 
 
 def serves(q: Tensor, kv: KVLayer, meta: AttentionMeta) -> bool:
-    """Whether a layer's decoding is computed here: a row alone, between products of 16-bit weights. These begin when they find room beside attention, and programs here
-    take a fifth of the shared memory (H200, us of a 7B's step at 150, 256, 380, 1,000 and 16,000 keys: 3,726, 3,743, 3,746, 3,751, 4,248; by `decode` 4,018, 4,045,
-    4,117, 4,276, 4,790; eight rows 1 % slower). Between 4-bit ones, whose programs fill the chip, what counts is how early keys are asked for."""
+    """Whether a layer's decoding is computed here: a row alone, between products of 16-bit weights. Their programs begin when they find room beside attention (H200, us of
+    a 7B's step at 150, 256, 380, 1,000 and 16,000 keys: 3,726, 3,743, 3,746, 3,751, 4,248; by `decode` in pieces of 64 keys 3,830, 3,840, 3,854, 3,977, 4,770, of 512
+    4,018, 4,045, 4,117, 4,276, 4,790). Between 4-bit ones it is later than `decode` with little to read (1.8B at 150 keys 713 for 641), eight rows are 1 % slower."""
     plain = kv.plain and kv.rotation is None and kv.key_center is None
     fits = q.shape[2] == 2 * HALF.value and q.shape[1] <= MEMBERS.value * kv.key.shape[1] and kv.key.shape[2] % GROUP_KEYS.value == 0
     return plain and fits and q.is_cuda and q.dtype is not torch.float32 and meta.num_decode == 1 and meta.whole_weights
@@ -426,6 +388,6 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
         scale, window, rows, shares, q.stride(0), q.stride(1), new.k.stride(0), new.k.stride(1), new.v.stride(0), new.v.stride(1), new.cos.stride(0),
         out.stride(0), meta.block_table.stride(0),
         GROUP=heads // kv_heads, HEADS=kv_heads, SLOTS=slots, FUSED=rope is not None, ROPE_HALF=new.cos.shape[1] if rope is not None else 0,
-        SCALED=new.q_scale is not None, PIECES=PIECES, PIECE=PIECE, CUT=CUT, CHUNK=CHUNK, GROUPS=GROUPS, EARLY=EARLY if pdl else 0, PDL=pdl, launch_pdl=pdl,
+        SCALED=new.q_scale is not None, PIECES=PIECES, PIECE=PIECE, CUT=CUT, CHUNK=CHUNK, PDL=pdl, launch_pdl=pdl,
         num_warps=PARTS.value, maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -125,8 +125,6 @@ PACKED_BF16, PACKED_F16 = (tl.constexpr(f"cvt.rn.{kind}x2.f32 $0, $2, $1;") for 
 #: four words where the second operand is not 0
 STORE = tl.constexpr("{\n.reg .pred p;\nsetp.ne.s32 p, $2, 0;\n@p st.global.v4.u32 [$1], {$3, $4, $5, $6};\nmov.u32 $0, 0;\n}")
 MEETING_1, MEETING_2, MEETING_4 = (tl.constexpr(_meeting(live)) for live in (1, 2, 4))
-#: a row of 256 bytes to the second-level cache
-ASK = tl.constexpr("prefetch.global.L2 [$1];\nprefetch.global.L2 [$1 + 128];\nmov.u32 $0, 0;")
 OF_KEYS, OF_VALUES = kinds(("=&r", 32), ("l", 2)), kinds(("=&r", 32), ("l", 4))
 OF_ONE = kinds(("=&f", 2), ("r", 32))
 OF_PRODUCTS, OF_SUMS = kinds(("=&f", 4), ("r", 48)), kinds(("=&f", 8), ("f", 10), ("r", 10))
@@ -144,12 +142,6 @@ def keys_at(key: tl.tensor, other: tl.tensor) -> tl.tuple:
 def values_at(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tuple:
     """Words of values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, of each 4 of the lower half and 4 of the upper."""
     return tl.inline_asm_elementwise(VALUES, OF_VALUES, [a, b, c, d], dtype=WORDS, is_pure=False, pack=1)
-
-
-@triton.jit
-def ask_for(row: tl.tensor) -> None:
-    """The 256 bytes at each pointer will be read soon."""
-    tl.inline_asm_elementwise(ASK, "=r,l", [row], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -178,7 +178,7 @@ def _statements(asm: str) -> tuple[list[_Statement], bool]:
     """And whether warps may meet: what one stores another may load."""
     text = asm.strip()
     parts = re.sub(r":\s", ":;", text.removeprefix("{").removesuffix("}") if text.startswith("{\n") else text).split(";")
-    found = [_Statement.read(part.strip()) for part in parts if part.strip() and not part.strip().startswith((".reg", "prefetch"))]
+    found = [_Statement.read(part.strip()) for part in parts if part.strip() and not part.strip().startswith(".reg")]
     return found, any(one.name.startswith(("st.", "bar.", "ld.shared", ".shared")) for one in found)
 
 

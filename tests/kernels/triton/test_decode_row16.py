@@ -1,5 +1,5 @@
-"""Decoding of few rows over 16-bit caches straight into tensor cores' registers: in Triton's interpreter, which runs the kernel's assembly through a model of it (`ptx.py`),
-against the reference. Pieces are short here, and what no sequence wrote is NaN."""
+"""Decoding of a row alone, or of a few, over 16-bit caches straight into tensor cores' registers: in Triton's interpreter, which runs the kernel's assembly through a model
+of it (`ptx.py`), against the reference. Pieces are short here, and what no sequence wrote is NaN."""
 
 from __future__ import annotations
 
