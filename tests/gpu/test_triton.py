@@ -248,13 +248,14 @@ def test_one_graph_serves_every_length(fmt: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_row_alone_in_one_launch_with_its_rotation_has_smaller_pieces(dtype: torch.dtype) -> None:
-    shape = Shape(16, 8, 128, 64, dtype, "cuda")
+@pytest.mark.parametrize("heads", [16, 32])
+def test_a_row_alone_in_one_launch_with_its_rotation_has_smaller_pieces(heads: int, dtype: torch.dtype) -> None:
+    shape = Shape(heads, 8, 128, 64, dtype, "cuda")
     for length in (1, 63, 64, 65, 128, 129, 1000, 5000, 16000):
         case, angles = paged_case(FORMATS["16"], shape, [Sequence(length, 1, length)]), 300 * torch.rand(1, 64, device="cuda")
         case.meta.slot_mapping[0] = int(case.meta.block_table[0, (length - 1) // 64]) * 64 + (length - 1) % 64
-        qkv, rotary = numbers(shape, 3, 1, 32, 128), (angles.cos(), angles.sin(), None)
-        found, wanted = (torch.full((1, 16 * 128), float("nan"), dtype=dtype, device="cuda") for _ in range(2))
+        qkv, rotary = numbers(shape, 3, 1, heads + 16, 128), (angles.cos(), angles.sin(), None)
+        found, wanted = (torch.full((1, heads * 128), float("nan"), dtype=dtype, device="cuda") for _ in range(2))
         assert TRITON.rope_attention is not None
         TRITON.rope_attention(*parts(shape, qkv.clone()), *rotary, case.layer, case.meta, 128**-0.5, 0, found)
         q, k, v = parts(shape, qkv)
@@ -264,7 +265,7 @@ def test_a_row_alone_in_one_launch_with_its_rotation_has_smaller_pieces(dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "rope"), [(16, 8, 128), (8, 2, 64), (8, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "rope"), [(16, 4, 128), (8, 2, 64), (8, 1, 128)])
 def test_a_row_alone_between_products_of_whole_weights(heads: int, kv_heads: int, rope: int, dtype: torch.dtype) -> None:
     """Its own kernel: any length, in a window, and with its rotation in one launch, which changes no bit."""
     shape = Shape(heads, kv_heads, 128, 64, dtype, "cuda")

@@ -39,9 +39,9 @@ from lmdeploy.kv_layer import KVLayer
 Tensor = torch.Tensor
 #: a row's keys are cut into at most PIECES pieces of at least PIECE keys each, a multiple of CUT
 PIECES, PIECE, CUT = 16, 512, 128
-#: the same of a row alone over a plain cache, of which so many programs more find room at once: a tile of 64 keys takes 1.2 to 2 us, a join as long as two (H200, the 1.8B
-#: shape in 4 bits, us a step at 150, 256 and 380 keys: pieces of 512 keys 603, 628, 703, of 64 625, 624, 626). Products of one row have bits of their own, too
-ALONE = 64
+#: PIECE and CUT of a row alone over a plain cache, with up to two query heads a KV head and with more: so many programs more find room, but a join takes as long as two tiles
+#: of 64 keys, of 1.2 to 2 us each (H200, an answer of 128 + 256 tokens with 4-bit weights, tok/s in pieces of 64 and of 256: 1.8B, two heads, 1,638, 1,481; 7B, four, 644, 653)
+ALONE = (64, 64), (256, 128)
 #: programs of a launch, rounded down to so many for each row and KV head, and these at least: long rows among many are shared, too
 PROGRAMS, SHARES = 2048, 4
 #: of rows that fill the chip FULL programs at a time, a program takes so many pieces at least as times they fill it, up to WHOLE: it has begun with its row, and
@@ -230,7 +230,7 @@ def decode(q: Tensor, kv: KVLayer, meta: AttentionMeta, scale: float, window: in
     shape, kept = _decode_shape(group, head_dim, q.dtype, rows * kv_heads, early), parts_of(q, meta)
     joined = min(shape.M, int(triton.next_power_of_2(group)))  # rows that the join holds
     new = rope or Rope(q, q, q, q, None)
-    piece, cut = (ALONE, ALONE) if early and rows == 1 else (PIECE, CUT)
+    piece, cut = ALONE[group > 2] if early and rows == 1 else (PIECE, CUT)
     assert cut % shape.N == 0 == piece % cut, "a tile is of one piece"
     places = kv_heads * triton.cdiv(group, shape.M)
     shares = min(PIECES, max(SHARES, PROGRAMS // (rows * places)))

@@ -368,11 +368,14 @@ def row_decode_kernel(
 
 
 def serves(q: Tensor, kv: KVLayer, meta: AttentionMeta) -> bool:
-    """Whether a layer's decoding is computed here: a row alone, between products of 16-bit weights. Their programs begin when they find room beside attention (H200, us of
-    a 7B's step at 150, 256, 380, 1,000 and 16,000 keys: 3,726, 3,743, 3,746, 3,751, 4,248; by `decode` in pieces of 64 keys 3,830, 3,840, 3,854, 3,977, 4,770, of 512
-    4,018, 4,045, 4,117, 4,276, 4,790). Between 4-bit ones it is later than `decode` with little to read (1.8B at 150 keys 713 for 641), eight rows are 1 % slower."""
+    """Whether a layer's decoding is computed here: a row alone of more than two query heads a KV head (fewer were not measured), between products of 16-bit weights.
+
+    Their programs begin when they find room beside attention (H200, us of a 7B's step at 150, 256, 380, 1,000 and 16,000 keys: 3,726, 3,743, 3,746, 3,751, 4,248; by
+    `decode` in pieces of 64 keys 3,830, 3,840, 3,854, 3,977, 4,770, of 512 4,018, 4,045, 4,117, 4,276, 4,790). Between 4-bit ones it is later than `decode` with little
+    to read (1.8B at 150 keys 713 for 641), eight rows are 1 % slower.
+    """
     plain = kv.plain and kv.rotation is None and kv.key_center is None
-    fits = q.shape[2] == 2 * HALF.value and q.shape[1] <= MEMBERS.value * kv.key.shape[1] and kv.key.shape[2] % GROUP_KEYS.value == 0
+    fits = q.shape[2] == 2 * HALF.value and 2 * kv.key.shape[1] < q.shape[1] <= MEMBERS.value * kv.key.shape[1] and kv.key.shape[2] % GROUP_KEYS.value == 0
     return plain and fits and q.is_cuda and q.dtype is not torch.float32 and meta.num_decode == 1 and meta.whole_weights
 
 
