@@ -18,7 +18,7 @@ import triton.language as tl
 from lmdeploy.inputs import AttentionMeta
 from lmdeploy.kernels.triton_kernels.decode import PIECES, Rope, parts_of
 from lmdeploy.kernels.triton_kernels.decode_parts import PARTS
-from lmdeploy.kernels.triton_kernels.decode_shared import THREADS, _arrive, _end, _keep
+from lmdeploy.kernels.triton_kernels.decode_shared import THREADS, arrive, end_row, keep_piece
 from lmdeploy.kernels.triton_kernels.decode_tiles import GROUP_KEYS, MEMBERS, block_at, row_at, tile_at
 from lmdeploy.kernels.triton_kernels.fragments import HALF, sums_of_keys
 from lmdeploy.kernels.triton_kernels.fragments16 import (
@@ -359,12 +359,12 @@ def row_decode_kernel(
             )  # fmt: skip
             level, totals, sums = state
             found = merged(level, totals, sums, GROUP)
-            _keep(found, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, GROUP, 0), PIECES)
+            keep_piece(found, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, GROUP, 0), PIECES)
             state = _nothing()
         if count > 1:
-            _arrive(counters_ptr + sequence * HEADS + head, count, last_piece - piece, sums_ptr, parts_ptr, thread, GROUP, row_out, False, PIECES, CHUNK)
+            arrive(counters_ptr + sequence * HEADS + head, count, last_piece - piece, sums_ptr, parts_ptr, thread, GROUP, row_out, False, PIECES, CHUNK)
         else:
-            _end(found, row_out, thread, GROUP, False)
+            end_row(found, row_out, thread, GROUP, False)
 
 
 def serves(q: Tensor, kv: KVLayer, meta: AttentionMeta) -> bool:

@@ -150,7 +150,9 @@ def _as_query(lo: tl.tensor, hi: tl.tensor, scale: tl.tensor, WIDTH: tl.constexp
 
 
 @triton.jit
-def _keep(state: tl.tuple, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor, thread: tl.tensor, members: tl.tensor, PIECES: tl.constexpr) -> None:
+def keep_piece(
+    state: tl.tuple, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.tensor, thread: tl.tensor, members: tl.tensor, PIECES: tl.constexpr
+) -> None:
     """Store a piece's sums for `members` heads, the first of which has its parts at sums_ptr and parts_ptr."""
     peak, total, a, b, c, d = state
     member, lane = thread // 32, thread % 32
@@ -165,7 +167,7 @@ def _keep(state: tl.tuple, sums_ptr: tl.tensor, parts_ptr: tl.tensor, piece: tl.
 
 
 @triton.jit
-def _end(
+def end_row(
     state: tl.tuple, out_ptr: tl.tensor, thread: tl.tensor, members: tl.tensor, ROTATED: tl.constexpr
 ) -> None:  # fmt: skip
     """Divide by the sum of the weights, turn back, write the first `members` rows to out_ptr."""
@@ -184,7 +186,7 @@ def _end(
 
 
 @triton.jit
-def _arrive(
+def arrive(
     counter_ptr: tl.tensor, count: tl.tensor, own: tl.tensor, sums_ptr: tl.tensor, parts_ptr: tl.tensor, thread: tl.tensor, members: tl.tensor, out_ptr: tl.tensor,
     ROTATED: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -195,7 +197,7 @@ def _arrive(
         member = thread // 32
         at, live = parts_ptr + member * (PIECES * 2 * HALF) + thread % 32 * 2, member < members
         total, a, b, c, d = joined(sums_ptr + member * (PIECES * 2), at, live, count, CHUNK)
-        _end((total, total, a, b, c, d), out_ptr, thread, members, ROTATED)
+        end_row((total, total, a, b, c, d), out_ptr, thread, members, ROTATED)
 
 
 @triton.jit
@@ -311,9 +313,9 @@ def shared_decode_kernel(
                 KEY_WIDTH, VALUE_WIDTH, HEADS, SLOTS, GROUPS, ROTATED,
             )  # fmt: skip
             state = gathered(level, totals, sums, VALUE_WIDTH)
-            _keep(state, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, members, 0), PIECES)
+            keep_piece(state, sums_ptr, parts_ptr, current, thread, tl.where(count > 1, members, 0), PIECES)
         if count > 1:
             counter_ptr = counters_ptr + sequence * (HEADS * TILES) + place
-            _arrive(counter_ptr, count, last_piece - piece, sums_ptr, parts_ptr, thread, members, row_out, ROTATED, PIECES, CHUNK)
+            arrive(counter_ptr, count, last_piece - piece, sums_ptr, parts_ptr, thread, members, row_out, ROTATED, PIECES, CHUNK)
         else:
-            _end(state, row_out, thread, members, ROTATED)
+            end_row(state, row_out, thread, members, ROTATED)
