@@ -4,6 +4,9 @@ A rank keeps, per slot, the token table row, the block table row and the samplin
 sequence whole, once, and afterwards only differences. A rank reads input tokens from its own token table, where it also
 writes the tokens it samples: that is what lets step N+1 be launched before the host has seen the tokens of step N.
 What every row of a step has is a column, so that a decode step costs a few vector operations however many rows it has.
+
+A sampled row may be `LATE`: its token is not chosen yet (the mask of its grammar is not there), and nobody waits for it. The plan behind, which was submitted
+already, goes on with the same sequence: it chooses this token instead of the one that it was to bring, see `executor.contract`.
 """
 
 from __future__ import annotations
@@ -114,6 +117,8 @@ class SlotResult(msgspec.Struct):
     error_code: str = "step_failed"
 
 
+#: in place of a token: it comes with the next plan, see above
+LATE = -2
 #: arrays, as numpy takes longer to make one of a number than to compare or add a few hundred
 ZERO, ONE = np.array(0), np.array(1)
 
@@ -123,7 +128,7 @@ NOTHING_MORE = SlotResult()
 
 
 class StepResult(msgspec.Struct):
-    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or for which none could be chosen), and of few rows more."""
+    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or for which none could be chosen, or LATE), and of few rows more."""
 
     step: int
     tokens: Ints
@@ -155,7 +160,7 @@ class Rows:
 
     def failed(self, row: int) -> bool:
         """Whether a row whose token was noted has none."""
-        return self.result.tokens.item(self.places.item(row)) < 0
+        return self.result.tokens.item(self.places.item(row)) == -1
 
     def take(self, rows: Ints) -> Rows:
         """Rows of these."""

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdeploy.engine.plan import ONE, ZERO, Ints, Items, StepResult
+from lmdeploy.engine.plan import LATE, ONE, ZERO, Ints, Items, StepResult
 from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, PUBLISHED, REQUEST, SAMPLES, Sequence, TokenLog
 from lmdeploy.messages import StepOutputs
 
 #: steps whose tokens are kept side by side before sequences take them over
 LOGGED = 128
+NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class Running:
         self._log = TokenLog(LOGGED, num_slots)
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
-        self._special = {-1}  # these tokens, and what stands for none
+        self._special = {-1, LATE}  # these tokens, and what stands for none
         self._steady: _Steady | None = None  # holds while `_order` is its order
 
     def __len__(self) -> int:
@@ -252,8 +253,8 @@ class Running:
 
     # ------------------------------------------------------------------ what it brought
 
-    def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[int]]:
-        """Add the tokens of the rows that brought nothing else; the other rows that still count, which are to be looked at."""
+    def take_tokens(self, items: Items, result: StepResult, stamp: Stamp) -> tuple[StepOutputs, list[int], Ints]:
+        """Add the tokens of the rows that brought nothing else; the other rows that still count, which are to be looked at; and those that are late."""
         steady, table = stamp.steady, self._table
         listed = result.tokens.tolist()
         usual = not result.more and self._special.isdisjoint(listed)
@@ -263,7 +264,7 @@ class Running:
                 self.write_down()
             if steady.names is None:
                 steady.names = table[REQUEST][steady.order].tolist(), table[INDEX][steady.order].tolist()
-            return StepOutputs(*steady.names, listed), []
+            return StepOutputs(*steady.names, listed), [], NO_ROWS
         self.write_down()
         valid = self.remaining(items, stamp)
         plain = self._only_tokens(items, result, usual) & valid
@@ -277,7 +278,30 @@ class Running:
         self._pending[slots] -= 1
         table[KNOWN][slots] += 1
         outputs = StepOutputs(table[REQUEST][slots].tolist(), table[INDEX][slots].tolist(), tokens.tolist())
-        return outputs, (valid & ~plain).nonzero()[0].tolist()
+        others, late = valid & ~plain, NO_ROWS
+        if LATE in listed:
+            late = (others & (result.tokens == LATE)).nonzero()[0]
+            others[late] = False
+            assert result.more.keys().isdisjoint(late.tolist()), "a row that is late brings nothing else"
+        return outputs, others.nonzero()[0].tolist(), late
+
+    def put_off(self, items: Items, late: Ints, following: Items) -> tuple[Items, list[Sequence]]:
+        """The tokens of these rows come with the items of the plan behind instead: what those are then, and the sequences that still have no token at all.
+
+        Each computes its last known token once more: what is there of it is not counted, so that a sequence always has something to compute.
+        """
+        self.unsettle()
+        table, slots = self._table, items.slots[late]
+        table[DONE][slots] = items.starts[late] + items.counts[late] - ONE
+        table[COMPUTED][slots] -= 1
+        self._pending[slots] -= 1
+        are_late = np.zeros(len(self._taken), dtype=bool)
+        are_late[slots] = True
+        rows = are_late[following.slots]
+        assert np.count_nonzero(rows) == len(slots), "a token is late, and no plan goes on with its sequence"
+        prompts = slots[table[KNOWN][slots] == table[PROMPT][slots]]
+        instead = Items(following.slots, following.starts - rows, following.counts, following.sample, following.new_blocks)
+        return instead, [self._holders[slot] for slot in prompts.tolist()]
 
     def _keep(self, slots: Ints, tokens: Ints) -> None:
         """Note tokens [steps, slots] that are not counted yet."""
@@ -304,7 +328,7 @@ class Running:
         self.write_down()
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
         assert sorted([s.slot for s in self] + self._free_slots) == list(range(self._table.shape[1])), "slots are lost or doubled"
-        assert self._stops == Counter(token for s in self for token in s.stop_ids) and self._special == {-1, *self._stops}
+        assert self._stops == Counter(token for s in self for token in s.stop_ids) and self._special == {-1, LATE, *self._stops}
         assert {s.slot: s for s in self} == self._holders and self._taken.nonzero()[0].tolist() == sorted(self._holders)
         assert [s.slot for s in self] == self._standing().tolist()
         if (steady := self._steady) is not None and steady.order is self._order and steady.left:

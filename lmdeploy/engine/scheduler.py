@@ -311,8 +311,13 @@ class Scheduler:
         assert launched is plan and result.step == plan.step and len(result.tokens) == len(plan.items.slots), "results must come in the order of the plans"
         self.counts.steps += 1
         items = plan.items
-        outputs, rows = self._running.take_tokens(items, result, stamp)
+        outputs, rows, late = self._running.take_tokens(items, result, stamp)
         self.counts.generated_tokens += len(outputs.token_ids)
+        if late.size:
+            behind = self._flights[0][0]
+            behind.items, prompts = self._running.put_off(items, late, behind.items)
+            for seq in prompts:
+                self._offer(seq)
         if items.new_blocks:
             self._publish_running()  # those who needed a block have filled one
         for row in rows:
@@ -326,9 +331,7 @@ class Scheduler:
             return self._fail(seq, more.error or NO_TOKEN, more.error_code)
         assert item.sample or token < 0, f"slot {item.slot}: token {token}, though it was not to be sampled"
         seq.num_done = item.start + item.num_tokens
-        self._publish(seq)
-        if seq.siblings and seq.num_done // self.limits.block_size >= self._shared_blocks(seq):
-            self._share(seq)
+        self._offer(seq)
         if not item.sample:
             reason: FinishReason | None = "length" if seq.sampling.max_new_tokens == 0 and seq.num_done == seq.prompt_len else None
         else:
@@ -346,6 +349,12 @@ class Scheduler:
         if token_id in seq.stop_ids and seq.num_generated > seq.sampling.min_new_tokens:
             return "stop"
         return "length" if seq.num_known >= seq.max_tokens else None
+
+    def _offer(self, seq: Sequence) -> None:
+        """Let others have what is now certain of a prompt."""
+        self._publish(seq)
+        if seq.siblings and seq.num_done // self.limits.block_size >= self._shared_blocks(seq):
+            self._share(seq)
 
     def _publish_running(self) -> None:
         """Offer what running sequences have added since: before the prefix cache is asked, so that it need not be done in each step."""

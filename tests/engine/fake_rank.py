@@ -3,18 +3,25 @@
 The "keys" of a position are a hash of all tokens up to it. They are stored by block and offset, exactly as told by the plans,
 and every key that an item may read is compared with what it must be. So a wrong block, a missing chunk, an overwritten shared
 block or a stale prefix hit fails at once. The next token is a hash of the keys, hence of all tokens before.
+
+It can be late with tokens, wherever the contract allows that. Meanwhile it leaves keys of no known token where the next plan says: who reads them fails, too.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lmdeploy.engine.plan import NewSequence, PlanItem, Rows, StepPlan, StepResult
+import msgspec
+
+from lmdeploy.engine.plan import LATE, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.messages import EngineInfo, MemoryBill, TokenLogprobs
 
 MASK = (1 << 61) - 1
+#: keys of a token that is not known
+GARBAGE = -1
 
 
 class PoisonError(RuntimeError):
@@ -40,6 +47,7 @@ class Slot:
     blocks: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)  # the right keys of token_ids[:len(keys)]
     failed: bool = False
+    owes: bool = False  # the token behind `token_ids`, which was late
 
 
 def next_key(key: int, token_id: int) -> int:
@@ -68,7 +76,10 @@ def draw(key: int, seed: int, number: int, vocab_size: int) -> int:
 
 
 class FakeRank:
-    """An `Executor` that checks every plan. `poison`: computing this token raises; `bad_draw`: drawing this token is a slot error."""
+    """An `Executor` that checks every plan. `poison`: computing this token raises; `bad_draw`: drawing this token is a slot error.
+
+    `late`: whether the token of a slot that goes to a place is late, asked each time that it may be.
+    """
 
     def __init__(
         self,
@@ -99,6 +110,8 @@ class FakeRank:
         self.rope_depends_on_length = rope_depends_on_length
         self.poison: int | None = None
         self.bad_draw: int | None = None
+        self.late: Callable[[int, int], bool] = lambda slot, place: False
+        self.num_late = 0  # times that a token was
         self.broken = 0  # so many next steps raise, whatever is in them
         self.half_applied = False  # a failing step has set up its slots already
         self.plans: list[StepPlan] = []
@@ -107,7 +120,7 @@ class FakeRank:
         self._store: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._block_size = block_size
         self._vocab_size = vocab_size
-        self._queue: deque[StepPlan] = deque()
+        self._queue: deque[tuple[StepPlan, Items]] = deque()
         self._next_step = 0
         self._doomed = 0
 
@@ -116,12 +129,14 @@ class FakeRank:
         check(len(self._queue) < 2, "an executor need not take three plans at once")
         check(plan.step >= self._next_step and len(plan.items) > 0, f"step {plan.step} after {self._next_step}, or without items")
         self._next_step = plan.step + 1
-        self.plans.append(plan)
-        self._queue.append(plan)
+        seen = msgspec.structs.replace(plan, items=Items.of(list(plan.items)))  # the scheduler may give the plan others
+        self.plans.append(seen)
+        self._queue.append((seen, plan.items))
 
     def result(self) -> StepResult:
         """Check and compute the oldest plan. What was launched on top of a step that failed, fails."""
-        plan = self._queue.popleft()
+        plan, items = self._queue.popleft()
+        check(list(items) == list(plan.items), f"step {plan.step}: what a rank was given has been written to")
         if self._doomed:
             self._doomed -= 1
             raise RuntimeError("built on a failed step")
@@ -144,9 +159,17 @@ class FakeRank:
         check(len({item.slot for item in plan.items}) == len(plan.items), "a slot twice in one step")
         result = StepResult.of(plan)
         rows = result.rows()
+        goes_on = self._going_on()
         for row, item in enumerate(plan.items):
-            self._compute(item, rows, row)
+            self._compute(item, rows, row, item.slot in goes_on)
         return result
+
+    def _going_on(self) -> set[int]:
+        """Slots whose tokens may be late."""
+        if not self._queue:
+            return set()
+        behind, _ = self._queue[0]
+        return {i.slot for i in behind.items if i.sample and i.num_tokens == 1} - set(behind.released) - {new.slot for new in behind.new}
 
     def _fail_if_broken(self, *, before: bool) -> None:
         if self.broken and before != self.half_applied:
@@ -161,24 +184,27 @@ class FakeRank:
         """Note that it happened."""
         self.closed = True
 
-    def _compute(self, item: PlanItem, rows: Rows, row: int) -> None:
+    def _compute(self, item: PlanItem, rows: Rows, row: int, goes_on: bool) -> None:
         slot = self.slots[item.slot]
-        end = item.start + item.num_tokens
         if slot.failed:  # launched before the error was seen: nobody will look at the result
             rows[row].error = "failed before"
             return
-        check(item.num_tokens > 0 and end <= len(slot.token_ids), f"{item}: only {len(slot.token_ids)} tokens are known")
+        end, known = item.start + item.num_tokens, len(slot.token_ids)
+        if slot.owes:
+            check((item.start, item.num_tokens, item.sample) == (known, 1, True), f"{item}: the token behind {known} is late, and this does not go on with it")
+        else:
+            check(item.num_tokens > 0 and end <= known, f"{item}: only {known} tokens are known")
+            check(not item.sample or end == known, f"{item}: a token is drawn from the middle")
         check(len(slot.blocks) * self._block_size >= end and len(set(slot.blocks)) == len(slot.blocks), f"{item}: blocks {slot.blocks}")
-        check(not item.sample or end == len(slot.token_ids), f"{item}: a token is drawn from the middle")
-        self._fill_keys(slot, end)
+        self._fill_keys(slot, min(end, known))
         for position in range(item.start):
             stored = self._store[slot.blocks[position // self._block_size]][position % self._block_size]
             check(stored == slot.keys[position], f"{item}: wrong keys at position {position}")
         for position in range(item.start, end):
-            if slot.token_ids[position] == self.poison:
+            if position < known and slot.token_ids[position] == self.poison:
                 raise PoisonError(f"token {self.poison}")
             self._write(item.slot, slot, position)
-        self._answer(item, slot, rows, row)
+        self._answer(PlanItem(item.slot, known - 1, 1, [], True) if slot.owes else item, slot, rows, row, goes_on)
 
     def _fill_keys(self, slot: Slot, end: int) -> None:
         while len(slot.keys) < end:
@@ -187,21 +213,28 @@ class FakeRank:
 
     def _write(self, number: int, slot: Slot, position: int) -> None:
         block, offset = slot.blocks[position // self._block_size], position % self._block_size
+        key = slot.keys[position] if position < len(slot.keys) else GARBAGE
         for other_number, other in self.slots.items():
             if other_number != number and block in other.blocks:
                 shared = other.blocks.index(block) * self._block_size + offset
-                same = shared >= len(other.keys) or other.keys[shared] == slot.keys[position]
+                same = shared >= len(other.keys) or other.keys[shared] == key
                 check(same, f"slot {number} overwrites keys of slot {other_number}")
-        self._store[block][offset] = slot.keys[position]
+        self._store[block][offset] = key
 
-    def _answer(self, item: PlanItem, slot: Slot, results: Rows, row: int) -> None:
+    def _answer(self, item: PlanItem, slot: Slot, results: Rows, row: int, goes_on: bool) -> None:
         sampling, prompt_len, end = slot.new.sampling, slot.new.prompt_len, item.start + item.num_tokens
-        if sampling.prompt_logprobs is not None:
-            places = range(item.start, min(end, prompt_len - 1))
+        places = range(item.start, min(end, prompt_len - 1))
+        if sampling.prompt_logprobs is not None and places:
             results[row].prompt_logprobs = [TokenLogprobs(slot.token_ids[p + 1], -float(slot.keys[p] % 100), []) for p in places]
         if sampling.output_logits == "all":
             results[row].logits = slot.keys[item.start : end]
         if not item.sample:
+            return
+        wants_more = sampling.logprobs is not None or sampling.output_logits is not None or row in results.result.more
+        slot.owes = goes_on and not wants_more and self.late(item.slot, end)
+        if slot.owes:
+            self.num_late += 1
+            results.result.tokens[row] = LATE
             return
         token = draw(slot.keys[end - 1], sampling.seed, end - prompt_len, self._vocab_size)
         if token == self.bad_draw:

@@ -1,12 +1,13 @@
-"""Random requests, aborts and failures against the whole of scheduler and engine, judged by the fake rank and by arithmetic.
+"""Random requests, aborts, failures and late tokens against the whole of scheduler and engine, judged by the fake rank and by arithmetic.
 
 The outcome of every answer is computed in advance from its prompt alone. So whatever the pool, the batch, the budget, shared
-prefixes, pre-emption, failed steps of others or running ahead do, an answer that is not aborted must be exactly that.
+prefixes, pre-emption, failed steps of others, running ahead or lateness do, an answer that is not aborted must be exactly that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -104,6 +105,8 @@ class EngineMachine(RuleBasedStateMachine):
         rope=st.booleans(),
         fill=st.none()
         | st.builds(lambda few, tokens, most: Fill(((few, tokens), (few + 2, 1)), most), st.integers(1, 3), st.integers(1, 6), st.integers(1, 30)),
+        late=st.sampled_from([0.0, 0.1, 0.3, 0.3, 0.6]),
+        seed=st.integers(0, 1000),
     )
     def build(
         self,
@@ -116,9 +119,13 @@ class EngineMachine(RuleBasedStateMachine):
         caching: bool,
         rope: bool,
         fill: Fill | None,
+        late: float,
+        seed: int,
     ) -> None:
         self.rank = FakeRank(num_blocks, block_size, max_batch_size, session_len, vocab_size=VOCAB, rope_depends_on_length=rope)
         self.rank.poison, self.rank.bad_draw = POISON, BAD_DRAW
+        luck = Random(seed)
+        self.rank.late = lambda slot, place: luck.random() < late
         with mock.patch.object(running, "LOGGED", logged):
             self.engine = Engine(
                 self.rank,

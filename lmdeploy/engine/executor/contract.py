@@ -21,6 +21,11 @@ class Executor(Protocol):
     computes the sequences again one by one. Such a retry names its slot in `released` and in `new` and carries its whole
     block table, so it does not matter how much of the failed plan a rank had applied. Thus a rank must ignore a released
     slot that it does not know, and must be able to compute positions again. EngineError means that the executor is lost.
+
+    Late tokens: where the next plan has been submitted, and has a sampled item of one token of the same slot, which is neither in its `released` nor in its
+    `new`, a result may say LATE of a sampled row, and nothing else of it. That item then brings this row's token, and counts as the one that was asked for here:
+    the last token alone, one position before what the plan said. It may be late again. The key and value that it left where the plan said are of no known token,
+    and are written again by the item behind it. As the scheduler puts the items right in the plan itself, a rank keeps those that were submitted.
     """
 
     @property
