@@ -267,7 +267,7 @@ class Running:
             return StepOutputs(*steady.names, listed), [], NO_ROWS
         self.write_down()
         valid = self.remaining(items, stamp)
-        plain = self._only_tokens(items, result, usual) & valid
+        plain = self._only_tokens(items, result, not (usual or self._stops.keys().isdisjoint(listed))) & valid
         slots, done, tokens = items.slots[plain], items.starts[plain] + 1, result.tokens[plain]
         absent = self._taken.copy()
         absent[slots] = False
@@ -311,13 +311,13 @@ class Running:
             self._log.used = 0
         self._log.add(slots, tokens)
 
-    def _only_tokens(self, items: Items, result: StepResult, usual: bool) -> NDArray[np.bool_]:
-        """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens. `usual`: none ends an answer."""
+    def _only_tokens(self, items: Items, result: StepResult, stops: bool) -> NDArray[np.bool_]:
+        """Rows with the next token of an answer: not its first or last one, no error, nothing that was asked for beside tokens. `stops`: some may end an answer."""
         plain: NDArray[np.bool_] = result.tokens >= 0
         if not items.again:
             slots, ends = items.slots, items.starts + 1
             plain &= (items.counts == 1) & (ends > self._table[PROMPT][slots]) & (ends + 1 < self._table[LIMIT][slots])
-        if not usual:
+        if stops:
             plain &= ~np.isin(result.tokens, list(self._stops))
         if result.more:
             plain[list(result.more)] = False

@@ -10,7 +10,7 @@ It can be late with tokens, wherever the contract allows that. Meanwhile it leav
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -123,6 +123,16 @@ class FakeRank:
         self._queue: deque[tuple[StepPlan, Items]] = deque()
         self._next_step = 0
         self._doomed = 0
+
+    def delay(self, *tokens: tuple[int, int]) -> None:
+        """Be late with the tokens of these (slot, place), each as often as it stands here."""
+        left = Counter(tokens)
+
+        def late(slot: int, place: int) -> bool:
+            left[slot, place] -= 1
+            return left[slot, place] >= 0
+
+        self.late = late
 
     def submit(self, plan: StepPlan) -> None:
         """Remember the plan; it is computed when its result is asked for."""

@@ -195,6 +195,43 @@ def test_running_ahead_throws_away_the_token_behind_a_stop_but_computes_none_beh
     assert plans == {(): 5, (want[2],): 4}
 
 
+# ------------------------------------------------------------------ late tokens
+
+
+@pytest.mark.parametrize("half_applied", [True, False])
+def test_behind_a_late_token_a_step_that_failed_is_repeated_unseen(half_applied: bool) -> None:
+    for prompt_len in (3, 4, 8):  # places of the late token in its block
+        for behind in (0, 1, 2):
+            rank = FakeRank()
+            rank.delay((0, prompt_len), (1, prompt_len + 2), (1, prompt_len + 2))
+            engine = build(rank, run_ahead=1)
+            for i in range(2):
+                engine.add(request(i, [i + 1] * prompt_len, max_new_tokens=7))
+            found: dict[int, list[int]] = {0: [], 1: []}
+            times = 0
+            while engine.has_work:
+                if rank.num_late == 1 + behind and not times:
+                    rank.broken, rank.half_applied, times = 1, half_applied, 1
+                for output in engine.step():
+                    found[output.request_id] += output.token_ids
+                engine.scheduler.check_integrity()
+            assert times == 1 and rank.broken == 0 and engine.stats().failed == 0
+            assert found == {i: expected_tokens([i + 1] * prompt_len, 7) for i in range(2)}
+
+
+def test_an_answer_that_fails_instead_of_its_late_token_ends_alone() -> None:
+    rank = FakeRank()
+    want = expected_tokens([1, 2, 3], 5)
+    rank.bad_draw = want[3]
+    rank.delay((0, 6))
+    engine = build(rank, run_ahead=1)
+    engine.add(request(0, [1, 2, 3]))
+    engine.add(request(1, [6] * 8))
+    found = finish(engine)
+    assert rank.num_late == 1 and tokens(found[0]) == want[:3] and found[0][-1].finish_reason == "error"
+    assert tokens(found[1]) == expected_tokens([6] * 8, 5)
+
+
 # ------------------------------------------------------------------ figures
 
 

@@ -556,6 +556,131 @@ def test_ended_requests_do_not_pile_up_in_the_waiting_queue() -> None:
     assert len(engine.scheduler._waiting) <= 65
 
 
+# ------------------------------------------------------------------ late tokens
+
+
+def starts(rank: FakeRank, slot: int = 0) -> list[int]:
+    """Where each plan's item of a slot began when it was submitted."""
+    return [item.start for plan in rank.plans for item in plan.items if item.slot == slot]
+
+
+def test_a_token_that_is_late_comes_a_step_later_and_no_other_answer_waits() -> None:
+    rank = FakeRank(num_blocks=32)
+    rank.delay((1, 15))
+    engine = build(rank, run_ahead=1)
+    for i in range(3):
+        engine.add(request(i, [i + 1] * 13, max_new_tokens=6))
+    steps = []
+    while engine.has_work:
+        steps.append([(output.request_id, *output.token_ids) for output in engine.step()])
+        engine.scheduler.check_integrity()
+    first, second, third = ([(i, token) for token in expected_tokens([i + 1] * 13, 6)] for i in range(3))
+    assert [sorted(step) for step in steps] == [
+        [],
+        [first[0], second[0], third[0]],
+        [first[1], second[1], third[1]],
+        [first[2], third[2]],
+        sorted([first[3], second[2], third[3]]),
+        sorted([first[4], second[3], third[4]]),
+        sorted([first[5], second[4], third[5]]),
+        [second[5]],
+    ]
+    assert starts(rank, 0) == [0, 13, 14, 15, 16, 17]
+    assert starts(rank, 1) == [0, 13, 14, 15, 15, 16, 17], "the step behind the late one was at 15 already, without its token"
+
+
+def test_a_token_may_be_late_again_and_those_behind_it_too() -> None:
+    rank = FakeRank()
+    rank.delay((0, 15), (0, 15), (0, 15), (0, 16), (0, 18))
+    assert tokens(finish(build(rank, run_ahead=1), request(1, max_new_tokens=9))[1, 0]) == expected_tokens(PROMPT, 9)
+    assert rank.num_late == 5 and starts(rank) == [0, 13, 14, 15, 15, 15, 15, 16, 16, 17, 18, 18, 19, 20]
+
+
+def test_every_token_but_the_last_can_be_late() -> None:
+    """No plan goes on with an answer behind the step that brings its last token."""
+    rank = FakeRank(num_blocks=32)
+    rank.delay(*((slot, place) for slot in range(3) for place in range(13, 20)))
+    found = finish(build(rank, run_ahead=1), *(request(i, max_new_tokens=4, seed=i) for i in range(3)))
+    assert all(tokens(found[i, 0]) == expected_tokens(PROMPT, 4, seed=i) and found[i, 0][-1].finish_reason == "length" for i in range(3))
+    assert rank.num_late == 3 * 3
+
+
+def test_a_token_that_was_late_may_end_the_answer() -> None:
+    rank = FakeRank()
+    want = expected_tokens(PROMPT, 6)
+    rank.delay((0, 15))
+    found = finish(build(rank, run_ahead=1), request(1, max_new_tokens=6, stop_token_ids=(want[2],)))[1, 0]
+    assert tokens(found) == want[:3] and (found[-1].finish_reason, found[-1].stop_token_id) == ("stop", want[2])
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_first_token_that_is_late_holds_up_no_sibling(caching: bool) -> None:
+    begun = []
+    for delayed in ((), ((0, 13), (0, 13))):
+        rank = FakeRank(num_blocks=32)
+        rank.delay(*delayed)
+        found = finish(build(rank, caching=caching, run_ahead=1), request(1, n=3, max_new_tokens=6))
+        assert [tokens(found[1, i]) for i in range(3)] == [expected_tokens(PROMPT, 6, seed=i) for i in range(3)]
+        begun.append([(plan.step, item.start) for plan in rank.plans for item in plan.items if item.slot in {new.slot for new in plan.new}])
+    assert begun[0] == begun[1] == [(0, 0), (2, 12), (2, 12)]
+
+
+def test_the_last_token_of_a_prompt_is_not_certain_while_the_first_of_its_answer_is_late() -> None:
+    """So that a block is not shared while the rank may be told to compute something of it."""
+    cached = []
+    for delayed in ((), ((0, 12),)):
+        rank = FakeRank(num_blocks=32)
+        rank.delay(*delayed)
+        engine = build(rank, run_ahead=1)
+        engine.add(request(1, PROMPT[:12], max_new_tokens=6))
+        engine.step()
+        engine.step()
+        found = finish(engine, request(2))
+        assert tokens(found[2, 0]) == expected_tokens(PROMPT, 4)
+        cached.append(found[2, 0][-1].num_cached)
+    assert cached == [12, 8]
+
+
+def test_an_answer_can_be_given_up_while_its_token_is_late() -> None:
+    rank = FakeRank(num_blocks=8, max_batch_size=1)
+    rank.delay((0, 15))
+    engine = build(rank, run_ahead=1)
+    engine.add(request(1, max_new_tokens=12))
+    while not rank.num_late:
+        got = engine.step()
+    assert not got and engine.stats().running == 1
+    engine.abort(1)
+    assert engine.stats().used_blocks == 0
+    found = finish(engine, request(2, [9] * 11))  # in the same slot, while the token is on its way
+    assert tokens(found[2, 0]) == expected_tokens([9] * 11, 4) and tokens(found[1, 0]) == []
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_answers_with_late_tokens_give_way_and_are_right(caching: bool) -> None:
+    rank = FakeRank(num_blocks=8, max_batch_size=4, session_len=32)
+    rank.delay(*((slot, place) for slot in range(4) for place in range(6, 20) if (slot + place) % 3))
+    engine = build(rank, caching=caching, run_ahead=1)
+    prompts = [[i] * 6 for i in range(1, 5)]
+    found = finish(engine, *(request(i, p, 14, seed=i) for i, p in enumerate(prompts)))
+    assert engine.stats().preemptions > 0 and rank.num_late > 10
+    assert [tokens(found[i, 0]) for i in range(4)] == [expected_tokens(p, 14, seed=i) for i, p in enumerate(prompts)]
+
+
+def test_steady_steps_end_at_a_late_token_and_begin_anew_behind_it() -> None:
+    rank = FakeRank(num_blocks=64, block_size=16, session_len=64)
+    rank.delay((1, 20))
+    engine = build(rank, run_ahead=1)
+    for i in range(3):
+        engine.add(request(i, [i + 1] * 13, max_new_tokens=20))
+    steady = []
+    while rank.num_late == 0 or len(steady) < 15:
+        engine.step()
+        steady.append([plan.items.again for plan, _ in engine.scheduler._flights])
+        engine.scheduler.check_integrity()
+    # each step leaves one plan in flight: the prompts, the first that is looked at whole; the ninth was launched before it was known that a token is late
+    assert steady == [[again] for again in (False, False, *([True] * 6), False, False, *([True] * 5))]
+
+
 # ------------------------------------------------------------------ random operations
 
 
