@@ -323,9 +323,10 @@ class Running:
             plain[list(result.more)] = False
         return plain
 
-    def check_integrity(self) -> None:
-        """Slots, order and counts agree with the sequences."""
+    def check_integrity(self, flights: list[tuple[Items, Stamp]]) -> None:
+        """Slots, order and counts agree with the sequences, and with the plans in flight, oldest first."""
         self.write_down()
+        self._check_flights(flights)
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
         assert sorted([s.slot for s in self] + self._free_slots) == list(range(self._table.shape[1])), "slots are lost or doubled"
         assert self._stops == Counter(token for s in self for token in s.stop_ids) and self._special == {-1, LATE, *self._stops}
@@ -339,6 +340,18 @@ class Running:
         for seq in self:
             assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
             assert 0 <= seq.num_behind <= self._log.used and seq.counts.item(LIMIT) == seq.max_tokens
+
+
+    def _check_flights(self, flights: list[tuple[Items, Stamp]]) -> None:
+        """Each item goes on where all is done, or where the one before it ends."""
+        reached, sampled = self._table[DONE].copy(), np.zeros_like(self._pending)
+        for items, stamp in flights:
+            rows = self.remaining(items, stamp)
+            slots = items.slots[rows]
+            assert (items.starts[rows] == reached[slots]).all(), "an item in flight begins elsewhere"
+            reached[slots] += items.counts[rows]
+            sampled[slots] += items.sample[rows]
+        assert (reached == self._table[COMPUTED])[self._taken].all() and (sampled == self._pending)[self._taken].all()
 
 
 def _arrival(seq: Sequence) -> int:

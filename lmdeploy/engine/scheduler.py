@@ -480,7 +480,7 @@ class Scheduler:
         self.pool.check_integrity(block for seq in live for block in seq.blocks)
         if self.cache is not None:
             self.cache.check_integrity()
-        self._running.check_integrity()
+        self._running.check_integrity([(plan.items, stamp) for plan, stamp in self._flights])
         running = list(self._running)
         waiting = [seq for _, seq in self._waiting if not seq.ended]
         held = [sibling for seq in live for sibling in seq.siblings]
