@@ -167,6 +167,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    late_tokens: int = 0  # times that a token did not come with its step but with the next one: its grammar's mask was not ready
     preemptions: int = 0
     aborted: int = 0
     finished: int = 0

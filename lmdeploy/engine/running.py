@@ -341,7 +341,6 @@ class Running:
             assert np.shares_memory(seq.counts, self._table[:, seq.slot]) and seq.counts.item(BLOCKS) == len(seq.blocks)
             assert 0 <= seq.num_behind <= self._log.used and seq.counts.item(LIMIT) == seq.max_tokens
 
-
     def _check_flights(self, flights: list[tuple[Items, Stamp]]) -> None:
         """Each item goes on where all is done, or where the one before it ends."""
         reached, sampled = self._table[DONE].copy(), np.zeros_like(self._pending)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import msgspec
@@ -65,12 +65,13 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class Counts:
-    """Totals since the start."""
+    """Totals since the start, named as in `EngineStats`."""
 
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    late_tokens: int = 0
     preemptions: int = 0
     aborted: int = 0
     finished: int = 0
@@ -314,6 +315,7 @@ class Scheduler:
         outputs, rows, late = self._running.take_tokens(items, result, stamp)
         self.counts.generated_tokens += len(outputs.token_ids)
         if late.size:
+            self.counts.late_tokens += late.size
             behind = self._flights[0][0]
             behind.items, prompts = self._running.put_off(items, late, behind.items)
             for seq in prompts:
@@ -455,21 +457,13 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
-        c = self.counts
         return EngineStats(
             running=len(self._running),
             waiting=self.num_waiting,
             num_blocks=self.pool.num_blocks,
             used_blocks=self.pool.num_used,
             cached_blocks=self.pool.num_idle,
-            steps=c.steps,
-            prompt_tokens=c.prompt_tokens,
-            cached_tokens=c.cached_tokens,
-            generated_tokens=c.generated_tokens,
-            preemptions=c.preemptions,
-            aborted=c.aborted,
-            finished=c.finished,
-            failed=c.failed,
+            **asdict(self.counts),
         )
 
     def check_integrity(self) -> None:

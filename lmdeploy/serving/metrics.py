@@ -226,6 +226,7 @@ def _counters(s: EngineStats) -> list[tuple[str, str, float]]:
         ("cached_tokens", "prompt tokens found in the prefix cache", s.cached_tokens),
         ("steps", "steps of the engine", s.steps),
         ("engine_restarts", "failed engine processes that were replaced", s.restarts),
+        ("late_tokens", "tokens that came a step later because their grammar's mask was not ready", s.late_tokens),
         ("preemptions", "sequences put back for want of KV blocks", s.preemptions),
         ("requests_aborted", "requests given up by their clients", s.aborted),
     ]

@@ -585,6 +585,7 @@ def test_a_token_that_is_late_comes_a_step_later_and_no_other_answer_waits() -> 
         sorted([first[5], second[4], third[5]]),
         [second[5]],
     ]
+    assert engine.stats().late_tokens == 1
     assert starts(rank, 0) == [0, 13, 14, 15, 16, 17]
     assert starts(rank, 1) == [0, 13, 14, 15, 15, 16, 17], "the step behind the late one was at 15 already, without its token"
 

@@ -56,6 +56,7 @@ def test_the_surfaces_names_are_there(server: RunningServer) -> None:
     used(server)
     found = samples(server)
     assert [name for name in SURFACE if f"lmdeploy:{name}" not in found] == []
+    assert "lmdeploy:late_tokens_total" in found
     labels = found["lmdeploy:num_requests_running"][0][0]
     assert labels == {"model_name": "tiny", "engine": "0"}
 
