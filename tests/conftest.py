@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -42,6 +43,19 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # at the end everything goes: libraries complain of what is left
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """pytest's listens at the root only, and hears nothing once any test before has called `log.setup`, which keeps lmdeploy's records from there."""
+    logger = logging.getLogger("lmdeploy")
+    level, propagate, logger.propagate = logger.level, logger.propagate, False
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")
