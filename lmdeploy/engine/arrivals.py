@@ -9,7 +9,7 @@ import torch
 
 from lmdeploy.engine.batch import STAGES
 from lmdeploy.engine.graphs import device_turn
-from lmdeploy.engine.plan import Ints
+from lmdeploy.engine.plan import Ints, StepPlan
 
 Tensor = torch.Tensor
 Finish = Callable[[], None]
@@ -75,19 +75,20 @@ class Arrivals:
 class Owed:
     """The choice among the logits of a step with grammars: launched when the next step is, or when its result is asked for, when the tokens before it are known."""
 
-    def __init__(self, choose: Callable[[], Finish], device: torch.device) -> None:
-        self._choose: Callable[[], Finish] | None = choose
+    def __init__(self, choose: Callable[[StepPlan | None], Finish], device: torch.device) -> None:
+        """`choose` is given the plan that comes next, if there is one."""
+        self._choose: Callable[[StepPlan | None], Finish] | None = choose
         self._device = device
         self._finish: Finish | Exception | None = None
 
     @torch.inference_mode()
-    def settle(self) -> None:
-        """Launch it, once; what goes wrong is raised by `finish`."""
+    def settle(self, plan: StepPlan | None = None) -> None:
+        """Launch it, once; what goes wrong is raised by `finish`. `plan`: what is about to be launched behind it."""
         choose, self._choose = self._choose, None
         if choose is not None:
             try:
                 with device_turn(self._device):
-                    self._finish = choose()
+                    self._finish = choose(plan)
             except Exception as error:
                 self._finish = error
 

@@ -6,6 +6,7 @@ the engine. The limits are counted in work, not in seconds, so what the check le
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import llguidance
 
 from lmdeploy.engine.fair_pool import FairPool
 from lmdeploy.engine.grammar_text import SpecialTokens, compile_text, invalid
+from lmdeploy.engine.mask_calls import StringEnds
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
 from lmdeploy.text.tokenizer import Tokenizer
@@ -51,9 +53,9 @@ STEP_SECONDS = 0.1
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 30)), r'[^"\\\x00-\x1F\x7F]+']
 
 _CPUS = os.cpu_count() or 1
-#: matchers of a grammar that share a lexer, lexers that it has at most, and what compiling it may take for another one
-USERS_TOGETHER, MOST_LEXERS, CHEAP_SECONDS = 4, min(16, _CPUS), 0.01
-#: lexers beside the first of each grammar, of all grammars together
+#: lexers that a grammar has at most, and what compiling it may take for another one
+MOST_LEXERS, CHEAP_SECONDS = 64, 0.01
+#: lexers beside the first of each grammar, of all grammars together; with what they have found out they take some MB each
 MOST_MORE_LEXERS = 64
 #: threads that fill masks: more than lexers only wait, and of many processors some are others'
 MASK_THREADS = min(12, _CPUS)
@@ -62,6 +64,7 @@ MASK_THREADS = min(12, _CPUS)
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     matchers: list[Any]  # at the start of the grammar, each with a lexer of its own
+    lexers: list[int]  # their numbers
     seconds: float  # of processor time for one
 
 
@@ -80,8 +83,10 @@ class GrammarCompiler:
         special = frozenset(i for i in tokenizer.special_ids if i < vocab_size)
         self._special = SpecialTokens(_Splitter(tokenizer, special), special - frozenset(ends))
         vocabulary: Any = _Vocabulary(tokenizer, vocab_size, self.eos_token_id, special)  # stands in for the library's TokenizerWrapper
+        self.ends = StringEnds(vocabulary.tokens)
         self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id, slices=SLICES)
         self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._lexers = itertools.count()
         self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, Future[Any]] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[Grammar, Future[Any]] = weakref.WeakValueDictionary()  # those that anybody holds
@@ -109,18 +114,25 @@ class GrammarCompiler:
                 self._kept.popitem(last=False)
         return future
 
-    def matcher(self, grammar: Grammar, users: int = 0) -> Any:
-        """A new `LLMatcher` at the start of the grammar, at once when it is compiled; `users`: how many work with it now. Raises RequestError(code='invalid_grammar').
+    def matcher(self, grammar: Grammar) -> Any:
+        """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
+        return self.matcher_and_lexer(grammar, 0)[0]
 
-        Copies of a matcher share what their lexer has found out, and its lock, so that two threads are no faster than one. Every USERS_TOGETHER-th user
-        therefore begins a lexer of its own, if that is cheap.
+    def matcher_and_lexer(self, grammar: Grammar, wanted: int) -> tuple[Any, int]:
+        """The same with its `wanted`-th lexer, or the last one that it has, and the lexer's number.
+
+        Matchers with the same lexer share what it has found out, and its lock: two threads are no faster than one, and a slow mask holds up others. A grammar has
+        several if that is cheap.
         """
         compiled: _Compiled = self.prepare(grammar).result()
-        wanted = min(users // USERS_TOGETHER, MOST_LEXERS - 1)
+        wanted = min(wanted, MOST_LEXERS - 1)
         while len(compiled.matchers) <= wanted and compiled.seconds < CHEAP_SECONDS:
-            compiled.matchers.append(self._compile(grammar).matchers[0])
+            more = self._compile(grammar)
+            compiled.matchers.append(more.matchers[0])
+            compiled.lexers.append(more.lexers[0])
             self._bound_lexers(compiled)
-        return compiled.matchers[min(wanted, len(compiled.matchers) - 1)].deep_copy()
+        which = min(wanted, len(compiled.matchers) - 1)
+        return compiled.matchers[which].deep_copy(), compiled.lexers[which]
 
     def _bound_lexers(self, wanted: _Compiled) -> None:
         """Where all grammars have too many lexers together, those that were wanted least recently keep their first; `wanted` is wanted now, kept or not."""
@@ -132,7 +144,7 @@ class GrammarCompiler:
                 if more <= MOST_MORE_LEXERS:
                     break
                 more -= len(compiled.matchers) - 1
-                del compiled.matchers[1:]
+                del compiled.matchers[1:], compiled.lexers[1:]
 
     def close(self) -> None:
         """End the thread."""
@@ -145,7 +157,7 @@ class GrammarCompiler:
             matcher.compute_bitmask()  # copies start with what the first mask has found out
         if matcher.is_error():
             raise invalid(reason_of(matcher.get_error()))
-        return _Compiled([matcher], time.thread_time() - start)
+        return _Compiled([matcher], [next(self._lexers)], time.thread_time() - start)
 
 
 class _Splitter:

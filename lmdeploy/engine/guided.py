@@ -2,14 +2,14 @@
 
 The forward pass of a step is launched before the tokens of the step before have reached the host; only the choice among its logits waits for masks, in `StepMask.join`.
 `follow` takes in the tokens of a step as soon as they are known, and has the library's threads fill the masks of the step that runs by then, while the host plans the
-next one. Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens.
+next one. Masks that may take long are begun first, in calls of their own. Where the step after has been planned, a mask that is not there in time holds up nobody: its
+row is late, gets its token from the step after, and loses a step.
+Matchers hold nothing that cannot be rebuilt: a sequence that takes a slot again (after a pre-emption, or when its step is repeated alone) replays its tokens.
 Slots without a grammar cost one look at an array.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler, reason_of
+from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 
 Tensor = torch.Tensor
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 #: rows of which the expanded mask is in memory at a time
 ROWS_AT_ONCE = 32
@@ -34,70 +36,54 @@ ROWS_AT_ONCE = 32
 FIRST_WORDS = 64
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
+#: users of a grammar that share a lexer where a step's masks are all waited for: more lexers than threads only take memory
+USERS_TOGETHER = 4
+#: seconds that a step waits for masks that were not expected to take long, where it need not; a grammar whose masks take longer gets calls of its own until it has
+#: had so many quick ones in a row
+PATIENCE, FORGIVEN = 0.003, 32
+#: seconds that it waits for others: what has been done has to get the interpreter's lock to say so
+BRIEF = 3e-5
+#: calls at a time: of masks that were not expected to take long (the second where the first does, after all), and of others
+USUAL_CALLS, OTHER_CALLS = 2, 4
 
 
 @dataclass(slots=True)
 class StepMask:
-    """The masks of the guided rows of a step. `words` int32 [G, W]: bit t % 32 of word t // 32 says that token t may come, after `join`."""
+    """The masks of the guided rows of a step. Bit t % 32 of word t // 32 says that token t may come."""
 
     rows: Ints  # [G] places among the S sampled rows
-    words: Tensor  # on the host
-    fill: Callable[[], None] | None = None  # what `join` has to do
+    words: Tensor  # int32 [N, W] on the host
+    at: Ints | None = None  # [G] the words of each row; None: in their order
 
-    def join(self) -> StepMask:
-        """Fill the masks, if that was not done."""
-        fill, self.fill = self.fill, None
-        if fill is not None:
-            fill()
-        return self
+    def join(self) -> tuple[Ints, Tensor, Ints]:
+        """Wait for the masks. Rows [R] that have one, among the S, int32 words [N, W], and int64 [R] which of them are theirs."""
+        return self.rows, self.words, np.arange(self.rows.size) if self.at is None else self.at
 
 
 @dataclass(slots=True)
 class GuidedStep(StepMask):
     """And what there is to know of the rows."""
 
+    slots: Ints = field(kw_only=True)  # [G]
+    alone: bool = field(kw_only=True)  # the step has no other rows
     matchers: list[Any] = field(kw_only=True)  # [G] of the sequences that had the slots when the step began
     stops: Ints = field(kw_only=True)  # [G, N] tokens that end each answer, some repeated
-    own: NDArray[np.bool_] = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
-    young: NDArray[np.bool_] = field(kw_only=True)  # [G] the request's stop tokens may not come yet, unless nothing else may
-    only_stops: NDArray[np.bool_] = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
+    own: Flags = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
+    young: Flags = field(kw_only=True)  # [G] the request's stop tokens may not come yet, unless nothing else may
+    only_stops: Flags = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
+    late: Flags = field(kw_only=True)  # [G] before `join`: those that may be late; after it: those that are
+    fill: Callable[[], None] | None = None  # what `join` has to do
     errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
-
-class _Filler:
-    """A thread for one call that gives the interpreter's lock up at once and is long: the library's own."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[Exception | None]] | None] = queue.SimpleQueue()
-        self._entered: queue.SimpleQueue[None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="grammar-masks", daemon=True).start()
-
-    def begin(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Start a call; the returned function waits for it. It is let in first: a thread that wakes up gets the lock from a busy one after 5 ms only."""
-        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._calls.put((call, done))
-        self._entered.get()
-
-        def wait() -> None:
-            if (error := done.get()) is not None:
-                raise error
-
-        return wait
-
-    def _run(self) -> None:
-        while (todo := self._calls.get()) is not None:
-            call, done = todo
-            self._entered.put(None)
-            try:
-                call()
-            except BaseException as e:  # a panic of the library is no Exception; whoever waits must hear of it
-                done.put(RuntimeError(f"the grammar library failed: {type(e).__name__}: {e}"))
-            else:
-                done.put(None)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._calls.put(None)
+    def join(self) -> tuple[Ints, Tensor, Ints]:
+        """Without rows that are late."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill()
+        if not self.late.any():
+            return self.rows, self.words, self.slots
+        there = ~self.late
+        return self.rows[there], self.words, self.slots[there]
 
 
 class GuidedSlots:
@@ -105,16 +91,24 @@ class GuidedSlots:
 
     def __init__(self, compiler: GrammarCompiler, num_slots: int, device: torch.device) -> None:
         self._compiler, self._num_slots, self._device = compiler, num_slots, device
+        self._overlaps = device.type == "cuda"  # the host runs ahead: masks that take long must not hold up others
         self._matchers: list[Any] = [None] * num_slots
         self._grammars: list[Grammar | None] = [None] * num_slots
+        self._lexers = np.full(num_slots, -1, dtype=np.int64)
         self._users: Counter[Grammar] = Counter()  # slots
         self._stops = np.full((num_slots, 1), compiler.eos_token_id, dtype=np.int64)  # [slots, N]
         self._own = np.zeros((num_slots, 1), dtype=bool)
         self._guided = np.zeros(num_slots, dtype=bool)
-        self._masks: Tensor | None = None  # made with the first grammar
-        self._executor = llguidance.LLExecutor(MASK_THREADS)
-        self._filler: _Filler | None = None  # with the first grammar
+        self._words: Tensor | None = None  # int32 [slots, W], made with the first grammar
+        self._calls: list[MaskCall | None] = [None] * num_slots  # that fill the words of a slot, until they are joined
+        self._former: dict[int, MaskCall] = {}  # of who had a slot before, and may still write there
+        self._executors = (llguidance.LLExecutor(MASK_THREADS), llguidance.LLExecutor(MASK_THREADS))  # for usual calls, and for others
+        self._callers = (Callers(USUAL_CALLS), Callers(OTHER_CALLS))
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
+        self._left = np.zeros(num_slots, dtype=np.int64)  # characters that a string may still have, as the slot's last mask tells
+        self._near = np.zeros(num_slots, dtype=bool)  # the slot's next mask may take long
+        self._joined: GuidedStep | None = None  # whose masks `_left` does not know yet
+        self._slow: dict[Grammar, int] = {}  # that need calls of their own -> quick ones until they need them no more
 
     @property
     def used(self) -> bool:
@@ -126,24 +120,34 @@ class GuidedSlots:
         self.release(slot)
         if params.grammar is None:
             return
-        matcher = self._compiler.matcher(params.grammar, self._users[params.grammar])
+        matcher, lexer = self._compiler.matcher_and_lexer(params.grammar, self._lexer_for(self._users[params.grammar]))
         if generated and not matcher.consume_tokens(generated):
             raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
         self._set_stops(slot, [t for t in params.stop_token_ids if t < self._compiler.vocab_size])
-        self._matchers[slot], self._grammars[slot] = matcher, params.grammar
+        self._matchers[slot], self._grammars[slot], self._lexers[slot] = matcher, params.grammar, lexer
         self._users[params.grammar] += 1
         self._guided[slot] = True
+
+    def _lexer_for(self, users: int) -> int:
+        """Which lexer of a grammar the next of its users gets."""
+        return users if self._overlaps else min(users // USERS_TOGETHER, MASK_THREADS - 1)
 
     def release(self, slot: int) -> None:
         """Forget the matcher of a slot, if there is one."""
         if self._guided[slot]:
+            self._look_back()
             grammar = self._grammars[slot]
             assert grammar is not None
             self._users[grammar] -= 1
             if not self._users[grammar]:
                 del self._users[grammar]
+                self._slow.pop(grammar, None)
             self._matchers[slot] = self._grammars[slot] = None
-            self._guided[slot] = False
+            self._guided[slot] = self._near[slot] = False
+            self._left[slot] = 0
+            call, self._calls[slot] = self._calls[slot], None
+            if call is not None and not call.over:
+                self._former[slot] = call
 
     def _set_stops(self, slot: int, stops: list[int]) -> None:
         eos, missing = self._compiler.eos_token_id, len(stops) + 1 - self._stops.shape[1]
@@ -152,95 +156,183 @@ class GuidedSlots:
         self._stops[slot], self._own[slot] = eos, eos in stops
         self._stops[slot, : len(stops)], self._own[slot, : len(stops)] = stops, True
 
-    def masks(self, slots: Ints, young: NDArray[np.bool_]) -> GuidedStep | None:
+    def masks(self, slots: Ints, young: Flags) -> GuidedStep | None:
         """The masks of the sampled rows, to be joined after `follow` of the step before; None when no row has a grammar.
 
-        `young` [S]: answers that have not reached `min_new_tokens`. Its words have been used when the next one is joined.
+        `young` [S]: answers that have not reached `min_new_tokens`. A slot's words have been used when its next ones are begun, in `follow` or `join`.
         """
+        self._look_back()
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
             self._last = None
             return None
-        if self._masks is None:
-            self._filler = _Filler()
+        if self._words is None:
             width = -(-self._compiler.vocab_size // 32)
-            self._masks = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            self._words = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         guided = slots[rows]
         matchers, stops, own = [self._matchers[slot] for slot in guided.tolist()], self._stops[guided], self._own[guided]
-        nothing = np.zeros(rows.size, dtype=bool)
-        step = GuidedStep(rows, self._masks[: rows.size], matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=nothing)
+        none, alone = np.zeros(rows.size, dtype=bool), rows.size == slots.size
+        step = GuidedStep(
+            rows, self._words, slots=guided, alone=alone, matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=none, late=none.copy()
+        )  # fmt: skip
         step.fill = partial(self._fill, step)
         self._last = step
         return step
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
-        """Take in a token for each sampled row (-1: none); True where the answer of a guided row is complete and ends now."""
+        """Take in a token for each sampled row (negative: none); True where the answer of a guided row is complete and ends now."""
         chosen = tokens[mask.rows]
         complete: list[bool] = mask.only_stops.tolist()
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.stops != chosen[:, None]).all(axis=1)
-        for place, token in zip(np.flatnonzero(goes_on).tolist(), chosen[goes_on].tolist(), strict=True):
-            matcher = mask.matchers[place]  # some microseconds each: waking other threads costs more
-            complete[place] = matcher.consume_token(token) and matcher.is_stopped()
         last, self._last = self._last, None
-        if last is not None and last is not mask and last.fill is not None:
-            last.fill = partial(self._finish, last, self._begin(last))
+        if last is None or last is mask or last.fill is None:
+            self._consume(mask, chosen, goes_on, complete)
+            return complete
+        self._near[mask.slots[goes_on]] = self._compiler.ends.near(self._left[mask.slots[goes_on]], chosen[goes_on])
+        near = self._near[last.slots]
+        if near.any():  # first of all, and whoever would wait for a lexer that they use
+            near |= np.isin(self._lexers[last.slots], self._lexers[last.slots[near]])
+            first = np.isin(mask.slots, last.slots[near])
+            self._consume(mask, chosen, goes_on & first, complete)
+            self._begin(last, np.flatnonzero(near), usual=False)
+            goes_on &= ~first
+        self._consume(mask, chosen, goes_on, complete)
+        self._begin(last, np.flatnonzero(~near), usual=True)
         return complete
 
-    def _begin(self, mask: GuidedStep) -> Callable[[], None]:
-        rows, words = list(zip(mask.matchers, range(len(mask.matchers)), strict=True)), mask.words
-        assert self._filler is not None
-        return self._filler.begin(partial(self._executor.unsafe_compute_mask_ptr, rows, words.data_ptr(), words.shape[1] * 4, len(rows)))
+    def _consume(self, mask: GuidedStep, chosen: Ints, which: Flags, complete: list[bool]) -> None:
+        for place, token in zip(np.flatnonzero(which).tolist(), chosen[which].tolist(), strict=True):
+            matcher = mask.matchers[place]  # some microseconds each: waking other threads costs more
+            complete[place] = matcher.consume_token(token) and matcher.is_stopped()
 
-    def _fill(self, mask: GuidedStep) -> None:
-        self._last = None
-        self._finish(mask, self._begin(mask))
+    # -- filling masks -----------------------------------------------------------------------------------------------
 
-    def _finish(self, mask: GuidedStep, wait: Callable[[], None]) -> None:
-        """Masks, then what a mask of the grammar alone does not say: which tokens end this answer."""
-        wait()
-        matchers, words = mask.matchers, mask.words
-        bits: NDArray[np.uint32] = words.numpy().view(np.uint32)
-        for place, matcher in enumerate(matchers):
-            if matcher.is_error():
-                bits[place] = 0
-                mask.errors[place] = f"the grammar's next tokens could not be worked out: {reason_of(matcher.get_error())}"
-        self._add_stops(mask, bits)
+    def _begin(self, step: GuidedStep, places: Ints, *, usual: bool) -> None:
+        """Have the masks of some of the rows filled, but those that are being filled; slow grammars each in a call of its own."""
+        groups: dict[Grammar | None, list[int]] = {}
+        for place, slot in zip(places.tolist(), step.slots[places].tolist(), strict=True):
+            former = self._former.get(slot)
+            if self._calls[slot] is None and (former is None or former.over):
+                grammar = self._grammars[slot] if self._slow else None
+                groups.setdefault(grammar if grammar in self._slow else None, []).append(place)
+        for grammar, some in groups.items():
+            call = MaskCall(step.slots[some].tolist(), [step.matchers[place] for place in some], usual=usual and grammar is None)
+            if self._callers[not call.usual].begin(call, partial(self._fill_words, call)):
+                for slot in call.slots:
+                    self._former.pop(slot, None)
+                    self._calls[slot] = call
 
-    def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32]) -> None:
-        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [G, W]."""
-        word, flag = mask.stops >> 5, np.uint32(1) << (mask.stops & 31).astype(np.uint32)
-        named = bits[np.arange(len(bits))[:, None], word] & flag != 0  # [G, N] some grammars name a stop token themselves
-        accepting = (named & (mask.stops == self._compiler.eos_token_id)).any(axis=1)
+    def _fill_words(self, call: MaskCall) -> None:
+        assert self._words is not None
+        rows = list(zip(call.matchers, call.slots, strict=True))
+        self._executors[not call.usual].unsafe_compute_mask_ptr(rows, self._words.data_ptr(), self._words.shape[1] * 4, self._num_slots)
+
+    def _fill(self, step: GuidedStep) -> None:
+        """What is left to be done of a step's masks, and what a mask of the grammar alone does not say: which tokens end this answer."""
+        if self._last is step:
+            self._last = None
+        self._begin(step, np.arange(step.rows.size), usual=True)
+        step.late = self._await(step, step.late)
+        there = np.flatnonzero(~step.late)
+        bits: NDArray[np.uint32] = step.words.numpy().view(np.uint32)
+        for place, slot in zip(there.tolist(), step.slots[there].tolist(), strict=True):
+            self._calls[slot] = None
+            if step.matchers[place].is_error():
+                bits[slot] = 0
+                step.errors[place] = f"the grammar's next tokens could not be worked out: {reason_of(step.matchers[place].get_error())}"
+        self._add_stops(step, bits, there)
+        self._joined = step
+
+    def _await(self, step: GuidedStep, may: Flags) -> Flags:
+        """Wait for masks, as long as needed for rows that may not be late; [G] those that are."""
+        calls: dict[MaskCall, list[int]] = {}
+        for place, slot in enumerate(step.slots.tolist()):
+            call = self._calls[slot]
+            if call is not None:
+                calls.setdefault(call, []).append(place)
+            elif not may[place]:  # all threads are busy
+                self._fill_here(step, place)
+        for call, places in calls.items():
+            if not may[places].all():
+                call.wait()
+            elif not call.wait(PATIENCE if call.usual else BRIEF) and call.usual:
+                self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
+        late: Flags = may.copy()
+        for call, places in calls.items():
+            late[places] = not call.over
+        if step.alone and late.all():  # whatever is launched now, nobody gets a token from it
+            call, places = next(iter(calls.items()), (None, [0]))
+            if call is None:
+                self._fill_here(step, 0)
+            else:
+                call.wait()
+            late[places] = False
+        for call in calls:
+            if call.over and not call.usual and self._slow:
+                self._forgive(call)
+        return late
+
+    def _fill_here(self, step: GuidedStep, place: int) -> None:
+        slot = step.slots.item(place)
+        if (former := self._former.pop(slot, None)) is not None:
+            former.wait()
+        call = MaskCall([slot], [step.matchers[place]], usual=False)
+        call.run(partial(self._fill_words, call))
+        call.wait()
+
+    def _forgive(self, call: MaskCall) -> None:
+        """Count a quick call of a slow grammar, or begin to count anew."""
+        for grammar in {self._grammars[slot] for slot in call.slots}:
+            if grammar is not None and grammar in self._slow:
+                self._slow[grammar] = self._slow[grammar] - 1 if call.seconds < PATIENCE else FORGIVEN
+                if not self._slow[grammar]:
+                    del self._slow[grammar]
+
+    def _look_back(self) -> None:
+        """What the last masks tell of the next ones; while nobody waits for it."""
+        step, self._joined = self._joined, None
+        if step is not None:
+            slots = step.slots[~step.late]
+            self._left[slots] = self._compiler.ends.left(step.words.numpy().view(np.uint32), slots)
+
+    def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], there: Ints) -> None:
+        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [slots, W]; there [R]."""
+        slots, stops = mask.slots[there], mask.stops[there]
+        word, flag = stops >> 5, np.uint32(1) << (stops & 31).astype(np.uint32)
+        named = bits[slots[:, None], word] & flag != 0  # [R, N] some grammars name a stop token themselves
+        accepting = (named & (stops == self._compiler.eos_token_id)).any(axis=1)
         # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
         ends = np.flatnonzero(named.any(axis=1))
         if not ends.size:
             return
         word, flag, allowed = word[ends].T, flag[ends].T, (accepting[:, None] | named)[ends].T  # [N, E]
+        slots, ends = slots[ends], there[ends]
         for at, on in zip(word, flag, strict=True):
-            bits[ends, at] &= ~on
-        nothing = np.logical_not(bits[ends, :FIRST_WORDS].any(axis=1))
-        nothing[nothing] = np.logical_not(bits[ends[nothing]].any(axis=1))
+            bits[slots, at] &= ~on
+        nothing = np.logical_not(bits[slots, :FIRST_WORDS].any(axis=1))
+        nothing[nothing] = np.logical_not(bits[slots[nothing]].any(axis=1))
         mask.only_stops[ends] = nothing
         allowed &= ~mask.young[ends] | nothing | ~mask.own[ends].T
         for at, on, may in zip(word, flag, allowed, strict=True):
-            bits[ends, at] |= np.where(may, on, np.uint32(0))
+            bits[slots, at] |= np.where(may, on, np.uint32(0))
         mask.only_stops[list(mask.errors)] = False
 
     def close(self) -> None:
-        """End the thread."""
-        if self._filler is not None:
-            self._filler.close()
+        """End the threads."""
+        for callers in self._callers:
+            callers.close()
 
 
 def forbid(logits: Tensor, mask: StepMask) -> None:
     """-inf for every token that the masks do not allow, in place. logits float32 [S, V]."""
-    every = mask.rows.size == logits.shape[0]
-    for start in range(0, mask.rows.size, ROWS_AT_ONCE):
-        words = mask.words[start : start + ROWS_AT_ONCE]
+    guided, table, places = mask.join()
+    every = guided.size == logits.shape[0]
+    for start in range(0, guided.size, ROWS_AT_ONCE):
+        words = table[torch.from_numpy(places[start : start + ROWS_AT_ONCE])]
         if every:
             _close(logits[start : start + ROWS_AT_ONCE], words)
         else:
-            rows = torch.from_numpy(mask.rows[start : start + ROWS_AT_ONCE]).to(logits.device)
+            rows = torch.from_numpy(guided[start : start + ROWS_AT_ONCE]).to(logits.device)
             logits.index_copy_(0, rows, _close(logits.index_select(0, rows), words))
 
 

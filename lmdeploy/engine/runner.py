@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.arrivals import Arrivals, Finish, Owed
@@ -24,7 +25,7 @@ from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
-from lmdeploy.engine.plan import Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
+from lmdeploy.engine.plan import LATE, Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, size_pool
@@ -50,6 +51,14 @@ class _Repeat:
 
     count: int  # of tokens
     left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
+
+
+@dataclass(slots=True)
+class _Held:
+    """Logits that wait for masks: the next step chooses among them for these slots, not among its own."""
+
+    slots: Ints  # [L]
+    logits: Tensor  # [L, V]
 
 
 class ModelRunner:
@@ -79,6 +88,7 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
         self._owed: Owed | None = None  # of the step that was launched last
+        self._held: _Held | None = None  # of the step before, where the next one is being launched
         self._repeat: _Repeat | None = None
         self.graphed = graphed
         spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
@@ -195,9 +205,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan, result: StepResult) -> Finish | None:
-        self._repeat = None
+        self._repeat = self._held = None
         if plan.released or plan.new:
-            self._settle()  # what it writes must not reach those who come after
+            self._settle(plan)  # what it writes must not reach those who come after
         for slot in plan.released:
             self._wants[slot], self._wanting[slot] = None, False
             self.pictures.drop(slot)
@@ -213,7 +223,7 @@ class ModelRunner:
             return None
         with self._turn:
             self.tables.append_blocks(items.new_blocks.items())
-            return self._compute(items, rows) or self.arrivals.end()
+            return self._compute(plan, items, rows) or self.arrivals.end()
 
     def _launch_again(self, plan: StepPlan) -> Callable[[], StepResult]:
         """The step before once more, each of its sequences a token further: nothing else has changed that would have to be looked at."""
@@ -257,19 +267,19 @@ class ModelRunner:
         more = params.prompt_logprobs is not None or params.output_logits or params.output_last_hidden_state or params.embed
         self._wants[slot], self._wanting[slot] = params if more else None, bool(more)
 
-    def _compute(self, items: Items, results: Rows) -> Finish | None:
+    def _compute(self, plan: StepPlan, items: Items, results: Rows) -> Finish | None:
         wants_more = bool(self._wanting[items.slots].any())
         all_rows = [self._wants_all(item, self._wants[item.slot]) for item in items] if wants_more else None
         batch = self.batches.build(items, all_rows)
         layout, ordered = batch.layout, results.take(batch.order)
         sampled = ordered.take(layout.chosen)
-        slots, lengths = batch.slots, batch.lengths
         graphed = self.graphs is not None and not wants_more and not self.pictures.shown_by(items)
-        ran = self.graphs.run(layout, self._settle) if self.graphs is not None and graphed else None
+        ran = self.graphs.run(layout, partial(self._settle, plan)) if self.graphs is not None and graphed else None
         hidden = None
         if ran is None:
-            self._settle()
+            self._settle(plan)
             hidden = self._forward(batch)
+        slots, lengths = batch.slots, self._lengths(batch)
         mask = self.guided.masks(slots, self.sampling.young(slots, lengths)) if self.guided is not None and self.guided.used else None
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
@@ -277,7 +287,7 @@ class ModelRunner:
         if not len(sampled):
             return None
         if ran is not None:
-            return self._take(ran, batch, sampled, mask)
+            return self._take(ran, batch, lengths, sampled, mask)
         assert hidden is not None
         rows = hidden if batch.sample_rows is None else hidden.index_select(0, upload(batch.sample_rows, self.device))
         logits = torch.empty((rows.shape[0], self.model.spec.vocab_size), dtype=self.dtype, device=self.device)
@@ -289,9 +299,9 @@ class ModelRunner:
         self.pictures.fill(inputs, batch.items)
         return self.model.forward(inputs)
 
-    def _take(self, ran: Ran, batch: StepBatch, results: Rows, mask: GuidedStep | None) -> Finish | None:
+    def _take(self, ran: Ran, batch: StepBatch, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited, masked or handed on."""
-        slots, lengths, arrive = batch.slots, batch.lengths, batch.layout.arrive
+        slots, arrive = batch.slots, batch.layout.arrive
         if mask is None and not self.sampling.edited[slots].any() and (self.sampling.logprobs[slots] < 0).all():
             count, told = len(results), len(results.result.tokens)
             self.arrivals.mark(ran.line)
@@ -304,24 +314,63 @@ class ModelRunner:
 
     def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """Choose the next token of rows of logits [S, V], which may be overwritten."""
+        held, self._held = self._held, None
+        if held is not None:
+            logits.index_copy_(0, upload(_places(held.slots, slots), self.device), held.logits)
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
         raw = torch.log_softmax(logits[upload(wanted, self.device)].float(), dim=-1) if wanted.size else None
         choose = self.sampler.begin(logits, slots, lengths, mask)
-        if mask is not None and raw is None:
-            self._owed = Owed(lambda: self._fetch(choose(), results, mask), self.device)
-            return self._owed.finish
-        tokens = choose()
+        bring = partial(self._bring, slots, wanted, raw, results, mask)
+        if mask is None:
+            return bring(choose())
+        self._owed = Owed(partial(self._choose_owed, choose, bring, logits, mask), self.device)  # the grammars do not know the tokens of the step before yet
+        return self._owed.finish
+
+    def _bring(self, slots: Ints, wanted: Ints, raw: Tensor | None, results: Rows, mask: GuidedStep | None, tokens: Tensor) -> Finish:
+        """Begin to bring chosen tokens to the host; `raw`: log-probabilities of the rows `wanted`, for which everything waits here."""
         finish = self._fetch(tokens, results, mask)
         if raw is None:
             return finish
         finish()
         self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
-        return None
+        return _nothing_more
 
-    def _settle(self) -> None:
+    # -- rows whose masks are late -----------------------------------------------------------------------------------
+
+    def _settle(self, plan: StepPlan) -> None:
+        """Launch what the step before still owes; `plan` is launched next."""
         owed, self._owed = self._owed, None
         if owed is not None:
-            owed.settle()
+            owed.settle(plan)
+
+    def _choose_owed(self, choose: Callable[[], Tensor], bring: Callable[[Tensor], Finish], logits: Tensor, mask: GuidedStep, plan: StepPlan | None) -> Finish:
+        """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`."""
+        if plan is not None:
+            gone, further = np.isin(mask.slots, plan.released), self._goes_on(mask.slots, plan)
+            mask.late = gone | further
+            mask.join()
+            held = mask.late & ~gone
+            if held.any():
+                self._held = _Held(mask.slots[held], logits.index_select(0, upload(mask.rows[held], self.device)))
+        return bring(choose())
+
+    def _goes_on(self, slots: Ints, plan: StepPlan) -> NDArray[np.bool_]:
+        """Which of these slots' sequences get their next token from this plan, and nothing but that; and whose logits are chosen from as they are."""
+        items = plan.items
+        further = items.slots[items.sample & (items.counts == 1)]
+        plain = ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0))
+        found: NDArray[np.bool_] = plain[slots] & np.isin(slots, further)
+        if plan.new:
+            found &= ~np.isin(slots, [new.slot for new in plan.new])
+        return found
+
+    def _lengths(self, batch: StepBatch) -> Ints:
+        """How many tokens of each sampled row are known: one less than the plan says where the last one was late."""
+        if self._held is None:
+            return batch.lengths
+        lengths: Ints = batch.lengths.copy()
+        lengths[_places(self._held.slots, batch.slots)] -= 1
+        return lengths
 
     def _fetch(self, tokens: Tensor, results: Rows, mask: GuidedStep | None) -> Finish:
         """Begin to copy tokens to the host; the returned function waits for them and tells results and grammars."""
@@ -329,6 +378,9 @@ class ModelRunner:
 
         def finish() -> None:
             arrived = host()
+            if mask is not None and mask.late.any():
+                arrived = arrived.copy()
+                arrived[mask.rows[mask.late]] = LATE
             results.note_tokens(arrived)
             if mask is not None:
                 assert self.guided is not None
@@ -432,7 +484,7 @@ class ModelRunner:
         for item in items:
             self.sampling.set(item.slot, params, 1)
         plan = StepPlan(0, [], [], Items.of(items))
-        self._compute(plan.items, StepResult.of(plan).rows())
+        self._compute(plan, plan.items, StepResult.of(plan).rows())
         self._synchronize()
 
     def _synchronize(self) -> None:
@@ -440,12 +492,24 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
 
+def _nothing_more() -> None:
+    """All has been brought."""
+
+
+def _places(slots: Ints, among: Ints) -> Ints:
+    """Where these slots are among others, of which none is there twice."""
+    order = among.argsort()
+    found: Ints = order[np.searchsorted(among, slots, sorter=order)]
+    return found
+
+
 def _note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
     """Say which guided answers are complete, and why some have no token."""
+    late = mask.late.tolist()
     for place, (row, done) in enumerate(zip(mask.rows.tolist(), complete, strict=True)):
         if done:
             results[row].complete = True
-        if results.failed(row):
+        if not late[place] and results.failed(row):
             results[row].error, results[row].error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
 

@@ -210,7 +210,7 @@ class Sampler:
         """Without a kernel. logits float32, edited."""
         table = self.table
         if mask is not None:
-            forbid(logits, mask.join())
+            forbid(logits, mask)
         best, tokens = logits.max(dim=-1)
         greedy = table.greedy[slots]
         if not greedy.all():
@@ -253,19 +253,22 @@ class Sampler:
     def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""
         self.table.refresh()
-        places = np.full(slots.size, -1, dtype=np.int64)
-        if mask is not None:
-            places[mask.rows] = np.arange(mask.rows.size)
-        there = self._tensor(np.stack([slots, lengths, places]))
-        places_there = there[2].int()
+        there = self._tensor(np.stack([slots, lengths]))
         tokens = torch.empty(slots.size, dtype=torch.int64, device=logits.device)
 
         def choose() -> Tensor:
-            masks = None if mask is None else (mask.join().words.to(logits.device, non_blocking=True), places_there)
-            self.choose(logits, there[0], there[1], tokens, masks)
+            self.choose(logits, there[0], there[1], tokens, None if mask is None else self._masks_there(mask, slots.size))
             return tokens
 
         return choose
+
+    def _masks_there(self, mask: StepMask, count: int) -> tuple[Tensor, Tensor]:
+        """Words on the device, and the place there of each of so many rows' words."""
+        rows, words, at = mask.join()
+        first, last = (int(at.min()), int(at.max()) + 1) if at.size else (0, 1)
+        places = np.full(count, -1, dtype=np.int32)
+        places[rows] = at - first
+        return words[first:last].to(self.tokens.device, non_blocking=True), self._tensor(places)
 
     # -- editing the logits ------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lmdeploy.engine import grammar_compiler
-from lmdeploy.engine.grammar_compiler import MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
-from lmdeploy.engine.guided import GuidedSlots, _Filler, forbid
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, GrammarCompiler
+from lmdeploy.engine.guided import USERS_TOGETHER, GuidedSlots, forbid
+from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 from lmdeploy.text.tokenizer import Tokenizer
@@ -92,7 +93,7 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     mask = slots.masks(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
     logits = torch.zeros(3, size)
-    forbid(logits, mask.join())
+    forbid(logits, mask)
     assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == by_bytes(tokenizer, lambda b: b == b"a", size)
     assert torch.isfinite(logits[1]).all()
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
@@ -100,7 +101,7 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert slots.follow(mask, np.array([a, 0, seven])) == [True, False]
     mask = slots.masks(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
-    forbid(logits.zero_(), mask.join())
+    forbid(logits.zero_(), mask)
     assert mask.only_stops.tolist() == [True, False]
     stops = {1, grammars.eos_token_id}
     assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == stops
@@ -111,18 +112,29 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
 def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
     grammars, tokenizer = compiler
     digits = Grammar("regex", "[0-9]{1,30}")
-    slots = GuidedSlots(grammars, 5 * USERS_TOGETHER, torch.device("cpu"))
-    for slot in range(5 * USERS_TOGETHER):
+    users = (MASK_THREADS + 1) * USERS_TOGETHER
+    slots = GuidedSlots(grammars, users, torch.device("cpu"))
+    for slot in range(users):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=digits), [])
-        assert len(grammars.prepare(digits).result().matchers) == min(slot // USERS_TOGETHER + 1, MOST_LEXERS)
-    mask = slots.masks(np.arange(5 * USERS_TOGETHER), np.zeros(5 * USERS_TOGETHER, dtype=bool))
+        assert len(grammars.prepare(digits).result().matchers) == min(slot // USERS_TOGETHER + 1, MASK_THREADS)
+    mask = slots.masks(np.arange(users), np.zeros(users, dtype=bool))
     assert mask is not None
-    words = mask.join().words
-    assert (words == words[0]).all()  # whichever lexer
-    for slot in range(5 * USERS_TOGETHER):
+    _, words, at = mask.join()
+    assert (words[at] == words[at[0]]).all()  # whichever lexer
+    for slot in range(users):
         slots.release(slot)
     slots.set(0, SamplingParams(max_new_tokens=9, grammar=digits), [])
-    assert len(grammars.prepare(digits).result().matchers) == MOST_LEXERS
+    assert len(grammars.prepare(digits).result().matchers) == MASK_THREADS
+
+
+def test_where_the_host_runs_ahead_each_user_has_a_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, tokenizer = compiler
+    letters = Grammar("regex", "[l-s]{1,30}")
+    slots = GuidedSlots(grammars, MOST_LEXERS + 2, torch.device("cpu"))
+    slots._overlaps = True  # as on a CUDA device
+    for slot in range(MOST_LEXERS + 2):
+        slots.set(slot, SamplingParams(max_new_tokens=9, grammar=letters), [])
+    assert len(set(slots._lexers.tolist())) == MOST_LEXERS
 
 
 def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
@@ -132,14 +144,15 @@ def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
     monkeypatch.setattr(grammar_compiler, "MOST_LEXERS", 3)
     monkeypatch.setattr(grammar_compiler, "MOST_MORE_LEXERS", 3)
     early, late = Grammar("regex", "[a-f]{1,30}"), Grammar("regex", "[g-k]{1,30}")
-    for users in range(3 * USERS_TOGETHER):
-        held = grammars.matcher(early, users)
+    held = [grammars.matcher_and_lexer(early, wanted) for wanted in range(4)]
     assert len(grammars.prepare(early).result().matchers) == 3
-    for users in range(3 * USERS_TOGETHER):
-        grammars.matcher(late, users)
+    assert held[3][1] == held[2][1] != held[1][1]
+    for wanted in range(4):
+        grammars.matcher_and_lexer(late, wanted)
     assert len(grammars.prepare(late).result().matchers) == 3
     assert len(grammars.prepare(early).result().matchers) == 1  # four were too many
-    assert held.compute_bitmask() == grammars.matcher(early).compute_bitmask()  # whoever has one goes on with it
+    assert held[3][0].compute_bitmask() == grammars.matcher(early).compute_bitmask()  # whoever has one goes on with it
+    assert grammars.matcher_and_lexer(early, 1)[1] not in [lexer for _, lexer in held], "one that is made again is another one"
 
 
 def test_a_library_that_panics_leaves_nobody_waiting() -> None:
@@ -149,12 +162,14 @@ def test_a_library_that_panics_leaves_nobody_waiting() -> None:
     def panics() -> None:
         raise Panic("index out of bounds")
 
-    filler, done = _Filler(), []
+    callers, done = Callers(1), []
+    first, second = MaskCall([0], [], usual=True), MaskCall([0], [], usual=True)
+    assert callers.begin(first, panics)
     with pytest.raises(RuntimeError, match="Panic: index out of bounds"):
-        filler.begin(panics)()
-    filler.begin(lambda: done.append(1))()
+        first.wait()
+    assert callers.begin(second, lambda: done.append(1)) and second.wait()
     assert done == [1], "and the thread goes on"
-    filler.close()
+    callers.close()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])

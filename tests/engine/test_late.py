@@ -1,0 +1,269 @@
+"""Masks that are not there in time hold up nobody: the tokens that wait for them come a step later, and are the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lmdeploy.config import TurbomindEngineConfig
+from lmdeploy.engine import graphs as graphs_of_steps
+from lmdeploy.engine import guided
+from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.executor.local import LocalExecutor
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.guided import GuidedSlots, GuidedStep
+from lmdeploy.engine.mask_calls import MaskCall
+from lmdeploy.engine.runner import ModelRunner
+from lmdeploy.engine.sizing import PoolRequest
+from lmdeploy.grammar import Grammar
+from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, SamplingParams
+from tests.engine.test_again import CPU, EagerRunner
+from tests.helpers import load_model
+
+WORD = Grammar("regex", "[a-z]{1,12}( [a-z]{1,12}){2,9}")
+PERSON = Grammar("json_schema", json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}}, "required": ["name"]}))
+CHOICE = Grammar("choice", json.dumps(["red", "green, or nearly so"]))
+STOPS = (2, 5118)
+
+
+@pytest.fixture(autouse=True)
+def no_prompts_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_of_steps, "PROMPT_TOKENS", (1 << 20,))
+
+
+def engine_of(folder: Path, kind: type[ModelRunner] = EagerRunner, *, blocks: int = 128) -> tuple[Engine, GuidedSlots]:
+    """A rank that computes as on a GPU, a step behind the host's plans."""
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=8, max_prefill_token_num=64)
+    model = load_model(folder)
+    grammars = GrammarCompiler.open(folder, model.spec.vocab_size, STOPS)
+    runner = kind(model, config, PoolRequest(blocks, 8, 128), CPU, torch.float32, grammars=grammars, graphed=kind is EagerRunner)
+    info = EngineInfo(session_len=128, vocab_size=model.spec.vocab_size, max_batch_size=8, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0)
+    options: dict[str, Any] = {"max_prefill_token_num": 64, "max_waiting": 100, "enable_prefix_caching": True, "rope_depends_on_length": False}
+    assert runner.guided is not None
+    return Engine(LocalExecutor(runner, info), grammars=grammars, run_ahead=1, **options), runner.guided
+
+
+def request(number: int, grammar: Grammar | None, **options: Any) -> EngineRequest:
+    params = SamplingParams(**{"max_new_tokens": 40, "stop_token_ids": STOPS, "seed": number, "grammar": grammar, **options})
+    return EngineRequest(request_id=number, token_ids=[1, 5119, *range(300 + number, 312 + 2 * number)], sampling=params)
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "top_k": 60},
+    {"temperature": 1.2, "top_k": 40, "top_p": 0.9},
+    {"min_new_tokens": 12, "temperature": 0.8, "top_k": 40},
+    {"repetition_penalty": 1.2},
+    {"logprobs": 2},
+    {"logit_bias": {300: 2.0}},
+    {"max_new_tokens": 1},
+    {"ignore_eos": True, "max_new_tokens": 9},
+]
+
+
+def requests(seed: int, count: int = 20) -> Iterator[tuple[int, EngineRequest]]:
+    """At which step a request comes."""
+    draw, at = random.Random(seed), 0
+    for number in range(count):
+        yield at, request(number, draw.choice([WORD, PERSON, CHOICE, WORD, None]), **draw.choice(KINDS))
+        at += draw.choice([0, 0, 0, 1, 3, 9])
+
+
+def run(engine: Engine, todo: list[tuple[int, EngineRequest]], each_step: Callable[[int], None] = lambda _: None) -> dict[int, list[EngineOutput]]:
+    found: dict[int, list[EngineOutput]] = {}
+    todo = sorted(todo, key=lambda entry: entry[0])
+    for step in itertools.count():
+        while todo and todo[0][0] <= step:
+            engine.add(todo.pop(0)[1])
+        each_step(step)
+        if not todo and not engine.has_work:
+            return found
+        if engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.request_id, []).append(output)
+            engine.scheduler.check_integrity()
+    raise AssertionError
+
+
+def answer(outputs: list[EngineOutput]) -> tuple[list[int], Any, Any, Any]:
+    """Tokens, how they end, and their log-probabilities, whose last bits depend on how many rows are computed together."""
+    tokens = [token for output in outputs for token in output.token_ids]
+    logprobs = [(p.token_id, pytest.approx(p.logprob, abs=1e-3)) for output in outputs for p in output.logprobs or []]
+    return tokens, outputs[-1].finish_reason, outputs[-1].stop_token_id, logprobs
+
+
+@pytest.fixture
+def often_late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Whatever may be late is so every other time; how many rows of each step were."""
+    draw, noted = np.random.default_rng(7), list[int]()
+    await_masks = GuidedSlots._await
+
+    def sometimes(self: GuidedSlots, step: GuidedStep, may: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        late = await_masks(self, step, may) | (may & (draw.random(may.size) < 0.5))
+        noted.append(int(late.sum()))
+        return late
+
+    monkeypatch.setattr(GuidedSlots, "_await", sometimes)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("seed", "kind", "blocks"), [(1, EagerRunner, 128), (2, EagerRunner, 128), (3, ModelRunner, 128), (4, EagerRunner, 16), (5, ModelRunner, 16)]
+)
+def test_late_tokens_are_those_that_would_have_come_in_time(
+    shallow_folder: Path, often_late: list[int], monkeypatch: pytest.MonkeyPatch, seed: int, kind: type[ModelRunner], blocks: int
+) -> None:
+    plan = list(requests(seed))
+    engine, _ = engine_of(shallow_folder, kind, blocks=blocks)
+    found = {number: answer(outputs) for number, outputs in run(engine, plan).items()}
+    assert sum(often_late) > 30 and max(often_late) > 1
+    if blocks < 30:
+        assert engine.stats().preemptions > 0
+    monkeypatch.undo()
+    engine, _ = engine_of(shallow_folder, ModelRunner)
+    for number, outputs in run(engine, [(0, each) for _, each in plan]).items():
+        assert found[number] == answer(outputs), plan[number]
+
+
+@pytest.mark.parametrize("kind", [EagerRunner, ModelRunner])
+def test_log_probabilities_of_one_answer_do_not_have_the_masks_of_others_filled_too_early(shallow_folder: Path, kind: type[ModelRunner]) -> None:
+    """The step behind is launched before the tokens of this one are known, which the grammars must take in first."""
+    plan = [(0, request(0, PERSON)), (0, request(1, WORD)), (0, request(2, None, logprobs=2)), (4, request(3, WORD, logprobs=1)), (6, request(4, PERSON))]
+    together = run(engine_of(shallow_folder, kind)[0], plan)
+    for number, (_, each) in enumerate(plan):
+        assert answer(together[number]) == answer(run(engine_of(shallow_folder, ModelRunner)[0], [(0, each)])[number])
+        assert together[number][-1].error is None
+
+
+def test_aborted_while_their_tokens_are_late(shallow_folder: Path, often_late: list[int]) -> None:
+    plan = list(requests(8))
+    engine, slots = engine_of(shallow_folder)
+    draw = random.Random(3)
+
+    def abort(step: int) -> None:
+        if step % 4 == 3:
+            engine.abort(draw.randrange(len(plan)))
+
+    found = run(engine, plan, abort)
+    assert sum(often_late) > 15 and any(outputs[-1].finish_reason == "abort" for outputs in found.values())
+    run(engine, [(0, request(99, None))])  # the rank hears of slots that are free when it is told of others
+    assert engine.stats().used_blocks == 0 and not any(slots._matchers) and not any(slots._calls)
+    engine, _ = engine_of(shallow_folder, ModelRunner)
+    for number, outputs in run(engine, [(0, each) for _, each in plan]).items():
+        tokens, reason, *_ = answer(found[number])
+        whole = answer(outputs)
+        assert (tokens, reason) == whole[:2] or (reason == "abort" and tokens == whole[0][: len(tokens)])
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[MaskCall], bool]], threading.Event]]:
+    """Hold up calls, until the event is set."""
+    go_on, fill = threading.Event(), GuidedSlots._fill_words
+
+    def hold_up(which: Callable[[MaskCall], bool]) -> threading.Event:
+        def held_up(self: GuidedSlots, call: MaskCall) -> None:
+            if which(call):
+                go_on.wait(10)
+            fill(self, call)
+
+        monkeypatch.setattr(GuidedSlots, "_fill_words", held_up)
+        return go_on
+
+    yield hold_up
+    go_on.set()
+
+
+def test_a_grammar_that_takes_long_holds_up_its_own_answer_only(
+    shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guided, "FORGIVEN", 3)
+    engine, slots = engine_of(shallow_folder)
+    plan = [
+        (0, request(0, PERSON)),
+        *((0, request(number, WORD, temperature=1.0, top_k=40)) for number in range(1, 4)),
+        (0, request(4, None, max_new_tokens=30, ignore_eos=True)),
+    ]
+    come: dict[int, int] = dict.fromkeys(range(5), 0)
+    go_on = slow(lambda call: any(slots._grammars[slot] == PERSON for slot in call.slots) and come[0] >= 2)
+    found: dict[int, list[EngineOutput]] = {number: [] for number in range(5)}
+    for _, each in plan:
+        engine.add(each)
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id].append(output)
+            come[output.request_id] += len(output.token_ids)
+        engine.scheduler.check_integrity()
+        if not go_on.is_set() and all(outputs and outputs[-1].finish_reason for number, outputs in found.items() if number):
+            assert come[0] < 6, "the others have ended meanwhile"
+            assert PERSON in slots._slow and WORD not in slots._slow
+            go_on.set()
+    assert go_on.is_set() and found[0][-1].finish_reason == "stop"
+    assert not slots._slow, "an answer's end, or enough quick masks"
+    monkeypatch.undo()
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
+    assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
+
+
+def test_a_slot_whose_last_owner_has_a_mask_on_its_way_waits_for_it(
+    shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event]
+) -> None:
+    engine, slots = engine_of(shallow_folder)
+    first: list[MaskCall] = []
+    go_on = slow(lambda call: call in first)
+    engine.add(request(0, WORD))
+    engine.add(request(9, None, max_new_tokens=60, ignore_eos=True))
+    begun = slots._begin
+
+    def note(step: GuidedStep, places: Any, *, usual: bool) -> None:
+        before = list(slots._calls)
+        if not first and len(outputs) > 3:
+            first.append(None)  # type: ignore[arg-type]
+        begun(step, places, usual=usual)
+        if first == [None]:
+            first[:] = [call for call, old in zip(slots._calls, before, strict=True) if call is not old and call is not None]
+
+    slots._begin = note  # type: ignore[method-assign]
+    outputs: list[EngineOutput] = []
+    asked = False
+    while engine.has_work:
+        outputs += engine.step()
+        if first and first[0] is not None and not asked:
+            asked = True
+            engine.abort(0)
+            engine.add(request(1, CHOICE))
+            threading.Timer(0.2, go_on.set).start()
+    texts = answer([output for output in outputs if output.request_id == 1])
+    assert texts[1] == "stop" and go_on.is_set()
+    assert texts == answer(run(engine_of(shallow_folder, ModelRunner)[0], [(0, request(1, CHOICE))])[1])
+
+
+def test_alone_an_answer_waits_for_its_masks(shallow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[int] = []
+    await_masks = GuidedSlots._await
+
+    def note(self: GuidedSlots, step: GuidedStep, may: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        found = await_masks(self, step, may)
+        late.append(int(found.sum()))
+        return found
+
+    fill = GuidedSlots._fill_words
+
+    def slowly(self: GuidedSlots, call: MaskCall) -> None:
+        threading.Event().wait(0.02)
+        fill(self, call)
+
+    monkeypatch.setattr(GuidedSlots, "_await", note)
+    monkeypatch.setattr(GuidedSlots, "_fill_words", slowly)
+    engine, _ = engine_of(shallow_folder)
+    outputs = run(engine, [(0, request(0, WORD, max_new_tokens=12))])[0]
+    assert outputs[-1].finish_reason == "length" and sum(late) == 0
+    assert engine.stats().steps <= 13, "no step is wasted"

@@ -1,0 +1,70 @@
+"""Calls that fill masks beside the host, and the guess which of them take long."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.mask_calls import NEAR, OUTSIDE, Callers, MaskCall, StringEnds
+from lmdeploy.grammar import Grammar
+
+
+def test_characters_are_counted_not_bytes_and_what_ends_a_string_is_outside() -> None:
+    pieces = [b"a", "né".encode(), "日本".encode(), b'a"', b"\\n", b"\n", b"", b"\xe6\x97", b" of", b"\x7f"]
+    assert StringEnds(pieces).lengths.tolist() == [1, 2, 2, OUTSIDE, OUTSIDE, OUTSIDE, OUTSIDE, 1, 3, OUTSIDE]
+
+
+def test_how_much_of_a_string_is_left_is_read_off_its_masks(model_folder: Path) -> None:
+    compiler = GrammarCompiler.open(model_folder, 5120, (2, 5118))
+    matcher = compiler.matcher(Grammar("json_schema", json.dumps({"type": "string", "maxLength": 12})))
+    ends, left, near = compiler.ends, [], []
+    lower = {len(piece): token for token, piece in enumerate(compiler_pieces(model_folder)) if piece.isalpha() and piece.islower() and piece.isascii()}
+    quote = next(token for token, piece in enumerate(compiler_pieces(model_folder)) if piece == b'"')
+    for token in [quote, lower[1], lower[4], lower[1], lower[3], quote]:
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)[None]
+        left.append(ends.left(bits, np.array([0])).item())
+        near.append(bool(ends.near(np.array(left[-1:]), np.array([token]))[0]))
+        assert matcher.consume_token(token)
+    longest = max(length for length in lower if length <= 12)
+    assert left[0] == 0 and left[1] == longest and left[2] == min(longest, 11) and left[3:] == [7, 6, 3]
+    assert near == [False, NEAR[0] <= longest - 1 <= NEAR[1], True, True, True, False]
+
+
+def compiler_pieces(folder: Path) -> list[bytes]:
+    from lmdeploy.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    return [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+
+
+def test_a_vocabulary_without_words_has_nothing_to_guess_from() -> None:
+    ends = StringEnds([b"1", b'"', b"\n"])
+    assert ends.left(np.full((2, 1), 0xFFFFFFFF, dtype=np.uint32), np.array([0, 1])).tolist() == [0, 0]
+    assert StringEnds([]).lengths.size == 0
+
+
+def test_more_calls_than_threads_are_not_begun() -> None:
+    callers, go_on = Callers(2), threading.Event()
+    calls = [MaskCall([slot], [], usual=True) for slot in range(4)]
+    begun = time.monotonic()
+    assert [callers.begin(call, lambda: go_on.wait(10) and None) for call in calls[:3]] == [True, True, False]
+    assert not calls[0].wait(0.01) and time.monotonic() - begun < 5
+    go_on.set()
+    assert calls[0].wait(5) and calls[1].wait(5) and calls[0].seconds >= 0.01
+    assert callers.begin(calls[3], lambda: None) and calls[3].wait(5), "a thread that is done takes the next one"
+    callers.close()
+
+
+def test_whoever_waits_for_a_call_that_failed_hears_of_it_each_time() -> None:
+    callers, call = Callers(1), MaskCall([0], [], usual=True)
+    callers.begin(call, lambda: int("none") and None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the grammar library failed: ValueError"):
+            call.wait(5)
+    callers.close()
