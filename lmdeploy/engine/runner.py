@@ -505,11 +505,10 @@ def _places(slots: Ints, among: Ints) -> Ints:
 
 def _note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
     """Say which guided answers are complete, and why some have no token."""
-    late = mask.late.tolist()
     for place, (row, done) in enumerate(zip(mask.rows.tolist(), complete, strict=True)):
         if done:
             results[row].complete = True
-        if not late[place] and results.failed(row):
+        if results.failed(row):
             results[row].error, results[row].error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
 
