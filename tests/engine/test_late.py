@@ -26,7 +26,7 @@ from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineInfo, EngineOutput, EngineRequest, SamplingParams
-from tests.engine.test_again import CPU, EagerRunner
+from tests.engine.test_again import CPU, EagerRunner, Replayed
 from tests.helpers import load_model
 
 WORD = Grammar("regex", "[a-z]{1,12}( [a-z]{1,12}){2,9}")
@@ -164,6 +164,24 @@ def test_aborted_while_their_tokens_are_late(shallow_folder: Path, often_late: l
         assert (tokens, reason) == whole[:2] or (reason == "abort" and tokens == whole[0][: len(tokens)])
 
 
+def test_steps_that_fail_behind_late_tokens_are_repeated_with_them(shallow_folder: Path, often_late: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [(0, request(number, WORD, temperature=1.0, top_k=40, max_new_tokens=30)) for number in range(6)]
+    engine, _ = engine_of(shallow_folder)
+    replay, count = Replayed.replay, itertools.count(1)
+
+    def sometimes(self: Replayed) -> None:
+        replay(self)
+        if next(count) % 9 == 0:
+            raise RuntimeError("a launch that failed")
+
+    monkeypatch.setattr(Replayed, "replay", sometimes)
+    found = run(engine, plan)
+    assert next(count) > 20 and sum(often_late) > 20 and engine.stats().failed == 0
+    monkeypatch.undo()
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
+    assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
+
+
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[MaskCall], bool]], threading.Event]]:
     """Hold up calls, until the event is set."""
@@ -217,32 +235,29 @@ def test_a_slot_whose_last_owner_has_a_mask_on_its_way_waits_for_it(
     shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event]
 ) -> None:
     engine, slots = engine_of(shallow_folder)
-    first: list[MaskCall] = []
-    go_on = slow(lambda call: call in first)
+    outputs: list[EngineOutput] = []
+    held: list[MaskCall] = []
+
+    def is_held(call: MaskCall) -> bool:
+        if len(outputs) > 3 and not held:
+            held.append(call)
+        return call in held
+
+    go_on = slow(is_held)
     engine.add(request(0, WORD))
     engine.add(request(9, None, max_new_tokens=60, ignore_eos=True))
-    begun = slots._begin
-
-    def note(step: GuidedStep, places: Any, *, usual: bool) -> None:
-        before = list(slots._calls)
-        if not first and len(outputs) > 3:
-            first.append(None)  # type: ignore[arg-type]
-        begun(step, places, usual=usual)
-        if first == [None]:
-            first[:] = [call for call, old in zip(slots._calls, before, strict=True) if call is not old and call is not None]
-
-    slots._begin = note  # type: ignore[method-assign]
-    outputs: list[EngineOutput] = []
-    asked = False
+    asked, waited = False, False
     while engine.has_work:
         outputs += engine.step()
-        if first and first[0] is not None and not asked:
+        waited |= slots._former.get(held[0].slots[0]) is held[0] if held else False
+        if held and not asked:
             asked = True
             engine.abort(0)
             engine.add(request(1, CHOICE))
             threading.Timer(0.2, go_on.set).start()
+    assert waited and go_on.is_set() and not slots._former
     texts = answer([output for output in outputs if output.request_id == 1])
-    assert texts[1] == "stop" and go_on.is_set()
+    assert texts[1] == "stop"
     assert texts == answer(run(engine_of(shallow_folder, ModelRunner)[0], [(0, request(1, CHOICE))])[1])
 
 
