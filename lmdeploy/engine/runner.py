@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lmdeploy.config import EngineConfig
 from lmdeploy.engine.arrivals import Arrivals, Finish, Owed
@@ -22,6 +21,7 @@ from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.graphs import Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
+from lmdeploy.engine.late import Held, join_in_time
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
@@ -53,14 +53,6 @@ class _Repeat:
     left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
 
 
-@dataclass(slots=True)
-class _Held:
-    """Logits that wait for masks: the next step chooses among them for these slots, not among its own."""
-
-    slots: Ints  # [L]
-    logits: Tensor  # [L, V]
-
-
 class ModelRunner:
     """One rank. `config` is resolved; construction sizes and takes all memory, after running the largest step once."""
 
@@ -88,7 +80,7 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
         self._owed: Owed | None = None  # of the step that was launched last
-        self._held: _Held | None = None  # of the step before, where the next one is being launched
+        self._held: Held | None = None  # of the step before, where the next one is being launched
         self._repeat: _Repeat | None = None
         self.graphed = graphed
         spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
@@ -279,7 +271,8 @@ class ModelRunner:
         if ran is None:
             self._settle(plan)
             hidden = self._forward(batch)
-        slots, lengths = batch.slots, self._lengths(batch)
+        slots = batch.slots
+        lengths = batch.lengths if self._held is None else self._held.lengths(batch.lengths, slots)
         mask = self.guided.masks(slots, self.sampling.young(slots, lengths)) if self.guided is not None and self.guided.used else None
         if hidden is not None and wants_more:
             self._add_rows(batch, hidden, ordered)
@@ -316,7 +309,7 @@ class ModelRunner:
         """Choose the next token of rows of logits [S, V], which may be overwritten."""
         held, self._held = self._held, None
         if held is not None:
-            logits.index_copy_(0, upload(_places(held.slots, slots), self.device), held.logits)
+            held.put_back(logits, slots)
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
         raw = torch.log_softmax(logits[upload(wanted, self.device)].float(), dim=-1) if wanted.size else None
         choose = self.sampler.begin(logits, slots, lengths, mask)
@@ -335,8 +328,6 @@ class ModelRunner:
         self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
         return _nothing_more
 
-    # -- rows whose masks are late -----------------------------------------------------------------------------------
-
     def _settle(self, plan: StepPlan) -> None:
         """Launch what the step before still owes; `plan` is launched next."""
         owed, self._owed = self._owed, None
@@ -346,31 +337,8 @@ class ModelRunner:
     def _choose_owed(self, choose: Callable[[], Tensor], bring: Callable[[Tensor], Finish], logits: Tensor, mask: GuidedStep, plan: StepPlan | None) -> Finish:
         """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`."""
         if plan is not None:
-            gone, further = np.isin(mask.slots, plan.released), self._goes_on(mask.slots, plan)
-            mask.late = gone | further
-            mask.join()
-            held = mask.late & ~gone
-            if held.any():
-                self._held = _Held(mask.slots[held], logits.index_select(0, upload(mask.rows[held], self.device)))
+            self._held = join_in_time(mask, logits, plan, ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0)))
         return bring(choose())
-
-    def _goes_on(self, slots: Ints, plan: StepPlan) -> NDArray[np.bool_]:
-        """Which of these slots' sequences get their next token from this plan, and nothing but that; and whose logits are chosen from as they are."""
-        items = plan.items
-        further = items.slots[items.sample & (items.counts == 1)]
-        plain = ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0))
-        found: NDArray[np.bool_] = plain[slots] & np.isin(slots, further)
-        if plan.new:
-            found &= ~np.isin(slots, [new.slot for new in plan.new])
-        return found
-
-    def _lengths(self, batch: StepBatch) -> Ints:
-        """How many tokens of each sampled row are known: one less than the plan says where the last one was late."""
-        if self._held is None:
-            return batch.lengths
-        lengths: Ints = batch.lengths.copy()
-        lengths[_places(self._held.slots, batch.slots)] -= 1
-        return lengths
 
     def _fetch(self, tokens: Tensor, results: Rows, mask: GuidedStep | None) -> Finish:
         """Begin to copy tokens to the host; the returned function waits for them and tells results and grammars."""
@@ -494,13 +462,6 @@ class ModelRunner:
 
 def _nothing_more() -> None:
     """All has been brought."""
-
-
-def _places(slots: Ints, among: Ints) -> Ints:
-    """Where these slots are among others, of which none is there twice."""
-    order = among.argsort()
-    found: Ints = order[np.searchsorted(among, slots, sorter=order)]
-    return found
 
 
 def _note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:

@@ -1,0 +1,54 @@
+"""Logits of rows whose masks are late: the step behind computes these rows for nothing, and chooses their tokens among the logits that were kept. See `executor/contract.py`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lmdeploy.engine.batch import upload
+from lmdeploy.engine.guided import GuidedStep
+from lmdeploy.engine.plan import Ints, StepPlan
+
+Tensor = torch.Tensor
+
+
+class Held:
+    """Kept logits."""
+
+    def __init__(self, slots: Ints, logits: Tensor) -> None:
+        self._slots, self._logits = slots, logits  # [L], and [L, V] of any floating type
+
+    def lengths(self, lengths: Ints, slots: Ints) -> Ints:
+        """How many tokens of each row of the step behind are known: one less than its plan says where the last one was late."""
+        found: Ints = lengths.copy()
+        found[_places(self._slots, slots)] -= 1
+        return found
+
+    def put_back(self, logits: Tensor, slots: Ints) -> None:
+        """Into the logits [S, V] of the step behind, whose rows have these slots."""
+        logits.index_copy_(0, upload(_places(self._slots, slots), logits.device), self._logits)
+
+
+def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArray[np.bool_]) -> Held | None:
+    """Join the masks that are there; of rows that have to wait for theirs what is kept of the logits [S, V].
+
+    A row may be late if `plan`, which is launched next, goes on with its sequence by one token, or forgets it. `plain` [slots]: nothing is wanted beside the token,
+    and the logits are chosen from as they are.
+    """
+    items = plan.items
+    gone = np.isin(mask.slots, plan.released)
+    further = plain[mask.slots] & ~gone & np.isin(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    if plan.new:
+        further &= ~np.isin(mask.slots, [new.slot for new in plan.new])
+    mask.late = gone | further
+    mask.join()
+    kept = mask.late & ~gone
+    return Held(mask.slots[kept], logits.index_select(0, upload(mask.rows[kept], logits.device))) if kept.any() else None
+
+
+def _places(slots: Ints, among: Ints) -> Ints:
+    """Where these slots are among others, of which none is there twice."""
+    order = among.argsort()
+    found: Ints = order[np.searchsorted(among, slots, sorter=order)]
+    return found
