@@ -4,7 +4,8 @@ Order: grammar, logit bias, repetition, presence and frequency penalties, banned
 Only rows that need a feature pay for it; an all-greedy batch is one max. Invariant: the token of a row depends only on that
 row's logits, parameters, seed and number of generated tokens, never on its batch mates: candidates have one canonical order
 (logit descending, then id ascending), and the draw is one counter-based uniform through the inverse CDF in that order.
-On CUDA all from the temperature on is one kernel (`kernels/triton_kernels/sampling.py`), and nothing here waits for the device.
+On CUDA penalties and all from the temperature on are one kernel (`kernels/triton_kernels/sampling.py`), and nothing here waits for the device. It penalises
+last, which is the same: what is banned stays banned.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ Ints = NDArray[np.int64]
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, TOP_K = range(7)
 NEGATIVE_INFINITY = float("-inf")
 FIRST_CANDIDATES = 64
+#: whether the kernel at the end of a CUDA graph looks for penalties. Not yet: what that costs the steps that have none was not measured on a GPU. A step with a
+#: penalised answer leaves its graph's tokens alone, and the kernel is launched once more, with penalties.
+PENALTIES_IN_GRAPHS = False
 
 
 def uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -61,6 +65,7 @@ class SamplingTable:
         self.num_slots = num_slots
         # one row more: rows that fill up a CUDA graph belong to a slot of their own, which is greedy
         self._bytes = torch.zeros((num_slots + 1) * (8 + 8 + 8 + 7 * 4), dtype=torch.uint8)
+        _columns(self._bytes, num_slots + 1)[0][:, REPETITION] = 1  # nobody's answer has no penalties
         self._device_bytes = self._bytes if device.type == "cpu" else self._bytes.to(device)
         self._stale = False
         #: float32 [slots, 7] and three int64 [slots]: parameters, seeds, lengths of the prompts, and up to how many tokens an answer is held back from its stop
@@ -77,8 +82,10 @@ class SamplingTable:
         self._known_stops: dict[int, list[int]] = {}  # that are in `young_words`
         self.min_new = np.zeros(num_slots, dtype=np.int64)
         self.greedy = np.ones(num_slots, dtype=bool)
-        self.edited = np.zeros(num_slots, dtype=bool)  # anything between the raw logits and the temperature
+        self.graphs_penalise = PENALTIES_IN_GRAPHS and self._has_kernel
+        self.edited = np.zeros(num_slots, dtype=bool)  # logits by torch, before the kernel where there is one
         self.penalised = np.zeros(num_slots, dtype=bool)
+        self.apart = np.zeros(num_slots, dtype=bool)  # what a graph chooses is not what such a slot is to have, or not all
         self.logprobs = np.full(num_slots, -1, dtype=np.int64)  # -1 = not wanted
         self.params: list[SamplingParams | None] = [None] * num_slots
         self.bias: list[tuple[Ints, NDArray[np.float32]] | None] = [None] * num_slots
@@ -108,7 +115,9 @@ class SamplingTable:
         self.params[slot] = params
         self._set_lists(slot, params)
         lists = (self.bias[slot], self.banned[slot], self.phrases[slot])
-        self.edited[slot] = self.penalised[slot] or any(x is not None for x in lists) or self._hold_back(slot, params)
+        by_torch = bool(self.penalised[slot]) and not self._has_kernel
+        self.edited[slot] = by_torch or any(x is not None for x in lists) or self._hold_back(slot, params)
+        self.apart[slot] = self.edited[slot] or self.logprobs[slot] >= 0 or (self.penalised[slot] and not self.graphs_penalise)
 
     def _hold_back(self, slot: int, params: SamplingParams) -> bool:
         """Have no stop token come before `min_new_tokens`; True where logits are to be edited for it. The masks of a grammar see to it themselves."""
@@ -169,12 +178,14 @@ class SamplingTable:
 
 
 class Sampler:
-    """Chooses tokens. Owns its work buffers; reads the token table for penalties and bad words."""
+    """Chooses tokens. Owns its work buffers; reads the token table for penalties and bad words. `edits`, int32 [slots, V], are the kernel's work space for
+    penalties: zero from step to step."""
 
     def __init__(self, table: SamplingTable, tokens: Tensor) -> None:
         self.table, self.tokens = table, tokens  # int32 [slots, session_len + 1]
         self.scratch = Scratch(1, torch.float32, tokens.device)
         self.kernel = token_kernel(tokens.device.type)
+        self._edits: Tensor | None = None
         if self.kernel is not None:  # now and for all: graphs keep its address
             places = torch.full((table.num_slots + MOST_PROMPTS,), -1, dtype=torch.int32, device=tokens.device)
             self._no_masks = (table.young_words[:1], places)
@@ -183,8 +194,17 @@ class Sampler:
 
     def reserve(self, max_rows: int) -> None:
         """Take the work buffers for batches of `max_rows` now, so that no later step does."""
-        for name in ("probs", "work") if self.kernel is None else ("work",):
+        if self.kernel is not None:
+            self._take_edits()
+            return
+        for name in ("probs", "work"):
             self.scratch.take(name, max_rows, self.table.vocab_size)
+
+    def _take_edits(self) -> Tensor:
+        """Of every slot, once and for all: graphs keep the address."""
+        if self._edits is None:
+            self._edits = self.scratch.take("edits", self.table.num_slots, self.table.vocab_size, torch.int32)
+        return self._edits
 
     def sample(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None = None) -> Tensor:
         """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed). It, or 0, is also written to the token table at [slot, length].
@@ -204,7 +224,10 @@ class Sampler:
             if mask is not None:
                 young[mask.rows] = False  # it is in their masks
             self._edit(logits, slots, lengths, young)
-        return self._prepare(logits, slots, lengths, mask) if self.kernel is not None else partial(self._choose, logits, slots, lengths, mask)
+        if self.kernel is None:
+            return partial(self._choose, logits, slots, lengths, mask)
+        # what has edited logits has penalties, too: there is a kernel for the one and the other, from the start on
+        return self._prepare(logits, slots, lengths, mask, bool(edited or self.table.penalised[slots].any()))
 
     def _choose(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Tensor:
         """Without a kernel. logits float32, edited."""
@@ -233,6 +256,8 @@ class Sampler:
         masks: tuple[Tensor, Tensor] | None = None,
         goes_on: tuple[Tensor, Tensor] | None = None,
         where: Tensor | None = None,
+        *,
+        penalties: bool = False,
     ) -> None:
         """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
 
@@ -240,24 +265,36 @@ class Sampler:
         CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words
         int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. `goes_on`: positions and ends of the rows, which become the
         next step's, and so do `lengths`, but not those of the slot that no sequence has. `where`, int64 [S]: tokens are int64 [lines, N], and each row's goes to
-        this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. Only where there is a `kernel`.
+        this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. `penalties`: rows have theirs, over the tokens that are in
+        the table when it runs; without, none has. Only where there is a `kernel`.
         """
         assert self.kernel is not None
         # one kernel, which is there from the start on, for steps with masks and without
         words, places = masks or self._no_masks
         masks_of = (words, places, self.table.young_words)
         self.kernel.choose(
-            logits, slots, lengths, self.table.columns, masks_of, self.tokens, tokens, self._in_order if where is None else where, self._candidates, goes_on
+            logits,
+            slots,
+            lengths,
+            self.table.columns,
+            masks_of,
+            self.tokens,
+            tokens,
+            self._in_order if where is None else where,
+            self._candidates,
+            goes_on,
+            self._take_edits() if penalties else None,
         )
 
-    def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
+    def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None, penalties: bool) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""
         self.table.refresh()
         there = self._tensor(np.stack([slots, lengths]))
         tokens = torch.empty(slots.size, dtype=torch.int64, device=logits.device)
 
         def choose() -> Tensor:
-            self.choose(logits, there[0], there[1], tokens, None if mask is None else self._masks_there(mask, slots.size))
+            masks = None if mask is None else self._masks_there(mask, slots.size)
+            self.choose(logits, there[0], there[1], tokens, masks, penalties=penalties)
             return tokens
 
         return choose
@@ -273,11 +310,11 @@ class Sampler:
     # -- editing the logits ------------------------------------------------------------------------------------------
 
     def _edit(self, logits: Tensor, slots: Ints, lengths: Ints, young: NDArray[np.bool_]) -> None:
-        """`young`: rows that may not stop yet."""
+        """`young`: rows that may not stop yet. Penalties only where there is no kernel to see to them."""
         table = self.table
         self._add_bias(logits, slots)
         rows = np.flatnonzero(table.penalised[slots])
-        if rows.size:
+        if rows.size and self.kernel is None:
             self._penalise(logits, rows, slots[rows], lengths[rows])
         flat: list[Ints] = []
         for row, slot in enumerate(slots.tolist()):

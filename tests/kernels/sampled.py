@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,10 @@ PROMPT, WIDTH = 2, 16
 #: how far from a border of the distribution a uniform number may fall to the other side: what float32 exponentials and sums make of it
 EDGE = 1e-5
 
+PENALTIES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.3}, {}, {"repetition_penalty": 0.6, "frequency_penalty": -0.4},
+    {"repetition_penalty": 7.0, "presence_penalty": -1.5, "frequency_penalty": 0.1}, {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+]  # fmt: skip
 MIXTURE: list[dict[str, Any]] = [
     {}, {"temperature": 0.8, "top_k": 40}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.05},
     {"temperature": 0.9, "top_k": 50, "top_p": 0.8}, {"temperature": 1.5, "top_k": 20, "min_p": 0.1}, {"temperature": 1.2, "top_p": 0.95, "min_p": 0.02},
@@ -36,6 +42,8 @@ class Rows:
     logits: Tensor
     slots: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    known: Tensor | None = None  # int32 [S, L], the tokens of each row: zeros unless given, [S, WIDTH]
+    prompt: int = PROMPT  # how many of them came with the prompt
 
     def sampler(self, device: str, kernel: TokenKernel | None = None) -> Sampler:
         """A sampler on `device`, with `kernel` wherever it is."""
@@ -44,23 +52,40 @@ class Rows:
             if kernel is not None:
                 sampler_module.token_kernel = lambda _: kernel
             table = SamplingTable(len(self.params), self.logits.shape[1], torch.device(device))
-            sampler = Sampler(table, torch.zeros(len(self.params) + 1, WIDTH, dtype=torch.int32, device=device))
+            width = WIDTH if self.known is None else self.known.shape[1]
+            sampler = Sampler(table, torch.zeros(len(self.params) + 1, width, dtype=torch.int32, device=device))
         finally:
             sampler_module.token_kernel = chosen
         for slot, params in zip(self.slots.tolist(), self.params, strict=True):
-            table.set(slot, params, PROMPT)
+            table.set(slot, params, self.prompt)
+        if self.known is not None:
+            sampler.tokens[torch.from_numpy(self.slots)] = self.known.to(device)
         return sampler
 
     def part(self, rows: slice) -> Rows:
         """Some of the rows, the slots numbered anew."""
         count = len(self.params[rows])
-        return Rows(self.params[rows], self.logits[rows], np.arange(count)[::-1].copy(), self.lengths[rows])
+        known = None if self.known is None else self.known[rows]
+        return Rows(self.params[rows], self.logits[rows], np.arange(count)[::-1].copy(), self.lengths[rows], known, self.prompt)
+
+    def edited(self) -> Rows:
+        """The same rows without penalties, which are in the logits instead, float32, token by token as they are defined."""
+        assert self.known is not None
+        logits, plain = self.logits.to(torch.float32, copy=True), msgspec.structs.replace
+        for row, p, ids, length in zip(logits.numpy(), self.params, self.known.tolist(), self.lengths.tolist(), strict=True):
+            counts = Counter(ids[self.prompt : length])
+            for token in set(ids[:length]):
+                x, factor, count = row[token], np.float32(p.repetition_penalty), np.float32(counts[token])
+                x = x * factor if x < 0 else x / factor
+                row[token] = x - (count * np.float32(p.frequency_penalty) + (np.float32(p.presence_penalty) if count else np.float32(0)))
+        params = [plain(p, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0) for p in self.params]
+        return Rows(params, logits, self.slots, self.lengths, self.known, self.prompt)
 
     @property
     def numbers(self) -> NDArray[np.float64]:
         """The uniform number of each row."""
         seeds = np.array([p.seed for p in self.params], dtype=np.uint64)
-        return uniforms(seeds, (self.lengths - PROMPT).astype(np.uint64))
+        return uniforms(seeds, (self.lengths - self.prompt).astype(np.uint64))
 
     def permitted(self, tokens: list[int]) -> list[bool]:
         """Whether each token is what the definition gives, or its neighbour at a border that the row's number all but hits."""
@@ -72,6 +97,17 @@ def rows_of(params: list[dict[str, Any]], logits: Tensor, first_seed: int = 0) -
     count = len(params)
     made = [SamplingParams(**{"max_new_tokens": 20, "seed": first_seed + 7919 * i, **p}) for i, p in enumerate(params)]
     return Rows(made, logits, np.arange(count)[::-1].copy(), np.array([PROMPT + i % (WIDTH - PROMPT - 1) for i in range(count)]))
+
+
+def with_known(rows: Rows, width: int, prompt: int, seed: int = 0) -> Rows:
+    """The same rows, each with tokens that are known: those with large logits among them, many more than once."""
+    generator = torch.Generator().manual_seed(seed)
+    count, vocab = rows.logits.shape
+    likely = rows.logits.float().nan_to_num().topk(min(vocab, 12)).indices
+    any_of_them = torch.randint(vocab, (count, width), generator=generator)
+    known = torch.where(torch.rand(count, width, generator=generator) < 0.4, likely.gather(1, any_of_them % likely.shape[1]), any_of_them)
+    lengths = np.array([prompt + i * 7919 % (width - prompt) for i in range(count)])
+    return Rows(rows.params, rows.logits, rows.slots, lengths, known.int(), prompt)
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lmdeploy.kernels.triton_kernels.sampling_row import NONE, SEEN, forget, penalise, tile_of, wanted
+
 Tensor = torch.Tensor
 
 MOST = 1024  # candidates of a row
@@ -22,7 +24,6 @@ RANK = tl.constexpr(1 << 50)
 ONE = tl.constexpr(float(1 << 40))  # the weight of the likeliest token
 FEW = tl.constexpr(512)  # candidates at which halving ends: comparing all pairs of more takes longer than another pass
 HALVINGS = tl.constexpr(16)  # by value, which suits logits; then by bits, which ends
-NONE = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-(1 << 63))
 HIGHEST = tl.constexpr((1 << 63) - 1)
 NOTHING = tl.constexpr(-0x7F800001 << 32)  # -inf, packed
@@ -96,26 +97,7 @@ def _sum(x: tl.tensor) -> tl.tensor:
     return tl.sum(tl.sum(x, 1), 0)
 
 
-# -- passes over a row, in tiles of ROWS x 32 tokens: one word of a mask a line
-
-
-@triton.jit
-def _tile(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, start: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr,
-    WHOLE: tl.constexpr = False,
-) -> tl.tensor:  # fmt: skip
-    """Logits and ids from `start` on; -inf where nothing is or nothing may come. WHOLE: all of it is inside."""
-    line, place = tl.arange(0, ROWS)[:, None] * 32, tl.arange(0, 32)[None, :]
-    token = start + line + place
-    if WHOLE:
-        x = tl.load(row_ptr + token).to(tl.float32)
-    else:
-        x = tl.load(row_ptr + token, mask=token < VOCAB, other=NONE).to(tl.float32)
-    if MASKS:  # noqa: SIM102 - a constant of the compiler, then a number on the device
-        if masked:
-            word = tl.load(words_ptr + (start + line) // 32, mask=start + line < VOCAB, other=0)
-            x = tl.where(((word >> place) & 1) != 0, x, NONE)
-    return x, token
+# -- passes over a row (sampling_row.py), in tiles of ROWS x 32 tokens
 
 
 @triton.jit
@@ -125,16 +107,16 @@ def _risen(most: tl.tensor, at: tl.tensor, x: tl.tensor, start: tl.tensor) -> tl
 
 
 @triton.jit
-def _best(row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr) -> tl.tensor:
-    """The first of the canonical order, packed (of NaN where there is one), and the maxima of GROUPS groups."""
+def _best(row: tl.tuple, VOCAB: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr) -> tl.tensor:
+    """The first of the canonical order, packed (of NaN where there is one), and the maxima of GROUPS groups. Loads of AT_ONCE tiles are on their way at once."""
     most = tl.full((ROWS, 32), NONE, tl.float32)
     at = tl.zeros((ROWS, 32), tl.int32)
     SIZE: tl.constexpr = ROWS * 32
-    for start in tl.range(0, VOCAB // SIZE * SIZE, SIZE, loop_unroll_factor=4):  # loads of four tiles are on their way at once
-        x, _ = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS, True)
+    for start in tl.range(0, VOCAB // SIZE * SIZE, SIZE, loop_unroll_factor=AT_ONCE):
+        x, _ = tile_of(row, start, VOCAB, ROWS, True)
         most, at = _risen(most, at, x, start)
     if VOCAB % SIZE:
-        x, _ = _tile(row_ptr, words_ptr, masked, VOCAB // SIZE * SIZE, VOCAB, ROWS, MASKS)
+        x, _ = tile_of(row, VOCAB // SIZE * SIZE, VOCAB, ROWS)
         most, at = _risen(most, at, x, VOCAB // SIZE * SIZE)
     at += tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     first = tl.max(tl.max(_packed(most, at), 1), 0)
@@ -153,15 +135,15 @@ def _reached(groups: tl.tensor, count: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _collect(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, scratch_ptr: tl.tensor, low: tl.tensor, high: tl.tensor, best: tl.tensor, scale: tl.tensor,
-    weigh: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr,
+    row: tl.tuple, scratch_ptr: tl.tensor, low: tl.tensor, high: tl.tensor, best: tl.tensor, scale: tl.tensor,
+    weigh: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Note the tokens low <= x < high, in any order; their number, of which no more than MOST are noted, and with `weigh` the weight of the whole row."""
     tl.store(scratch_ptr, 0)
     tl.debug_barrier()
     total = tl.zeros((ROWS, 8), tl.int64)
     for start in range(0, VOCAB, ROWS * 32):
-        x, token = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS)
+        x, token = tile_of(row, start, VOCAB, ROWS)
         inside = (x >= low) & (x < high) & (x > NONE)
         place = tl.atomic_add(scratch_ptr + tl.zeros((ROWS, 32), tl.int32), 1, mask=inside, sem="relaxed")
         tl.store(scratch_ptr + 1 + place, _packed(x, token), mask=inside & (place < MOST))
@@ -208,13 +190,13 @@ def _before(scratch_ptr: tl.tensor, count: tl.tensor, MOST: tl.constexpr) -> tl.
 
 @triton.jit
 def _masses(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, low: tl.tensor, high: tl.tensor, least: tl.tensor, best: tl.tensor, scale: tl.tensor,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, TILES: tl.constexpr,
+    row: tl.tuple, low: tl.tensor, high: tl.tensor, least: tl.tensor, best: tl.tensor, scale: tl.tensor,
+    VOCAB: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The weight of each tile's tokens low <= x <= high, of `least` or more each."""
     masses = tl.zeros((TILES,), tl.int64)
     for start in range(0, VOCAB, ROWS * 32):
-        x, _ = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS)
+        x, _ = tile_of(row, start, VOCAB, ROWS)
         weight = _weight(x, best, scale)
         mass = _sum(tl.where((x >= low) & (x <= high) & (weight >= least), weight, 0))
         masses = tl.where(tl.arange(0, TILES) == start // (ROWS * 32), mass, masses)
@@ -231,12 +213,12 @@ def _last(masses: tl.tensor, goal: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _walk(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, masses: tl.tensor, goal: tl.tensor, low: tl.tensor, high: tl.tensor, least: tl.tensor,
-    best: tl.tensor, scale: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, TILES: tl.constexpr,
+    row: tl.tuple, masses: tl.tensor, goal: tl.tensor, low: tl.tensor, high: tl.tensor, least: tl.tensor,
+    best: tl.tensor, scale: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The last of the tokens of `_masses` with no more than `goal` before it."""
     tile, before = _last(masses, goal, TILES)
-    x, _ = _tile(row_ptr, words_ptr, masked, tile * (ROWS * 32), VOCAB, ROWS, MASKS)
+    x, _ = tile_of(row, tile * (ROWS * 32), VOCAB, ROWS)
     weight = _weight(x, best, scale)
     weight = tl.where((x >= low) & (x <= high) & (weight >= least), weight, 0)
     line, more = _last(tl.sum(weight, 1), goal - before, ROWS)
@@ -249,16 +231,13 @@ def _walk(
 
 
 @triton.jit
-def _extent(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, from_packed: tl.tensor, least: tl.tensor, best: tl.tensor, scale: tl.tensor,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+def _extent(row: tl.tuple, from_packed: tl.tensor, least: tl.tensor, best: tl.tensor, scale: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
     """Number, weight and smallest logit of the allowed tokens down to `from_packed` of the canonical order, of weight `least` or more each."""
     count = tl.zeros((ROWS, 8), tl.int32)
     total = tl.zeros((ROWS, 8), tl.int64)
     lowest = tl.full((ROWS, 32), float("inf"), tl.float32)
     for start in range(0, VOCAB, ROWS * 32):
-        x, token = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS)
+        x, token = tile_of(row, start, VOCAB, ROWS)
         weight = _weight(x, best, scale)
         inside = (x > NONE) & (_packed(x, token) >= from_packed) & (weight >= least)
         count += _fours(inside.to(tl.int32))
@@ -268,15 +247,12 @@ def _extent(
 
 
 @triton.jit
-def _above(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, low: tl.tensor, best: tl.tensor, scale: tl.tensor,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+def _above(row: tl.tuple, low: tl.tensor, best: tl.tensor, scale: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
     """Number and weight of the tokens x >= low."""
     count = tl.zeros((ROWS, 8), tl.int32)
     total = tl.zeros((ROWS, 8), tl.int64)
     for start in range(0, VOCAB, ROWS * 32):
-        x, _ = _tile(row_ptr, words_ptr, masked, start, VOCAB, ROWS, MASKS)
+        x, _ = tile_of(row, start, VOCAB, ROWS)
         count += _fours((x >= low).to(tl.int32))
         total += _fours(tl.where(x >= low, _weight(x, best, scale), 0))
     return _sum(count), _sum(total)
@@ -292,15 +268,15 @@ def _middle(low: tl.tensor, high: tl.tensor, step: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _find(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, scratch_ptr: tl.tensor, goal: tl.tensor, unit: tl.tensor, count: tl.tensor, lowest: tl.tensor,
-    best: tl.tensor, scale: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    row: tl.tuple, scratch_ptr: tl.tensor, goal: tl.tensor, unit: tl.tensor, count: tl.tensor, lowest: tl.tensor,
+    best: tl.tensor, scale: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The last token of the canonical order, packed, with no more than `goal` of weight before it, or with `unit` of tokens. All `count` are >= lowest."""
     low, high = _key(lowest).to(tl.int64), _key(best).to(tl.int64) + 1
     below_n, above_n, above, step = count, count * 0, goal * 0, count * 0
     while (below_n - above_n > FEW) & (high - low > 1):  # the token is in [low, high); `above` and `above_n` are what is at or above high
         middle = _middle(low, high, step)
-        n, weight = _above(row_ptr, words_ptr, masked, _value(middle.to(tl.int32)), best, scale, VOCAB, ROWS, MASKS)
+        n, weight = _above(row, _value(middle.to(tl.int32)), best, scale, VOCAB, ROWS)
         mass = tl.where(unit, n.to(tl.int64), weight)
         if mass > goal:
             low, below_n = middle, n
@@ -309,9 +285,7 @@ def _find(
         step += 1
     bottom = _value(low.to(tl.int32))
     if below_n - above_n <= MOST:
-        n, _ = _collect(
-            row_ptr, words_ptr, masked, scratch_ptr, bottom, _value(high.to(tl.int32)), best, scale, False, VOCAB, ROWS, MASKS, MOST
-        )  # fmt: skip
+        n, _ = _collect(row, scratch_ptr, bottom, _value(high.to(tl.int32)), best, scale, False, VOCAB, ROWS, MOST)
         _order(scratch_ptr, n, best, scale, MOST, PAIRS)
         packed, _ = _noted(scratch_ptr, n, best, scale, MOST)
         before, rank = _before(scratch_ptr, n, MOST)
@@ -319,20 +293,20 @@ def _find(
     else:  # equal logits: by id
         each = tl.maximum(_weight(bottom, best, scale), 1)
         place = tl.where(unit, (goal - above) * each, goal - above)
-        masses = _masses(row_ptr, words_ptr, masked, bottom, bottom, 0, best, scale, VOCAB, ROWS, MASKS, TILES)
-        token = _walk(row_ptr, words_ptr, masked, masses, place, bottom, bottom, 0, best, scale, VOCAB, ROWS, MASKS, TILES)
+        masses = _masses(row, bottom, bottom, 0, best, scale, VOCAB, ROWS, TILES)
+        token = _walk(row, masses, place, bottom, bottom, 0, best, scale, VOCAB, ROWS, TILES)
         found = _packed(bottom, token)
     return found
 
 
 @triton.jit
 def _draw_far(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, scratch_ptr: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, least: tl.tensor,
+    row: tl.tuple, scratch_ptr: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, least: tl.tensor,
     uniform: tl.tensor, best: tl.tensor, scale: tl.tensor,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    VOCAB: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The k-th token; the last of the nucleus; the one that is drawn: each is found by its goal."""
-    count, total, lowest = _extent(row_ptr, words_ptr, masked, LOWEST, 0, best, scale, VOCAB, ROWS, MASKS)
+    count, total, lowest = _extent(row, LOWEST, 0, best, scale, VOCAB, ROWS)
     goal = top_k - 1
     cut = goal * 0 + LOWEST
     found = cut
@@ -340,12 +314,10 @@ def _draw_far(
         if ((step > 0) | (top_k < count)) & ((step != 1) | (top_p < 1)):
             unit = step == 0
             bottom = tl.where(unit, lowest, tl.maximum(lowest, best - 41.0 / scale))  # what is below weighs nothing
-            found = _find(
-                row_ptr, words_ptr, masked, scratch_ptr, goal, unit, count, bottom, best, scale, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
-            )  # fmt: skip
+            found = _find(row, scratch_ptr, goal, unit, count, bottom, best, scale, VOCAB, ROWS, MOST, PAIRS, TILES)
             cut = tl.maximum(cut, found)
         if step < 2:
-            _, mass, _ = _extent(row_ptr, words_ptr, masked, cut, tl.where(step == 0, 0, least), best, scale, VOCAB, ROWS, MASKS)
+            _, mass, _ = _extent(row, cut, tl.where(step == 0, 0, least), best, scale, VOCAB, ROWS)
             goal = tl.where(step == 0, _share(top_p, mass), tl.minimum(_share(uniform, mass), mass - 1))
     return _token(found)
 
@@ -355,15 +327,13 @@ def _draw_far(
 
 @triton.jit
 def _draw_front(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, scratch_ptr: tl.tensor, groups: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, by_k: tl.tensor,
+    row: tl.tuple, scratch_ptr: tl.tensor, groups: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, by_k: tl.tensor,
     least: tl.tensor, uniform: tl.tensor, best: tl.tensor, scale: tl.tensor,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    VOCAB: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Among the likeliest: top-k, top-p, min-p, as far as they are wanted."""
     low = _reached(groups, tl.where(by_k, tl.minimum(top_k, GROUPS), GROUPS * 3 // 4))
-    count, total = _collect(
-        row_ptr, words_ptr, masked, scratch_ptr, low, float("inf"), best, scale, by_k == 0, VOCAB, ROWS, MASKS, MOST
-    )  # fmt: skip
+    count, total = _collect(row, scratch_ptr, low, float("inf"), best, scale, by_k == 0, VOCAB, ROWS, MOST)
     packed, weight = _noted(scratch_ptr, tl.minimum(count, MOST), best, scale, MOST)
     enough = tl.where(by_k, count >= top_k, tl.sum(weight, 0) > _share(top_p, total)) | (low == NONE)
     if (count <= MOST) & enough:
@@ -375,16 +345,14 @@ def _draw_front(
         goal = tl.minimum(_share(uniform, mass), mass - 1)
         token = _token(tl.min(tl.where(kept & (before <= goal), packed, HIGHEST), 0))
     else:
-        token = _draw_far(
-            row_ptr, words_ptr, masked, scratch_ptr, top_k, top_p, least, uniform, best, scale, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
-        )  # fmt: skip
+        token = _draw_far(row, scratch_ptr, top_k, top_p, least, uniform, best, scale, VOCAB, ROWS, MOST, PAIRS, TILES)
     return token
 
 
 @triton.jit
 def _draw(
-    row_ptr: tl.tensor, words_ptr: tl.tensor, masked: tl.tensor, scratch_ptr: tl.tensor, groups: tl.tensor, values_ptr: tl.tensor, uniform: tl.tensor,
-    best: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    row: tl.tuple, scratch_ptr: tl.tensor, groups: tl.tensor, values_ptr: tl.tensor, uniform: tl.tensor,
+    best: tl.tensor, VOCAB: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The token of a row that is not greedy."""
     scale = tl.minimum(1.0 / tl.load(values_ptr) * LOG2_E, 1e30)
@@ -394,14 +362,12 @@ def _draw(
     by_k = (top_k > 0) & (top_k < VOCAB)
     if by_k | (top_p < 1):
         top_k = tl.where(by_k, top_k, VOCAB)
-        token = _draw_front(
-            row_ptr, words_ptr, masked, scratch_ptr, groups, top_k, top_p, by_k, least, uniform, best, scale, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
-        )  # fmt: skip
+        token = _draw_front(row, scratch_ptr, groups, top_k, top_p, by_k, least, uniform, best, scale, VOCAB, ROWS, MOST, PAIRS, TILES)
     else:
-        masses = _masses(row_ptr, words_ptr, masked, NONE, best, least, best, scale, VOCAB, ROWS, MASKS, TILES)
+        masses = _masses(row, NONE, best, least, best, scale, VOCAB, ROWS, TILES)
         mass = tl.sum(masses, 0)
         goal = tl.minimum(_share(uniform, mass), mass - 1)
-        token = _walk(row_ptr, words_ptr, masked, masses, goal, NONE, best, least, best, scale, VOCAB, ROWS, MASKS, TILES).to(tl.int64)
+        token = _walk(row, masses, goal, NONE, best, least, best, scale, VOCAB, ROWS, TILES).to(tl.int64)
     return token
 
 
@@ -414,23 +380,36 @@ ANYWHERE = [f"{name}_ptr" for name in POINTERS.split()]
 def _choose_kernel(
     logits_ptr: tl.tensor, slots_ptr: tl.tensor, lengths_ptr: tl.tensor, values_ptr: tl.tensor, seeds_ptr: tl.tensor, prompt_len_ptr: tl.tensor,
     young_until_ptr: tl.tensor, words_ptr: tl.tensor, mask_rows_ptr: tl.tensor, young_words_ptr: tl.tensor, table_ptr: tl.tensor, tokens_ptr: tl.tensor,
-    scratch_ptr: tl.tensor, positions_ptr: tl.tensor, ends_ptr: tl.tensor, where_ptr: tl.tensor, logits_stride: tl.tensor, words_stride: tl.tensor,
-    table_stride: tl.tensor, nobody: tl.tensor, line: tl.tensor, lines_end: tl.tensor,
+    scratch_ptr: tl.tensor, edits_ptr: tl.tensor, positions_ptr: tl.tensor, ends_ptr: tl.tensor, where_ptr: tl.tensor,
+    logits_stride: tl.tensor, words_stride: tl.tensor, table_stride: tl.tensor, nobody: tl.tensor, line: tl.tensor, lines_end: tl.tensor,
     VOCAB: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr, GOES_ON: tl.constexpr,
 ) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    slot, length = tl.load(slots_ptr + row), tl.load(lengths_ptr + row)
-    generated = length - tl.load(prompt_len_ptr + slot)
-    row_ptr = logits_ptr + row * logits_stride
-    masked = row < 0
+    at = tl.program_id(0).to(tl.int64)
+    slot, length = tl.load(slots_ptr + at), tl.load(lengths_ptr + at)
+    prompt_len = tl.load(prompt_len_ptr + slot)
+    generated = length - prompt_len
+    logits_ptr += at * logits_stride
+    masked, mask_ptr = at < 0, None
     if MASKS:
-        place = tl.load(mask_rows_ptr + row)
+        place = tl.load(mask_rows_ptr + at)
         masked = place >= 0
-        words_ptr += tl.maximum(place, 0) * words_stride
+        mask_ptr = words_ptr + tl.maximum(place, 0) * words_stride
         if (place < 0) & (generated < tl.load(young_until_ptr + slot)):
             masked = place < 0
-            words_ptr = young_words_ptr + slot * words_stride
-    first, groups = _best(row_ptr, words_ptr, masked, VOCAB, ROWS, MASKS)
+            mask_ptr = young_words_ptr + slot * words_stride
+    row = (logits_ptr, mask_ptr, masked, None, None)
+    if edits_ptr is None:
+        first, groups = _best(row, VOCAB, ROWS, 4)
+    else:
+        line_ptr, known_ptr = edits_ptr + slot * VOCAB, table_ptr + slot * table_stride
+        penalised, begin = wanted(values_ptr + slot * 7, prompt_len)
+        edited = (logits_ptr, mask_ptr, masked, line_ptr, penalised)
+        if penalised > 0:
+            penalise(logits_ptr, line_ptr, known_ptr, values_ptr + slot * 7, begin, prompt_len, length)
+            first, groups = _best(edited, VOCAB, ROWS, 2)
+        else:  # nothing is slower than without penalties
+            first, groups = _best(row, VOCAB, ROWS, 4)
+        row = edited
     key = (first >> 32).to(tl.int32)
     best = _value(key)
     token = _token(first)
@@ -439,18 +418,19 @@ def _choose_kernel(
         token = token * 0 - 1
     elif (tl.load(values_ptr) > 0) & (tl.load(values_ptr + 6) != 1):
         uniform = _uniform(tl.load(seeds_ptr + slot), generated)
-        token = _draw(
-            row_ptr, words_ptr, masked, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MASKS, MOST, PAIRS, TILES
-        )  # fmt: skip
-    where = tl.load(where_ptr + row)
+        token = _draw(row, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MOST, PAIRS, TILES)
+    if edits_ptr is not None:  # noqa: SIM102 - a constant of the compiler, then a number on the device
+        if penalised > 0:
+            forget(line_ptr, known_ptr, begin, length)
+    where = tl.load(where_ptr + at)
     tl.store(tokens_ptr + where, token, mask=where >= 0)
     tl.store(table_ptr + slot * table_stride + length, tl.maximum(token, 0).to(tl.int32))
     if GOES_ON:
         more = (slot != nobody).to(tl.int64)
-        tl.store(lengths_ptr + row, length + more)
-        tl.store(positions_ptr + row, tl.load(positions_ptr + row) + more)
-        tl.store(ends_ptr + row, tl.load(ends_ptr + row) + more)
-        tl.store(where_ptr + row, tl.where(where < 0, where, (where + line) % lines_end))
+        tl.store(lengths_ptr + at, length + more)
+        tl.store(positions_ptr + at, tl.load(positions_ptr + at) + more)
+        tl.store(ends_ptr + at, tl.load(ends_ptr + at) + more)
+        tl.store(where_ptr + at, tl.where(where < 0, where, (where + line) % lines_end))
 
 
 def scratch_width() -> int:
@@ -460,7 +440,8 @@ def scratch_width() -> int:
 
 def choose_tokens(
     logits: Tensor, slots: Tensor, lengths: Tensor, table: tuple[Tensor, Tensor, Tensor, Tensor], masks: tuple[Tensor, Tensor, Tensor] | None, known: Tensor,
-    tokens: Tensor, where: Tensor, scratch: Tensor, goes_on: tuple[Tensor, Tensor] | None = None, *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
+    tokens: Tensor, where: Tensor, scratch: Tensor, goes_on: tuple[Tensor, Tensor] | None = None, edits: Tensor | None = None,
+    *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
 ) -> None:  # fmt: skip
     """The next token of each row of logits [S, V] of any floating type; -1 where none can be chosen. It goes to tokens int64 [N] or [lines, N], seen as one
     line, at where int64 [S] of the row; nowhere if that is -1. `tokens` may be the host's: pinned.
@@ -470,7 +451,8 @@ def choose_tokens(
     that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
     or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
     `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's. And
-    `where` becomes the same place of the next line, behind the last one of the first.
+    `where` becomes the same place of the next line, behind the last one of the first. `edits` int32 [slots, V], zero before and after: rows whose slots have
+    penalties are chosen from with them, where their tokens are known[slot, :length]; these slots differ. Without it penalties are nothing to this kernel.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len, young_until = table
@@ -479,12 +461,15 @@ def choose_tokens(
     assert values.is_contiguous() and known.dtype == torch.int32 and known.stride(1) == 1
     words, places, young_words = masks if masks is not None else (slots, slots, slots)
     assert masks is None or words.stride() == young_words.stride()
+    assert edits is None or edits.is_contiguous() and edits.dtype == torch.int32 and edits.shape[1] == vocab and known.shape[1] <= SEEN.value
     if rows == 0:
         return
+    exactly = {} if edits is None else {"enable_fp_fusion": False}
     positions, ends = goes_on or (lengths, lengths)
     tiles = int(triton.next_power_of_2(triton.cdiv(vocab, lines * 32)))
     _choose_kernel[(rows,)](
-        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, positions, ends, where,
+        logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, edits, positions, ends, where,
         logits.stride(0), words.stride(0), known.stride(0), known.shape[0] - 1, tokens.shape[-1], tokens.numel(),
         VOCAB=vocab, ROWS=lines, MASKS=masks is not None, MOST=MOST, PAIRS=pairs, TILES=tiles, GOES_ON=goes_on is not None, num_warps=num_warps,
+        **exactly,
     )  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy.kernels.select import TokenKernel
-from tests.kernels.sampled import MIXTURE, PROMPT, Rows, assert_follow, distribution, rows_of
+from tests.kernels.sampled import MIXTURE, PENALTIES, PROMPT, Rows, assert_follow, distribution, rows_of, with_known
 
 sampling = pytest.importorskip("lmdeploy.kernels.triton_kernels.sampling", reason="triton is not installed")
 KERNEL = TokenKernel(sampling.choose_tokens, sampling.scratch_width())
@@ -23,11 +24,12 @@ def normal(rows: int, vocab: int, scale: float = 1.0, seed: int = 0) -> torch.Te
 def chosen(rows: Rows, masks: tuple[torch.Tensor, torch.Tensor] | None = None) -> list[int]:
     """The kernel's tokens, which it also notes in the token table; logits stay."""
     sampler, before = rows.sampler("cpu", KERNEL), rows.logits.clone()
-    tokens = torch.full((len(rows.params),), -7)
-    sampler.choose(rows.logits, torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths), tokens, masks)
+    tokens, table, penalties = torch.full((len(rows.params),), -7), sampler.tokens.clone(), bool(sampler.table.penalised.any())
+    sampler.choose(rows.logits, torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths), tokens, masks, penalties=penalties)
     assert torch.equal(rows.logits.view(torch.int32), before.view(torch.int32))
-    assert torch.equal(sampler.tokens[rows.slots, rows.lengths], tokens.clamp_min(0).int())
-    assert sampler.tokens.count_nonzero() == tokens.clamp_min(0).count_nonzero()
+    table[rows.slots, rows.lengths] = tokens.clamp_min(0).int()
+    assert torch.equal(sampler.tokens, table), "each token where it belongs, and nothing else"
+    assert (sampler._edits is not None) == penalties and (sampler._edits is None or not sampler._edits.any())
     return tokens.tolist()
 
 
@@ -205,3 +207,66 @@ def test_a_mask_of_a_young_answer_is_all_that_counts() -> None:
     rows = rows_of([{"ignore_eos": True, "stop_token_ids": (5,)}] * 2, torch.zeros(2, 40))
     only_five = torch.tensor([[1 << 5, 0]], dtype=torch.int32)
     assert chosen(rows, (only_five, torch.tensor([0, -1], dtype=torch.int32))) == [5, 0]
+
+
+def penalised(vocab: int, width: int, prompt: int, scale: float = 2.0, count: int = 16) -> Rows:
+    params = [{**MIXTURE[i % len(MIXTURE)], **PENALTIES[i % len(PENALTIES)]} for i in range(count)]
+    return with_known(rows_of(params, normal(count, vocab, scale)), width, prompt)
+
+
+# Tokens that are looked at in one go and in several; rows whose candidates suffice and flat ones.
+@pytest.mark.parametrize(("vocab", "width", "prompt", "scale"), [(257, 40, 7, 0.5), (3001, 700, 300, 2.0), (9000, 5000, 2500, 0.1)])
+def test_penalties_are_the_samplers(vocab: int, width: int, prompt: int, scale: float) -> None:
+    rows = penalised(vocab, width, prompt, scale)
+    found, edited = chosen(rows), rows.edited()
+    assert all(edited.permitted(found))
+    assert sum(a != b for a, b in zip(found, defined(rows), strict=True)) <= 1
+    assert found != defined(Rows(edited.params, rows.logits, rows.slots, rows.lengths, rows.known, prompt)), "they count"
+
+
+def test_rows_with_penalties_are_those_whose_logits_have_them() -> None:
+    """Whatever the logit: forbidden ones stay forbidden, 0 and -0 are no marks of anything, and what cannot be chosen from gives no token."""
+    rows = penalised(40, 60, 20)
+    assert rows.known is not None
+    rows.logits[:, ::3] = float("-inf")
+    rows.logits[:, 1::5] = 0.0
+    rows.logits[1::2, 1::5] *= -1.0
+    rows.logits[2, 4], rows.logits[3, 4], rows.logits[4] = float("nan"), float("inf"), float("-inf")
+    rows.known[2:4, 3] = 4
+    found = chosen(rows)
+    assert found == chosen(rows.edited())
+    assert [i for i, token in enumerate(found) if token < 0] == [2, 3, 4]
+    assert not any(token % 3 == 0 for token in found if token >= 0)
+
+
+def test_masks_and_young_answers_have_penalties_too() -> None:
+    vocab, rows = 301, penalised(301, 50, 20)
+    stops = [msgspec.structs.replace(p, min_new_tokens=19, stop_token_ids=tuple(range(i % 4, vocab, 3))) for i, p in enumerate(rows.params)]
+    rows = Rows(stops, rows.logits, rows.slots, rows.lengths, rows.known, rows.prompt)
+    words = torch.randint(-(2**31), 2**31, (4, -(-vocab // 32)), generator=torch.Generator().manual_seed(vocab)).int()
+    masks = words, torch.tensor([i // 4 if i % 4 == 1 else -1 for i in range(16)], dtype=torch.int32)
+    assert chosen(rows, masks) == chosen(rows.edited(), masks)
+
+
+def test_a_row_with_penalties_changes_none_of_its_mates() -> None:
+    """Which have none, or others; slots that nobody has neither."""
+    rows = penalised(300, 60, 20)
+    plain, found = rows.edited().params, chosen(rows)
+    for i in (3, 10):
+        assert rows.params[i] == plain[i]
+        part = rows.part(slice(i, i + 1))
+        assert chosen(part) == [found[i]]
+    sampler, tokens = rows.sampler("cpu", KERNEL), torch.zeros(3, dtype=torch.int64)
+    sampler.choose(rows.logits[:3], torch.tensor([16, 5, 16]), torch.tensor([1, 30, 1]), tokens, penalties=True)
+    assert tokens[[0, 2]].tolist() == rows.logits[[0, 2]].argmax(-1).tolist()
+
+
+def test_a_batch_of_penalised_rows_has_no_other_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits go to the kernel as the head gave them, and are penalised in float32."""
+    rows, seen = penalised(300, 60, 20), []
+    half = Rows(rows.params, rows.logits.bfloat16(), rows.slots, rows.lengths, rows.known, rows.prompt)
+    sampler = half.sampler("cpu", KERNEL)
+    monkeypatch.setattr(sampler, "choose", lambda logits, *rest, **options: seen.append(logits) or type(sampler).choose(sampler, logits, *rest, **options))
+    monkeypatch.setattr(sampler, "_edit", None)
+    assert sampler.sample(half.logits, rows.slots, rows.lengths).tolist() == defined(half.edited())
+    assert seen[0] is half.logits
