@@ -25,6 +25,7 @@ LONGEST = (
     "test_pipeline.py",
     "engine/test_guided.py",
     "kernels/triton/test_decode_direct.py",
+    "kernels/test_sampling_compiled.py",
     "serving/test_admin.py",
     "lite/test_smooth_quant.py",
     "serving/test_engine_failure.py",

@@ -1,26 +1,26 @@
 """Runs a compiled kernel's PTX on the CPU: programs one after the other, all threads of a program in step. For kernels that Triton's interpreter does not know,
-such as Gluon's: what is run is what the compiler made, layouts and copies included.
+such as Gluon's, and those whose warps meet in memory: what is run is what the compiler made, layouts, copies and barriers included.
 
 Only the instructions that such kernels have are known; another one raises. There is no model of time: cp.async lands at once, or with `late` only when it is
-waited for, and a right kernel gives the same either way. `Machine.races` names accesses to shared memory that no barrier keeps apart from another warp's, or that
-touch what cp.async may still write.
+waited for, and a right kernel gives the same either way. `Machine.races` names accesses to shared or global memory that no barrier keeps apart from another
+warp's of the same program and that may not meet (ptx_races.py), or touch what cp.async may still write.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-#: Where global memory begins, and how much shared memory a program has.
-BASE, SHARED = 1 << 40, 227 << 10
-WARP = 32
+from tests.kernels.ptx_alu import LOCAL, WARP, Alu, Array, bits_of, cut, floats, names_in, wide, width_of, words_of
+from tests.kernels.ptx_races import CHANGE, LOOK, READ, SWAP, WRITE, Races
+
+#: Where global memory begins; how much memory a thread has for its own, and a program to share.
+BASE, OWN, SHARED = 1 << 40, 64, 227 << 10
 MOST_STEPS = 1_000_000
+NEVER_SET = 0xA5A5A5A5A5A5A5A5  # in a register: a compiler may have half of a number be anything
 LANE = np.arange(WARP)
 
 
@@ -28,7 +28,7 @@ class Memory:
     """Global memory."""
 
     def __init__(self, size: int) -> None:
-        self.data = np.zeros(size, np.uint8)
+        self.data = np.zeros(-(-size // 512) * 512, np.uint8)
         self.used = 512
 
     def put(self, array: Array) -> int:
@@ -51,41 +51,6 @@ class Instruction(NamedTuple):
     negated: bool
     op: str
     operands: list[str]
-
-
-def _width(kind: str) -> int:
-    return int(kind.lstrip("busf"))
-
-
-def _cut(value: Array, width: int) -> Array:
-    return value.astype(np.uint64) & np.uint64((1 << width) - 1)
-
-
-def _signed(value: Array, width: int) -> Array:
-    return (value.astype(np.int64) << (64 - width)) >> (64 - width) if width < 64 else value.astype(np.uint64).view(np.int64)
-
-
-def _float(value: Array) -> Array:
-    return _cut(value, 32).astype(np.uint32).view(np.float32)
-
-
-def _bits(value: Array) -> Array:
-    return np.ascontiguousarray(value, np.float32).view(np.uint32).astype(np.uint64)
-
-
-def wide(value: Array) -> Array:
-    """Floats of bfloat16's bits."""
-    return (_cut(value, 16).astype(np.uint32) << 16).view(np.float32)
-
-
-def narrow(value: Array) -> Array:
-    """Bits of bfloat16, to the nearest, even."""
-    bits = _bits(value)
-    return ((bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)) & np.uint64(0xFFFF)
-
-
-def _listed(operand: str) -> list[str]:
-    return [part.strip() for part in operand.strip("{}").split(",")]
 
 
 def _renamed(statement: str, scopes: list[dict[str, str]]) -> str:
@@ -132,44 +97,6 @@ def parsed(ptx: str) -> tuple[list[str], list[Instruction], dict[str, int]]:
     return re.findall(r"(\w+_param_\d+)", head), code, labels
 
 
-class Races:
-    """What warps do to shared memory between two barriers."""
-
-    def __init__(self, threads: int) -> None:
-        self.warp, self.epoch, self.found = np.arange(threads) // WARP, 1, set[str]()
-        self.written, self.writer, self.read, self.lowest, self.highest, self.pending = (np.zeros(SHARED // 4, np.int64) for _ in range(6))
-
-    def touch(self, what: str, addresses: Array, size: int, live: Array, write: bool) -> None:
-        """Note the threads' accesses, and those that are not allowed."""
-        words = (addresses[live].astype(np.int64)[:, None] + np.arange(0, size, 4)) // 4
-        warp = np.broadcast_to(self.warp[live][:, None], words.shape).reshape(-1)
-        words = words.reshape(-1)
-        bad = (self.written[words] == self.epoch) & (self.writer[words] != warp) | (self.pending[words] > 0)
-        if write:
-            bad |= (self.read[words] == self.epoch) & ((self.lowest[words] != warp) | (self.highest[words] != warp))
-            self.written[words], self.writer[words] = self.epoch, warp
-        else:
-            first = words[self.read[words] != self.epoch]
-            self.lowest[first], self.highest[first], self.read[first] = 1 << 30, -1, self.epoch
-            np.minimum.at(self.lowest, words, warp)
-            np.maximum.at(self.highest, words, warp)
-        if bad.any():
-            self.found.add(what)
-
-    def begun(self, addresses: Array, size: int, live: Array) -> None:
-        """cp.async may write there from now on."""
-        self.touch("cp.async", addresses, size, live, True)
-        words = (addresses[live].astype(np.int64)[:, None] + np.arange(0, size, 4)) // 4
-        self.pending[words] += 1
-        self.written[words] = 0
-
-    def landed(self, addresses: Array, size: int, live: Array) -> None:
-        """It has, as the threads that asked for it know."""
-        words = (addresses[live].astype(np.int64)[:, None] + np.arange(0, size, 4)) // 4
-        self.pending[words], self.written[words] = 0, self.epoch
-        self.writer[words] = self.warp[live][:, None]
-
-
 @dataclass
 class Copy:
     """One cp.async of all threads: where to, how many bytes, of whom, and what."""
@@ -184,11 +111,13 @@ class Copy:
 class State:
     """A program's registers and shared memory, and copies that have not been waited for: groups of them, and the group that is open."""
 
-    races: Races
+    races: Races  # in shared memory
+    far: Races  # in global memory
     threads: int
     place: tuple[int, int, int]
     registers: dict[str, Array] = field(default_factory=dict)
     shared: Array = field(default_factory=lambda: np.full(SHARED, 0xFF, np.uint8))
+    local: dict[int, Array] = field(default_factory=dict)  # by place, a byte of each thread
     groups: list[list[Copy]] = field(default_factory=list)
     open: list[Copy] = field(default_factory=list)
 
@@ -197,26 +126,29 @@ class Machine:
     """A kernel of so many threads a program."""
 
     def __init__(self, ptx: str, threads: int) -> None:
-        self.threads, self.races = threads, set[str]()
+        self.threads, self.races = threads, set[tuple[str, int]]()  # what, and at which address
         self.parameters, self.code, self.labels = parsed(ptx)
+        self.ran = np.zeros(len(self.code), bool)  # which instructions
 
-    def run(self, memory: Memory, arguments: list[int], grid: tuple[int, int], *, late: bool = False) -> None:
-        """Run all programs; arguments as the kernel's parameters, those of Triton's own left out."""
-        self.memory, self.grid, self.late = memory, (*grid, 1), late
+    def run(self, memory: Memory, arguments: list[int], grid: tuple[int, int], *, late: bool = False, backwards: bool = False) -> None:
+        """Run all programs; arguments as the kernel's parameters, those of Triton's own left out. `backwards`: atomics of the last thread come first."""
+        self.memory, self.grid, self.late, self.backwards = memory, (*grid, 1), late, backwards
         self.arguments = dict(zip(self.parameters, arguments + [0] * (len(self.parameters) - len(arguments)), strict=True))
         for y in range(grid[1]):
             for x in range(grid[0]):
                 self._program((x, y, 0))
 
     def _program(self, place: tuple[int, int, int]) -> None:
-        self.state = State(Races(self.threads), self.threads, place)
-        at = steps = 0
+        self.state = State(
+            Races(self.threads, SHARED // 4, 0, copies=True), Races(self.threads, self.memory.used // 4, BASE, copies=False), self.threads, place
+        )
+        at, steps, every = 0, 0, np.ones(self.threads, bool)
         with np.errstate(all="ignore"):
             while at < len(self.code):
-                now = self.code[at]
+                now, self.ran[at] = self.code[at], True
                 at, steps = at + 1, steps + 1
                 assert steps < MOST_STEPS, "it does not end"
-                live = np.ones(self.threads, bool) if not now.guard else self.state.registers[now.guard] ^ now.negated
+                live = every if not now.guard else self.state.registers[now.guard] ^ now.negated
                 if now.op.split(".")[0] == "bra":
                     assert live.all() or not live.any(), "threads part"
                     at = self.labels[now.operands[0]] if live.all() else at
@@ -224,7 +156,7 @@ class Machine:
                     break
                 else:
                     self._execute(now, live)
-        self.races |= self.state.races.found
+        self.races |= self.state.races.found | self.state.far.found
 
     # operands
     def _value(self, name: str) -> Array:
@@ -232,13 +164,15 @@ class Machine:
             return self.state.registers[name]
         if name == "%tid.x":
             return np.arange(self.threads, dtype=np.uint64)
-        if name.startswith("%"):
-            axis = "xyz".index(name[-1])
-            number = {"%ctaid": self.state.place, "%nctaid": self.grid}[name.split(".")[0]][axis]
-        elif name == "global_smem":
+        if "ctaid." in name:
+            number = (self.state.place if name.startswith("%ctaid") else self.grid)["xyz".index(name[-1])]
+        elif name.startswith("%"):
+            assert re.fullmatch(r"%[a-z]+\d+", name), name
+            number = NEVER_SET
+        elif name in ("global_smem", "__local_depot0"):
             number = 0
         else:
-            number = int(name[2:], 16) if name.startswith("0f") else int(name.rstrip("U"), 0)
+            number = int(name[2:], 16) if name[:2] in ("0f", "0d") else int(name.rstrip("U"), 0)
         return np.full(self.threads, number & (2**64 - 1), np.uint64)
 
     def _address(self, operand: str) -> Array:
@@ -247,11 +181,11 @@ class Machine:
         return self._value(match[1]) + np.uint64(int(match[2] or "0", 0) & (2**64 - 1))
 
     def _set(self, name: str, value: Array, live: Array) -> None:
-        old = self.state.registers.get(name)
-        self.state.registers[name] = value if live.all() or old is None else np.where(live, value, old)
+        old = None if live.all() else self.state.registers.get(name)
+        self.state.registers[name] = value if old is None else np.where(live, value, old)
 
     def _execute(self, now: Instruction, live: Array) -> None:
-        words = now.op.replace("::cta", "").split(".")
+        words = words_of(now.op)
         if now.op.startswith("cp.async"):
             self._copies(now, live)
         elif now.op.startswith("ld.param"):
@@ -263,14 +197,15 @@ class Machine:
         elif words[0] == "mma":
             self._multiplies(now)
         elif words[0] in ("atom", "red"):
-            self._adds(now, words, live)
+            self._atomics(now, words, live)
         elif words[0] == "bar" or words[0] == "barrier":
-            self.state.races.epoch += "warp" not in words
+            for races in (self.state.races, self.state.far):
+                races.epoch += "warp" not in words
         elif words[0] == "mov" and now.operands[0].startswith("{"):
-            names, value = _listed(now.operands[0]), self._value(now.operands[1])
-            width = _width(words[-1]) // len(names)
+            names, value = names_in(now.operands[0]), self._value(now.operands[1])
+            width = width_of(words[-1]) // len(names)
             for i, name in enumerate(names):
-                self._set(name, _cut(value >> np.uint64(width * i), width), live)
+                self._set(name, cut(value >> np.uint64(width * i), width), live)
         elif words[0] not in ("griddepcontrol", "prefetch"):
             self._set(now.operands[0].split("|")[0], Alu(self, words, now.operands).result(), live)
 
@@ -300,15 +235,29 @@ class Machine:
         if now:
             self.state.shared[copy.to[copy.live][:, None] + np.arange(copy.size)] = copy.what[copy.live]
 
+    def _own(self, now: Instruction, width: int, live: Array) -> None:
+        """A thread's own memory, at a place that is the same for all."""
+        load = now.op.startswith("ld")
+        place, name = (now.operands[1], now.operands[0]) if load else now.operands[:2]
+        at = int(self._address(place)[0]) - LOCAL
+        assert live.all() and 0 <= at <= OWN - width
+        byte = [np.uint64(8 * i) for i in range(width)]
+        if load:
+            self._set(name, sum((self.state.local[at + i] << byte[i] for i in range(width)), np.zeros(self.threads, np.uint64)), live)
+        else:
+            self.state.local |= {at + i: (self._value(name) >> byte[i]) & np.uint64(255) for i in range(width)}
+
     def _moves(self, now: Instruction, words: list[str], live: Array) -> None:
-        width, load, shared = _width(words[-1]) // 8, words[0] == "ld", "shared" in words
+        width, load, shared = width_of(words[-1]) // 8, words[0] == "ld", "shared" in words
+        if len(words) == 2:
+            return self._own(now, width, live)
         place, listed = (now.operands[1], now.operands[0]) if load else now.operands[:2]
-        names, address = _listed(listed), self._address(place)
+        names, address = names_in(listed), self._address(place)
         where, size = (self.state.shared, width * len(names)) if shared else (self.memory.data, width * len(names))
         at = np.where(live, address.astype(np.int64) - (0 if shared else BASE), 0)
         assert (at >= 0).all() and (at + size <= where.size).all() and (at % size == 0).all(), (now, "is outside, or not aligned")
-        if shared:
-            self.state.races.touch(now.op, address, size, live, not load)
+        kind = WRITE if not load else LOOK if "volatile" in words else READ
+        (self.state.races if shared else self.state.far).touch(now.op, at, size, live, kind)
         for i, name in enumerate(names):
             places = at[:, None] + i * width + np.arange(width)
             if load:
@@ -317,189 +266,57 @@ class Machine:
                 self._set(name, value.view(np.uint64)[:, 0], live)
             else:
                 where[places[live]] = np.ascontiguousarray(self._value(name)).view(np.uint8).reshape(-1, 8)[live, :width]
+        return None
 
     def _matrices(self, now: Instruction, words: list[str]) -> None:
+        """A thread has two neighbours of a row, or of a column, of 8 times 8 halves; their rows are where the threads say."""
         load = words[0] == "ldmatrix"
         place, listed = (now.operands[1], now.operands[0]) if load else now.operands[:2]
-        assert "trans" not in words
         rows = self._address(place).astype(np.int64).reshape(-1, WARP)
-        for i, name in enumerate(_listed(listed)):
-            at = (rows[:, 8 * i + LANE // 4] + LANE % 4 * 4).reshape(-1)
-            self.state.races.touch(now.op, at, 4, np.ones(self.threads, bool), not load)
-            places = at[:, None] + np.arange(4)
+        group, thread, every = LANE // 4, LANE % 4, np.ones(self.threads, bool)
+        for i, name in enumerate(names_in(listed)):
+            value = np.zeros((self.threads, 8), np.uint8) if load else np.ascontiguousarray(self._value(name)).view(np.uint8).reshape(-1, 8)
+            halves = [rows[:, 8 * i + 2 * thread + j] + 2 * group if "trans" in words else rows[:, 8 * i + group] + 4 * thread + 2 * j for j in (0, 1)]
+            at = np.stack(halves, -1).reshape(-1, 2)
+            self.state.races.touch(now.op, at, 2, every, READ if load else WRITE)
+            byte = (at[..., None] + np.arange(2)).reshape(-1, 4)
             if load:
-                value = np.zeros((self.threads, 8), np.uint8)
-                value[:, :4] = self.state.shared[places]
-                self.state.registers[name] = value.view(np.uint64)[:, 0]
+                value[:, :4] = self.state.shared[byte]
             else:
-                self.state.shared[places] = np.ascontiguousarray(self._value(name)).view(np.uint8).reshape(-1, 8)[:, :4]
+                self.state.shared[byte] = value[:, :4]
+            if load:
+                self.state.registers[name] = value.view(np.uint64)[:, 0]
 
     def _multiplies(self, now: Instruction) -> None:
         """m16n8k16 of bfloat16."""
         assert now.op == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
         group, thread, warps = LANE // 4, LANE % 4, self.threads // WARP
         left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
-        for i, name in enumerate(_listed(now.operands[1])):
+        for i, name in enumerate(names_in(now.operands[1])):
             for half in (0, 1):
                 left[:, group + 8 * (i % 2), 2 * thread + half + 8 * (i // 2)] = wide(self._value(name) >> np.uint64(16 * half)).reshape(warps, WARP)
-        for i, name in enumerate(_listed(now.operands[2])):
+        for i, name in enumerate(names_in(now.operands[2])):
             for half in (0, 1):
                 right[:, 2 * thread + half + 8 * i, group] = wide(self._value(name) >> np.uint64(16 * half)).reshape(warps, WARP)
         product = left @ right
-        totals = [_float(self._value(name)) for name in _listed(now.operands[3])]
-        for i, name in enumerate(_listed(now.operands[0])):
+        totals = [floats(self._value(name)) for name in names_in(now.operands[3])]
+        for i, name in enumerate(names_in(now.operands[0])):
             part = product[:, group + 8 * (i // 2), 2 * thread + i % 2].reshape(-1)
-            self.state.registers[name] = _bits((totals[i] + part).astype(np.float32))
+            self.state.registers[name] = bits_of((totals[i] + part).astype(np.float32))
 
-    def _adds(self, now: Instruction, words: list[str], live: Array) -> None:
+    def _atomics(self, now: Instruction, words: list[str], live: Array) -> None:
+        """One thread after another."""
         target, place, more = now.operands if words[0] == "atom" else ("", *now.operands)
-        assert "add" in words
-        at, value, kind = self._address(place).astype(np.int64) - BASE, self._value(more), np.dtype(f"u{_width(words[-1]) // 8}")
-        old = np.zeros(self.threads, np.uint64)
-        for i in np.flatnonzero(live):
-            cell = self.memory.data[at[i] : at[i] + kind.itemsize].view(kind)
-            old[i] = cell[0]
-            cell[0] += value[i].astype(kind)
+        change = {"add": lambda old, new: old + new, "or": lambda old, new: old | new, "exch": lambda old, new: new}[words[-2]]
+        assert "global" in words and words[-1][0] in "bus", now
+        kind = np.dtype(f"u{width_of(words[-1]) // 8}")
+        at, value = np.where(live, self._address(place).astype(np.int64) - BASE, 0), self._value(more).astype(kind)
+        assert (at >= 0).all() and (at % kind.itemsize == 0).all(), (now, "is outside, or not aligned")
+        self.state.far.touch(now.op, at, kind.itemsize, live, SWAP if "exch" in words else CHANGE)
+        old, cells = np.zeros(self.threads, np.uint64), self.memory.data.view(kind)
+        for i in np.flatnonzero(live)[:: -1 if self.backwards else 1]:
+            cell = at[i] // kind.itemsize
+            old[i] = cells[cell]
+            cells[cell] = change(cells[cell], value[i])
         if target:
             self._set(target, old, live)
-
-
-class Alu:
-    """An instruction that makes a register of registers."""
-
-    def __init__(self, machine: Machine, words: list[str], operands: list[str]) -> None:
-        self.machine, self.words, self.operands, self.kind = machine, words, operands, words[-1]
-        self.width = _width(self.kind) if re.fullmatch(r"[busf]\d+", self.kind) else 64
-
-    def value(self, i: int) -> Array:
-        """An operand, as it is."""
-        return self.machine._value(self.operands[i])
-
-    def number(self, i: int) -> Array:
-        """An operand of the instruction's type."""
-        if self.kind == "f32":
-            return _float(self.value(i))
-        return _signed(_cut(self.value(i), self.width), self.width) if self.kind[0] == "s" else _cut(self.value(i), self.width)
-
-    def truth(self, i: int) -> Array:
-        """An operand that is a predicate."""
-        name = self.operands[i]
-        return self.machine.state.registers[name] if name in self.machine.state.registers else np.full(self.machine.threads, int(name) != 0)
-
-    def result(self) -> Array:
-        """What is to be stored."""
-        if self.kind == "pred":
-            return self._truths()
-        name = self.words[0]
-        known: dict[str, Callable[[], Array]] = {
-            "mov": self._moved,
-            "setp": self._compared,
-            "selp": lambda: np.where(self.truth(3), self.value(1), self.value(2)),
-            "cvt": self._converted,
-            "prmt": self._permuted,
-            "lop3": self._tabled,
-            "redux": lambda: _cut(np.repeat({"max": np.max, "add": np.sum}[self.words[2]](self.number(1).reshape(-1, WARP), axis=1), WARP), 32),
-            "shfl": lambda: self.value(1)[np.arange(self.machine.threads) ^ int(self.value(2)[0])],
-        }
-        if name in known:
-            return known[name]()
-        if self.kind == "f32":
-            return self._floating()
-        return self._halves() if self.kind.startswith("bf16") else self._whole(name)
-
-    def _truths(self) -> Array:
-        pairs = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-        if self.words[0] in pairs:
-            return pairs[self.words[0]](self.truth(1), self.truth(2))
-        return ~self.truth(1) if self.words[0] == "not" else self.truth(1)
-
-    def _moved(self) -> Array:
-        if not self.operands[1].startswith("{"):
-            return _cut(self.value(1), self.width)
-        parts = _listed(self.operands[1])
-        width, total = self.width // len(parts), np.zeros(self.machine.threads, np.uint64)
-        for i, part in enumerate(parts):
-            total |= _cut(self.machine._value(part), width) << np.uint64(width * i)
-        return total
-
-    def _compared(self) -> Array:
-        compare = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-        return compare[self.words[1]](self.number(1), self.number(2))
-
-    def _permuted(self) -> Array:
-        both, total = _cut(self.value(1), 32) | (_cut(self.value(2), 32) << np.uint64(32)), np.zeros(self.machine.threads, np.uint64)
-        for i in range(4):
-            place = ((self.value(3) >> np.uint64(4 * i)) & np.uint64(7)) * np.uint64(8)
-            total |= ((both >> place) & np.uint64(255)) << np.uint64(8 * i)
-        return total
-
-    def _tabled(self) -> Array:
-        a, b, c, table, total = self.value(1), self.value(2), self.value(3), int(self.value(4)[0]), np.zeros(self.machine.threads, np.uint64)
-        for i in range(8):
-            if table >> i & 1:
-                total |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-        return _cut(total, 32)
-
-    def _floating(self) -> Array:
-        a = self.number(1)
-        b = self.number(2) if len(self.operands) > 2 else a
-        known: dict[str, Callable[[], Array]] = {
-            "fma": lambda: (a.astype(np.float64) * b + self.number(3)).astype(np.float32),
-            "add": lambda: a + b,
-            "sub": lambda: a - b,
-            "mul": lambda: a * b,
-            "div": lambda: a / b,
-            "rsqrt": lambda: 1 / np.sqrt(a),
-            "ex2": lambda: np.exp2(a),
-            "neg": lambda: -a,
-        }
-        return _bits(known[self.words[0]]())
-
-    def _halves(self) -> Array:
-        operate, total = {"mul": np.multiply, "add": np.add}[self.words[0]], np.zeros(self.machine.threads, np.uint64)
-        for shift in (0, 16) if self.kind == "bf16x2" else (0,):
-            total |= narrow(operate(wide(self.value(1) >> np.uint64(shift)), wide(self.value(2) >> np.uint64(shift)))) << np.uint64(shift)
-        return total
-
-    def _converted(self) -> Array:
-        to, of, value = self.words[-2], self.words[-1], self.value(1)
-        if to == "bf16x2":
-            return (narrow(_float(value)) << np.uint64(16)) | narrow(_float(self.value(2)))
-        if of == "f16":
-            source = _cut(value, 16).astype(np.uint16).view(np.float16).astype(np.float32)
-        else:
-            source = wide(value) if of == "bf16" else self.number(1)
-        if to in ("f32", "bf16"):
-            return _bits(source.astype(np.float32)) if to == "f32" else narrow(source)
-        return _cut(np.trunc(source.astype(np.float64)).astype(np.int64) if of == "f32" else source, _width(to))
-
-    def _whole(self, name: str) -> Array:
-        a = self.number(1)
-        b = self.number(2) if len(self.operands) > 2 else a
-        shift = _cut(self.value(2), 32) if len(self.operands) > 2 else a
-        if name in ("mul", "mad"):
-            product = a * b
-            if self.words[1] == "hi":
-                assert self.width == 32 and name == "mul", self.words
-                return _cut(product >> product.dtype.type(32), 32)
-            width = 2 * self.width if self.words[1] == "wide" else self.width
-            return _cut(product.astype(np.uint64) + self.value(3) if name == "mad" else product, width)
-        known: dict[str, Callable[[], Array]] = {
-            "not": lambda: ~a,
-            "neg": lambda: -a,
-            "and": lambda: a & b,
-            "or": lambda: a | b,
-            "xor": lambda: a ^ b,
-            "shl": lambda: a << shift.astype(a.dtype),
-            "shr": lambda: a >> shift.astype(a.dtype),
-            "bfe": lambda: (a >> shift.astype(a.dtype)) & a.dtype.type((1 << int(self.value(3)[0])) - 1),
-            "add": lambda: a + b,
-            "sub": lambda: a - b,
-            "min": lambda: np.minimum(a, b),
-            "max": lambda: np.maximum(a, b),
-            "div": lambda: np.trunc(a / b).astype(a.dtype),
-            "rem": lambda: a - np.trunc(a / b).astype(a.dtype) * b,
-        }
-        if name == "bfe" and self.kind[0] == "s":
-            return _cut(_signed(known["bfe"](), int(self.value(3)[0])), self.width)
-        return _cut(known[name](), self.width)

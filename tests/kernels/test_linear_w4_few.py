@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.kernels.ptx_machine import Array, Machine, Memory, narrow, wide
+from tests.kernels.ptx_alu import Array, narrow, wide
+from tests.kernels.ptx_machine import Machine, Memory
 
 compiler = pytest.importorskip("triton.compiler", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
