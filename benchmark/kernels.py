@@ -229,24 +229,35 @@ def decode_case(heads: int, kv_len: int, sequences: int, dtype: torch.dtype, poo
     return Case(f"rope_attention kv{policy} B={sequences} kv={kv_len}", nbytes, 4.0 * sequences * kv_len * heads * HEAD_DIM, len(layers), run)
 
 
-def choose_case(rows: int, dtype: torch.dtype, kind: str) -> Case:
-    """The choice of a token of each row, by the kernel that a step has. `kind`: greedy, or seeded with top-k 40, top-p 0.9 and a temperature."""
+DRAWS: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "top-k, top-p": {"temperature": 0.8, "top_k": 40, "top_p": 0.9},
+    "top-p": {"temperature": 0.8, "top_p": 0.8},
+}
+
+
+def choose_case(rows: int, dtype: torch.dtype, kind: str, known: int | None = None) -> Case:
+    """The choice of a token of each row, by the kernel that a step has. `kind`: of DRAWS, seeded. `known`: penalties are looked for, over so many tokens of each
+    row; with 0 no row has any."""
     kernel = token_kernel("cuda")
     assert kernel is not None
-    drawn = SamplingParams(max_new_tokens=9, temperature=0.8, top_k=40, top_p=0.9, seed=1)
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.1} if known else {}
     with torch.device("cpu"):  # where the table keeps its own
         table = SamplingTable(rows, VOCAB, torch.device("cuda"))
         for slot in range(rows):
-            table.set(slot, SamplingParams(max_new_tokens=9) if kind == "greedy" else drawn, 1)
+            table.set(slot, SamplingParams(max_new_tokens=9, seed=1, **DRAWS[kind], **penalties), (known or 2) // 2)
         table.refresh()
-    logits, slots, lengths = torch.randn(4, rows, VOCAB).to(dtype), torch.arange(rows), torch.ones(rows, dtype=torch.int64)
-    known, tokens = torch.zeros(rows + 1, 4, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
+    length = max(known or 0, 1)
+    logits, slots, lengths = torch.randn(4, rows, VOCAB).to(dtype), torch.arange(rows), torch.full((rows,), length)
+    tokens_of, tokens = torch.randint(VOCAB, (rows + 1, length + 3)).int(), torch.empty(rows, dtype=torch.int64)
     scratch = torch.zeros(rows + 1, kernel.scratch_width, dtype=torch.int64)
+    edits = None if known is None else torch.zeros(rows, VOCAB, dtype=torch.int32)
 
     def run(_: Kernels, i: int) -> None:
-        kernel.choose(logits[i], slots, lengths, table.columns, None, known, tokens, slots, scratch)
+        kernel.choose(logits[i], slots, lengths, table.columns, None, tokens_of, tokens, slots, scratch, None, edits)
 
-    return Case(f"choose_tokens {kind} S={rows}", logits[0].nbytes, 0, 4, run)
+    name = "" if known is None else f" penalties of {known}" if known else " no penalties"
+    return Case(f"choose_tokens {kind} S={rows}{name}", logits[0].nbytes + (4 * rows * VOCAB if known else 0), 0, 4, run)
 
 
 def memory_of(fmt: KVFormat, blocks: int, dtype: torch.dtype) -> Tensor:
@@ -343,7 +354,7 @@ def cuda_cases(sizes: Sizes, rows: list[int], dtype: torch.dtype, pool: Tensor) 
     yield attention_case(sizes.heads, 4096, 4096, 1, dtype, pool)
     for count in (1, 64, 4096):
         yield from small_cases(sizes, count, dtype)
-    yield from (choose_case(count, dtype, kind) for count in (1, 64, 256) for kind in ("greedy", "top-k, top-p"))
+    yield from (choose_case(count, dtype, kind, known) for count in (1, 64, 256) for kind in DRAWS for known in (None, 0, 500, 4000))
 
 
 def on_cuda(args: argparse.Namespace, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ LINE = re.compile(r"(\S.*\S) +([\d.]+) us +([\d.]+) GB/s +\d+ GFLOP/s floor +([\
     [
         (" o T=8", {"linear o T=8", "linear_w4 o T=8", "linear_w8 int8 o T=8", "linear_w8 fp8 g128 o T=8", "linear_w8a8 fp8 o T=8"}),
         ("kv=2000", {"rope_attention kv16 B=64 kv=2000", "rope_attention kv4 B=1 kv=2000", "rope_attention kvfp8 B=1 kv=2000"}),
-        ("choose", {"choose_tokens greedy S=256", "choose_tokens top-k, top-p S=64"}),
+        ("choose", {"choose_tokens greedy S=256", "choose_tokens top-k, top-p S=64", "choose_tokens top-p S=1 penalties of 4000"}),
     ],
 )
 def test_each_kernel_stands_next_to_its_floor(only: str, names: set[str]) -> None:
