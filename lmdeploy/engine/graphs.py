@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -343,10 +343,13 @@ class StepGraphs:
     def _step(self, shape: Shape) -> None:
         """The whole step, from the device's own tables."""
         parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
-        slots, places, where = parts[6:]
         inputs = self._builder.on_device(Places(*parts[:6]), [], [], shape.decodes)
         logits = self._logits[: shape.sequences]
         self._model.raw_logits(self._model.forward(inputs), logits)
+        self._choose(shape, parts, logits)
+
+    def _choose(self, shape: Shape, parts: Sequence[Tensor], logits: Tensor) -> None:
         positions, ends = parts[0], parts[3]
+        slots, places, where = parts[6:]
         goes_on, penalties = None if shape.tokens else (positions, ends), self._sampler.table.graphs_penalise
         self._sampler.choose(logits, slots, places, self._lines, goes_on=goes_on, where=where, penalties=penalties)

@@ -40,6 +40,8 @@ class Replayed:
         logits = torch.zeros((shape.sequences, graphs._model.spec.vocab_size))
         graphs._model.raw_logits(graphs._model.forward(inputs), logits)
         graphs._logits[: shape.sequences] = logits
+        if graphs._sampler.kernel is not None:  # in Triton's interpreter: tests/kernels/triton/test_penalised_steps.py
+            return graphs._choose(shape, parts, logits)
         rows = torch.nonzero(parts[6] != graphs._filler)[:, 0]
         lines, where = graphs._lines, parts[8]
         assert (where[rows] >= 0).all() and (where.sum() == where[rows].sum() - (len(where) - len(rows)))
@@ -47,6 +49,7 @@ class Replayed:
         for part in (parts[0], parts[3], parts[7]):  # the next step's, as the kernel leaves them
             part[rows] += 1
         where[rows] = (where[rows] + lines.shape[1]) % lines.numel()
+        return None
 
     def reset(self) -> None:
         """Nothing is held."""
@@ -94,11 +97,11 @@ def no_prompts_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runners, "REPEATS", 5)
 
 
-def engine_of(folder: Path, kind: type[ModelRunner], blocks: int) -> tuple[Engine, ModelRunner]:
-    config = TurbomindEngineConfig(dtype="float32", max_batch_size=8, max_prefill_token_num=64)
-    runner = kind(load_model(folder), config, PoolRequest(blocks, 4, 64), CPU, torch.float32, graphed=kind is EagerRunner)
+def engine_of(folder: Path, kind: type[ModelRunner], blocks: int, batch: int = 8) -> tuple[Engine, ModelRunner]:
+    config = TurbomindEngineConfig(dtype="float32", max_batch_size=batch, max_prefill_token_num=64)
+    runner = kind(load_model(folder), config, PoolRequest(blocks, 4, 64), CPU, torch.float32, graphed=issubclass(kind, EagerRunner))
     info = EngineInfo(
-        session_len=64, vocab_size=runner.model.spec.vocab_size, max_batch_size=8, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0
+        session_len=64, vocab_size=runner.model.spec.vocab_size, max_batch_size=batch, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0
     )
     executor = LocalExecutor(runner, info)
     options: dict[str, Any] = {"max_prefill_token_num": 64, "max_waiting": 100, "enable_prefix_caching": True, "rope_depends_on_length": False}
