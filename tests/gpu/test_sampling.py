@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmdeploy.engine.guided import StepMask
-from tests.kernels.sampled import MIXTURE, Rows, assert_follow, distribution, rows_of
+from tests.kernels.sampled import MIXTURE, PENALTIES, Rows, assert_follow, distribution, rows_of, with_known
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -115,3 +115,70 @@ def test_a_graph_draws_anew_with_each_replay() -> None:
         assert tokens[:count].tolist() == tokens_on("cuda", now)
         assert tokens[count:].tolist() == now.logits[:spare].argmax(-1).tolist()
         assert sampler.tokens[slots[:count], lengths[:count]].tolist() == tokens[:count].tolist()
+
+
+def penalised(count: int, vocab: int, width: int, scale: float, dtype: torch.dtype = torch.float32) -> Rows:
+    params = [{**MIXTURE[(i + count) % len(MIXTURE)], **PENALTIES[i % len(PENALTIES)]} for i in range(count)]
+    return with_known(rows_of(params, normal(count, scale, vocab).to(dtype)), width, width // 3, seed=count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("count", "vocab", "width", "scale"), [(1, VOCAB, 60, 3.0), (64, VOCAB, 700, 3.0), (256, VOCAB, 5000, 1.0), (64, 5121, 3000, 0.05), (64, 31, 300, 2.0)]
+)
+def test_tokens_with_penalties_are_those_of_the_cpu(count: int, vocab: int, width: int, scale: float, dtype: torch.dtype) -> None:
+    """Again and again: nothing of a step is left to the next one."""
+    rows = penalised(count, vocab, width, scale, dtype)
+    sampler, wanted = rows.sampler("cuda"), tokens_on("cpu", rows)
+    first = sampler.sample(rows.logits.cuda(), rows.slots, rows.lengths).tolist()
+    assert sum(a != b for a, b in zip(first, wanted, strict=True)) <= 1 + count // 32, "other tokens at a border of the distribution only"
+    assert all(rows.edited().permitted(first))
+    for _ in range(50):
+        assert sampler.sample(rows.logits.cuda(), rows.slots, rows.lengths).tolist() == first
+    assert sampler._edits is not None and not sampler._edits.any()
+
+
+def test_a_penalised_row_gives_the_same_token_alone_and_in_a_batch() -> None:
+    rows = penalised(112, 5120, 200, 2.0)
+    together = tokens_on("cuda", rows)
+    assert [tokens_on("cuda", rows.part(slice(i, i + 1)))[0] for i in range(112)] == together
+
+
+def test_a_graph_penalises_over_the_tokens_that_are_known_when_it_runs() -> None:
+    """One launch for rows with penalties and without, the graph's own fillers among them; each replay finds the tokens of those before."""
+    count, spare = 24, 3
+    rows = penalised(count, VOCAB, 80, 2.0, torch.bfloat16)
+    sampler, plain = rows.sampler("cuda"), rows.sampler("cpu")
+    sampler.table.refresh()
+    slots = torch.tensor([*rows.slots, *[count] * spare], device="cuda")
+    lengths = torch.ones(count + spare, dtype=torch.int64, device="cuda")
+    lengths[:count] = torch.from_numpy(rows.lengths)
+    tokens, logits = torch.zeros(count + spare, dtype=torch.int64, device="cuda"), torch.cat([rows.logits, rows.logits[:spare]]).cuda()
+    start = lengths.clone(), sampler.tokens.clone()
+    sampler.choose(logits, slots, lengths, tokens, penalties=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler.choose(logits, slots, lengths, tokens, penalties=True)
+    lengths.copy_(start[0])
+    sampler.tokens.copy_(start[1])
+    now, known = rows.lengths.copy(), 0
+    for _ in range(6):
+        graph.replay()
+        expected = plain.sample(rows.logits.clone(), rows.slots, now).tolist()
+        assert tokens[:count].tolist() == expected and tokens[count:].tolist() == rows.logits[:spare].float().argmax(-1).tolist()
+        known += sum(token in row[:length] for token, row, length in zip(expected, plain.tokens[rows.slots].tolist(), now.tolist(), strict=True))
+        now += now < 79
+        lengths[:count] = torch.from_numpy(now)
+    assert known > 0 and sampler._edits is not None and not sampler._edits.any()
+
+
+def test_penalties_wait_for_nothing() -> None:
+    rows = penalised(64, VOCAB, 700, 3.0, torch.bfloat16)
+    tokens_on("cuda", rows)  # kernels are compiled
+    sampler, logits = rows.sampler("cuda"), rows.logits.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.sample(logits, rows.slots, rows.lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(logits.cpu(), rows.logits), "there was nothing to edit"
