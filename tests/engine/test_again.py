@@ -97,9 +97,9 @@ def no_prompts_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runners, "REPEATS", 5)
 
 
-def engine_of(folder: Path, kind: type[ModelRunner], blocks: int, batch: int = 8) -> tuple[Engine, ModelRunner]:
-    config = TurbomindEngineConfig(dtype="float32", max_batch_size=batch, max_prefill_token_num=64)
-    runner = kind(load_model(folder), config, PoolRequest(blocks, 4, 64), CPU, torch.float32, graphed=issubclass(kind, EagerRunner))
+def engine_of(folder: Path, kind: type[ModelRunner], blocks: int, batch: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Engine, ModelRunner]:
+    config = TurbomindEngineConfig(max_batch_size=batch, max_prefill_token_num=64)
+    runner = kind(load_model(folder, dtype=dtype), config, PoolRequest(blocks, 4, 64), CPU, dtype, graphed=issubclass(kind, EagerRunner))
     info = EngineInfo(
         session_len=64, vocab_size=runner.model.spec.vocab_size, max_batch_size=batch, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0
     )

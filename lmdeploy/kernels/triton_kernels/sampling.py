@@ -464,7 +464,7 @@ def choose_tokens(
     assert edits is None or edits.is_contiguous() and edits.dtype == torch.int32 and edits.shape[1] == vocab and known.shape[1] <= SEEN.value
     if rows == 0:
         return
-    exactly = {} if edits is None else {"enable_fp_fusion": False}
+    exactly = {} if edits is None else {"enable_fp_fusion": False}  # penalties are rounded operation by operation, as torch's are
     positions, ends = goes_on or (lengths, lengths)
     tiles = int(triton.next_power_of_2(triton.cdiv(vocab, lines * 32)))
     _choose_kernel[(rows,)](

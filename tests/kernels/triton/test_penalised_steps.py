@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lmdeploy.engine import graphs as graphs_of_steps
 from lmdeploy.engine import sampler as samplers
@@ -91,3 +92,18 @@ def test_answers_with_penalties_alone_are_the_graphs_where_these_penalise(folder
 def test_other_edits_beside_penalties_give_the_same_answers(folder: Path, in_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = compared(folder, OTHERS, 6, monkeypatch)
     assert runner.sampled > 8
+
+
+def test_no_request_needs_a_kernel_that_a_start_has_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is compiled for each type of logits and each set of constants."""
+    seen = set()
+
+    def choose(logits: torch.Tensor, *rest: Any) -> None:
+        seen.add((logits.dtype, *(rest[place] is None for place in (3, 8, 9))))
+        sampling.choose_tokens(logits, *rest)
+
+    monkeypatch.setattr(samplers, "token_kernel", lambda _: TokenKernel(choose, sampling.scratch_width()))
+    engine, _ = engine_of(folder, ModelRunner, 64, 3, torch.bfloat16)
+    known = set(seen)
+    answers(engine, plan([*PENALISED, *OTHERS, {"logit_bias": {9: 6.0}}, {"bad_words": ((9,),)}, {"temperature": 1.0}], 2))
+    assert seen == known and len(known) == 3
