@@ -14,10 +14,13 @@ from lmdeploy.engine import sampler as samplers
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.kernels.select import TokenKernel
 from lmdeploy.messages import EngineRequest, SamplingParams
+from tests.engine import test_late
 from tests.engine.test_again import EagerGraphs, EagerRunner, answers, engine_of
 from tests.helpers import write_llama
 
 sampling = pytest.importorskip("lmdeploy.kernels.triton_kernels.sampling", reason="triton is not installed")
+
+often_late = test_late.often_late  # a fixture
 
 PENALISED: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4},
@@ -107,3 +110,18 @@ def test_no_request_needs_a_kernel_that_a_start_has_not(folder: Path, monkeypatc
     known = set(seen)
     answers(engine, plan([*PENALISED, *OTHERS, {"logit_bias": {9: 6.0}}, {"bad_words": ((9,),)}, {"temperature": 1.0}], 2))
     assert seen == known and len(known) == 3
+
+
+def test_tokens_whose_masks_are_late_are_penalised_as_those_in_time(shallow_folder: Path, often_late: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row is given while it waits counts for nothing."""
+    monkeypatch.setattr(samplers, "PENALTIES_IN_GRAPHS", True)
+    monkeypatch.setattr(samplers, "token_kernel", lambda _: TokenKernel(sampling.choose_tokens, sampling.scratch_width()))
+    kinds: list[dict[str, Any]] = [{"repetition_penalty": 0.3}, {"frequency_penalty": -2.0}, {"presence_penalty": -2.0, "temperature": 0.8, "top_k": 40}]
+    todo = [(number, test_late.request(number, test_late.WORD, max_new_tokens=12, **kind)) for number, kind in enumerate(kinds)]
+    found = test_late.run(test_late.engine_of(shallow_folder)[0], todo)
+    assert sum(often_late) > 5
+    monkeypatch.undo()
+    expected = test_late.run(test_late.engine_of(shallow_folder, ModelRunner)[0], todo)
+    assert {number: test_late.answer(outputs) for number, outputs in found.items()} == {
+        number: test_late.answer(outputs) for number, outputs in expected.items()
+    }
