@@ -33,12 +33,12 @@ class Held:
 def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArray[np.bool_]) -> Held | None:
     """Join the masks that are there; of rows that have to wait for theirs what is kept of the logits [S, V].
 
-    A row may be late if `plan`, which is launched next, goes on with its sequence by one token, or forgets it. `plain` [slots]: nothing is wanted beside the token,
-    and the logits are chosen from as they are.
+    A row may be late if `plan`, which is launched next, goes on with its sequence by one token, or forgets it. `plain` [G]: rows that bring nothing beside the
+    token, now or next time, and whose logits are chosen from as they are.
     """
     items = plan.items
     gone = np.isin(mask.slots, plan.released)
-    further = plain[mask.slots] & ~gone & np.isin(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    further = plain & ~gone & np.isin(mask.slots, items.slots[items.sample & (items.counts == 1)])
     if plan.new:
         further &= ~np.isin(mask.slots, [new.slot for new in plan.new])
     mask.late = gone | further

@@ -317,7 +317,9 @@ class ModelRunner:
         bring = partial(self._bring, slots, wanted, raw, results, mask)
         if mask is None:
             return bring(choose())
-        self._owed = Owed(partial(self._choose_owed, choose, bring, logits, mask), self.device)  # the grammars do not know the tokens of the step before yet
+        self._owed = Owed(
+            partial(self._choose_owed, choose, bring, logits, results, mask), self.device
+        )  # the grammars do not know the tokens of the step before yet
         return self._owed.finish
 
     def _bring(self, slots: Ints, wanted: Ints, raw: Tensor | None, results: Rows, mask: GuidedStep | None, tokens: Tensor) -> Finish:
@@ -335,10 +337,15 @@ class ModelRunner:
         if owed is not None:
             owed.settle(plan)
 
-    def _choose_owed(self, choose: Callable[[], Tensor], bring: Callable[[Tensor], Finish], logits: Tensor, mask: GuidedStep, plan: StepPlan | None) -> Finish:
+    def _choose_owed(
+        self, choose: Callable[[], Tensor], bring: Callable[[Tensor], Finish], logits: Tensor, results: Rows, mask: GuidedStep, plan: StepPlan | None
+    ) -> Finish:
         """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`."""
         if plan is not None:
-            self._held = join_in_time(mask, logits, plan, ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0)))
+            plain = ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0))[mask.slots]
+            if results.result.more:
+                plain &= ~np.isin(results.places[mask.rows], list(results.result.more))
+            self._held = join_in_time(mask, logits, plan, plain)
         return bring(choose())
 
     def _fetch(self, tokens: Tensor, results: Rows, mask: GuidedStep | None) -> Finish:

@@ -64,6 +64,7 @@ KINDS: list[dict[str, Any]] = [
     {"min_new_tokens": 12, "temperature": 0.8, "top_k": 40},
     {"repetition_penalty": 1.2},
     {"logprobs": 2},
+    {"prompt_logprobs": 1},
     {"logit_bias": {300: 2.0}},
     {"max_new_tokens": 1},
     {"ignore_eos": True, "max_new_tokens": 9},
