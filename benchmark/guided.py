@@ -207,28 +207,41 @@ def longest_pieces(tokenizer: Tokenizer, text: str, most: int = 16) -> list[int]
     return ids
 
 
+def records(length: int | None) -> dict[str, Any]:
+    name = {"type": "string"} if length is None else {"type": "string", "maxLength": length}
+    person = {**PERSON, "properties": {**PERSON["properties"], "name": name}}  # type: ignore[dict-item]
+    return {"type": "array", "items": person, "minItems": 50}
+
+
+def form(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+FORMS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "any text": {"type": "regex_schema", "regex_schema": r"(.|\n)*"},
+    "JSON object": {"type": "json_object"},
+    "records": form(records(None)),
+    "string of 1,500 to 2,000": form({"type": "string", "minLength": 1500, "maxLength": 2000}),
+    "records, maxLength 200": form(records(200)),
+    "records, maxLength 20": form(records(20)),
+}
+
+
 def engine(pipe: Pipeline, batch: int, repeats: int) -> None:
     prompts = [[{"role": "user", "content": f"Tell me a story about {i} animals."}] for i in range(batch)]
-    forms = {
-        "plain": None,
-        "regex that allows any text": {"type": "regex_schema", "regex_schema": r"(.|\n)*"},
-        "JSON string, at most 2,000 characters": {
-            "type": "json_schema",
-            "json_schema": {"name": "a", "schema": {"type": "string", "minLength": 1500, "maxLength": 2000}},
-        },
-        "JSON array of records": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array", "items": PERSON, "minItems": 50}}},
-    }
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in FORMS}
     for _ in range(repeats + 1):
-        for name, form in forms.items():
-            gen = GenerationConfig(max_new_tokens=100, ignore_eos=True, temperature=0.8, random_seed=1, response_format=form)
-            steps, start, cpu = pipe.frontend.stats().steps, time.perf_counter(), time.process_time()
+        for name, response_format in FORMS.items():
+            gen = GenerationConfig(max_new_tokens=120, ignore_eos=True, temperature=0.8, random_seed=1, response_format=response_format)
+            before, start, cpu = pipe.frontend.stats(), time.perf_counter(), time.process_time()
             answers = pipe(prompts, gen_config=gen)
-            wall, cpu, steps = time.perf_counter() - start, time.process_time() - cpu, pipe.frontend.stats().steps - steps
-            rates[name].append((sum(a.generate_token_len for a in answers) / wall, cpu / steps * 1e3))
-    for name, values in rates.items():
-        rate, cpu = (statistics.median(column) for column in zip(*values[1:], strict=True))
-        print(f"  batch {batch}, {name}: {rate:.0f} tok/s, {batch / rate * 1e3:.2f} ms a step, {cpu:.2f} ms of processor time a step")
+            wall, cpu, after = time.perf_counter() - start, time.process_time() - cpu, pipe.frontend.stats()
+            tokens, steps = sum(a.generate_token_len for a in answers), after.steps - before.steps
+            found[name].append((tokens / wall, wall / steps * 1e3, cpu / steps * 1e3, (after.late_tokens - before.late_tokens) / tokens * 100))
+    for name, values in found.items():
+        rate, step, cpu, late = (statistics.median(column) for column in zip(*values[1:], strict=True))
+        print(f"  batch {batch}, {name}: {rate:.0f} tok/s, {step:.2f} ms a step, {cpu:.2f} ms of processor time a step, {late:.1f} % of the tokens late")
 
 
 def engines(model: str | None, config: TurbomindEngineConfig, options: argparse.Namespace) -> None:
@@ -238,14 +251,12 @@ def engines(model: str | None, config: TurbomindEngineConfig, options: argparse.
 
 
 def apply_masks() -> None:
-    from concurrent.futures import Future
-
     from lmdeploy.engine.guided import StepMask, forbid
 
     for rows, size in ((1, 5120), (32, 5120), (1, 92544), (32, 92544)):
         words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-size // 32)), dtype=torch.int32)
         logits = torch.zeros(rows, size)
-        mask = StepMask(np.arange(rows), words, Future(), np.zeros(rows, dtype=bool))
+        mask = StepMask(np.arange(rows), words)
         seconds = common.timed(lambda logits=logits, mask=mask: forbid(logits, mask), 21)  # type: ignore[misc]
         best = common.timed(lambda logits=logits: logits.max(dim=-1), 21)  # type: ignore[misc]
         print(f"  {rows} x {size}: {seconds * 1e3:.3f} ms (the greedy choice alone: {best * 1e3:.3f} ms)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.guided import StepMask, forbid
+from lmdeploy.engine.guided import GuidedSlots, StepMask, forbid
+from lmdeploy.engine.mask_calls import MaskCall
 from lmdeploy.engine.start import build_engine
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineRequest, SamplingParams
@@ -68,5 +70,39 @@ def test_sampled_answers_in_a_full_batch_fit(model_folder: Path) -> None:
     params = [SamplingParams(max_new_tokens=60, temperature=1.0, top_p=0.9, seed=s, grammar=GRAMMAR, stop_token_ids=(2, 5118)) for s in range(64)]
     tokenizer = Tokenizer(model_folder)
     for ids in answers(engine, params):
+        assert re.fullmatch(PERSON, tokenizer.decode(ids))
+    engine.close()
+
+
+def test_late_masks_change_no_answer(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them take ten times as long as a step: their answers lose steps, the others none."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    fill = GuidedSlots._fill_words
+
+    def slowly(self: GuidedSlots, call: MaskCall) -> None:
+        if any(slot % 3 == 0 for slot in call.slots):
+            time.sleep(0.005)
+        fill(self, call)
+
+    monkeypatch.setattr(GuidedSlots, "_fill_words", slowly)
+    other = Grammar("regex", r"([a-z]{1,8} ){3,9}[a-z]{1,8}\.")
+    params = [SamplingParams(max_new_tokens=40, grammar=GRAMMAR if i % 3 == 0 else other, stop_token_ids=(2, 5118)) for i in range(9)]
+    params += [SamplingParams(max_new_tokens=30, ignore_eos=True), SamplingParams(max_new_tokens=30, ignore_eos=True, repetition_penalty=1.2)]
+    found, late = {}, {}
+    for device in ("cpu", "cuda"):
+        engine = build_engine(model_folder, PytorchEngineConfig(device_type=device, dtype="float32", max_batch_size=16, cache_max_entry_count=128))
+        found[device] = answers(engine, params)
+        late[device] = engine.stats().late_tokens
+        engine.close()
+    assert found["cuda"] == found["cpu"]
+    assert late["cpu"] == 0 and late["cuda"] > 20
+
+
+def test_log_probabilities_beside_grammars(model_folder: Path) -> None:
+    engine = build_engine(model_folder, TurbomindEngineConfig(device_type="cuda", max_batch_size=16, cache_max_entry_count=128))
+    params = [SamplingParams(max_new_tokens=60, temperature=1.0, seed=s, grammar=GRAMMAR, stop_token_ids=(2, 5118)) for s in range(8)]
+    params += [SamplingParams(max_new_tokens=40, ignore_eos=True, logprobs=2)]
+    tokenizer = Tokenizer(model_folder)
+    for ids in answers(engine, params)[:8]:
         assert re.fullmatch(PERSON, tokenizer.decode(ids))
     engine.close()
