@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler, reason_of
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, GrammarCompiler, reason_of
 from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
@@ -95,14 +95,16 @@ class GuidedSlots:
         self._matchers: list[Any] = [None] * num_slots
         self._grammars: list[Grammar | None] = [None] * num_slots
         self._lexers = np.full(num_slots, -1, dtype=np.int64)
-        self._users: Counter[Grammar] = Counter()  # slots
+        self._users: dict[Grammar, Counter[int]] = {}  # of grammars that slots have, how many each of its lexers has
+        self._wanted = [0] * num_slots  # which of its grammar's lexers a slot has
         self._stops = np.full((num_slots, 1), compiler.eos_token_id, dtype=np.int64)  # [slots, N]
         self._own = np.zeros((num_slots, 1), dtype=bool)
         self._guided = np.zeros(num_slots, dtype=bool)
         self._words: Tensor | None = None  # int32 [slots, W], made with the first grammar
         self._calls: list[MaskCall | None] = [None] * num_slots  # that fill the words of a slot, until they are joined
         self._former: dict[int, MaskCall] = {}  # of who had a slot before, and may still write there
-        self._executors = (llguidance.LLExecutor(MASK_THREADS), llguidance.LLExecutor(MASK_THREADS))  # for usual calls, and for others
+        usual = llguidance.LLExecutor(MASK_THREADS)
+        self._executors = (usual, llguidance.LLExecutor(MASK_THREADS) if self._overlaps else usual)  # the second for calls that are not usual
         self._callers = (Callers(USUAL_CALLS), Callers(OTHER_CALLS))
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
         self._left = np.zeros(num_slots, dtype=np.int64)  # characters that a string may still have, as the slot's last mask tells
@@ -120,17 +122,22 @@ class GuidedSlots:
         self.release(slot)
         if params.grammar is None:
             return
-        matcher, lexer = self._compiler.matcher_and_lexer(params.grammar, self._lexer_for(self._users[params.grammar]))
+        users = self._users.get(params.grammar, Counter())
+        wanted = self._lexer_for(users)
+        matcher, lexer = self._compiler.matcher_and_lexer(params.grammar, wanted)
         if generated and not matcher.consume_tokens(generated):
             raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
         self._set_stops(slot, [t for t in params.stop_token_ids if t < self._compiler.vocab_size])
         self._matchers[slot], self._grammars[slot], self._lexers[slot] = matcher, params.grammar, lexer
-        self._users[params.grammar] += 1
+        self._wanted[slot] = wanted
+        users[wanted] += 1
+        self._users[params.grammar] = users
         self._guided[slot] = True
 
-    def _lexer_for(self, users: int) -> int:
-        """Which lexer of a grammar the next of its users gets."""
-        return users if self._overlaps else min(users // USERS_TOGETHER, MASK_THREADS - 1)
+    def _lexer_for(self, users: Counter[int]) -> int:
+        """Which lexer of a grammar the next of its users gets: the first of those that have fewest."""
+        most = MOST_LEXERS if self._overlaps else min(users.total() // USERS_TOGETHER + 1, MASK_THREADS)
+        return min(range(most), key=users.__getitem__)
 
     def release(self, slot: int) -> None:
         """Forget the matcher of a slot, if there is one."""
@@ -138,8 +145,9 @@ class GuidedSlots:
             self._look_back()
             grammar = self._grammars[slot]
             assert grammar is not None
-            self._users[grammar] -= 1
-            if not self._users[grammar]:
+            users = self._users[grammar]
+            users[self._wanted[slot]] -= 1
+            if not users.total():
                 del self._users[grammar]
                 self._slow.pop(grammar, None)
             self._matchers[slot] = self._grammars[slot] = None

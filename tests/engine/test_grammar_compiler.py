@@ -135,6 +135,10 @@ def test_where_the_host_runs_ahead_each_user_has_a_lexer(compiler: tuple[Grammar
     for slot in range(MOST_LEXERS + 2):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=letters), [])
     assert len(set(slots._lexers.tolist())) == MOST_LEXERS
+    left = slots._lexers[7]
+    slots.release(7)
+    slots.set(7, SamplingParams(max_new_tokens=9, grammar=letters), [])
+    assert slots._lexers[7] == left, "the one that nobody has"
 
 
 def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
