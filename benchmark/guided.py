@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmark import common
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import GenerationConfig, TurbomindEngineConfig
-from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler
+from lmdeploy.engine.guided import GuidedSlots, GuidedStep, StepMask, forbid
+from lmdeploy.engine.plan import LATE
 from lmdeploy.errors import RequestError
-from lmdeploy.grammar import Grammar
+from lmdeploy.grammar import Grammar, grammar_of
+from lmdeploy.messages import SamplingParams
 from lmdeploy.pipeline import Pipeline, pipeline
 from lmdeploy.text.tokenizer import Tokenizer
 
@@ -250,9 +255,82 @@ def engines(model: str | None, config: TurbomindEngineConfig, options: argparse.
             engine(pipe, batch, options.repeats)
 
 
-def apply_masks() -> None:
-    from lmdeploy.engine.guided import StepMask, forbid
+# ---------------------------------------------------------------------- masks beside steps, without a model
 
+
+@dataclass
+class Waits:
+    """What the masks of some answers do to steps of so many seconds."""
+
+    follow: list[float]  # seconds to take tokens in, until the last call has begun
+    over: list[float]  # by which the masks keep the next step waiting
+    late: int = 0
+    rows: int = 0
+
+
+def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: int, seconds: float, steps: int, plans: float = 3e-4) -> Waits:
+    """Follow answers of random tokens as an engine on a GPU does, whose steps take so long and whose host is busy for `plans` of it, planning. The first half of the
+    steps is not counted: lexers are cold."""
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    slots, found, draw = GuidedSlots(compiler, rows, torch.device("cpu")), Waits([], []), np.random.default_rng(0)
+    slots._overlaps = True
+    grammar = grammar_of(response_format)
+    assert grammar is not None
+    compiler.prepare(grammar).result()
+
+    def tokens(step: GuidedStep) -> NDArray[np.int64]:
+        chosen = np.full(rows, LATE)
+        bits = step.words.numpy().view(np.uint32)
+        for place in np.flatnonzero(~step.late).tolist():
+            allowed = np.flatnonzero(np.unpackbits(bits[step.slots[place]].view(np.uint8), bitorder="little"))
+            allowed = allowed[allowed != compiler.eos_token_id]
+            chosen[step.rows[place]] = draw.choice(allowed) if allowed.size else compiler.eos_token_id
+        return chosen
+
+    ended, before = list(range(rows)), None
+    for number in range(steps):
+        chosen = None if before is None else tokens(before)
+        for slot in ended:
+            slots.set(slot, SamplingParams(max_new_tokens=1 << 20, grammar=grammar), [])
+        step = slots.masks(np.arange(rows), np.zeros(rows, dtype=bool))
+        assert step is not None
+        ended = []
+        if before is not None and chosen is not None:
+            step.late[:] = True  # all of them may be
+            start = time.perf_counter()
+            complete = slots.follow(before, chosen)
+            followed = time.perf_counter()
+            while time.perf_counter() < followed + plans:
+                pass
+            step.join()
+            over = time.perf_counter() - start - seconds
+            ended = [row for row, done in zip(before.rows.tolist(), complete, strict=True) if done or chosen[row] == compiler.eos_token_id]
+            if number >= steps // 2:
+                found.follow.append(followed - start)
+                found.over.append(max(over, 0.0))
+                found.late, found.rows = found.late + int(step.late.sum()), found.rows + rows
+        else:
+            step.join()
+        before = step
+    slots.close()
+    compiler.close()
+    return found
+
+
+def waits(tokenizer: Tokenizer, rows: int, milliseconds: list[float], steps: int) -> None:
+    for name in ("records", "string of 1,500 to 2,000", "records, maxLength 200", "records, maxLength 20"):
+        response_format = FORMS[name]
+        assert response_format is not None
+        for step in milliseconds:
+            w = beside_steps(tokenizer, response_format, rows, step / 1e3, steps)
+            mean, most = statistics.mean(w.over) * 1e3, sorted(w.over)[len(w.over) * 9 // 10] * 1e3
+            print(
+                f"  {rows} answers, steps of {step:g} ms, {name}: tokens taken in and masks begun in {statistics.median(w.follow) * 1e3:.2f} ms, "
+                f"steps longer by {mean:.3f} ms (mean; the slowest tenth {most:.3f} and more), {w.late / w.rows:.1%} of the tokens late"
+            )
+
+
+def apply_masks() -> None:
     for rows, size in ((1, 5120), (32, 5120), (1, 92544), (32, 92544)):
         words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-size // 32)), dtype=torch.int32)
         logits = torch.zeros(rows, size)
@@ -269,11 +347,19 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for a schema after which a library's other schemas are left out")
     parser.add_argument("--engine", metavar="MODEL", help="measure only what grammars cost this model's engine")
     parser.add_argument("--random-weights", action="store_true", help="with --engine: the folder needs no weights")
+    parser.add_argument("--waits", type=Path, metavar="TOKENIZER", help="measure only what masks do to steps of a GPU, without one: a folder with a tokenizer")
+    parser.add_argument("--step-ms", type=float, nargs="+", default=[1.5, 3.0], help="with --waits: how long a step takes")
+    parser.add_argument("--steps", type=int, default=600, help="with --waits")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     options = parser.parse_args()
     if options.engine:
         print(common.machine())
         engines(options.engine, TurbomindEngineConfig(max_batch_size=max(options.batch), random_weights=options.random_weights), options)
+        return
+    if options.waits:
+        print(f"{common.machine()}; {os.cpu_count()} processors, {MASK_THREADS} threads fill masks")
+        for rows in options.batch:
+            waits(Tokenizer(options.waits), rows, options.step_ms, options.steps)
         return
     embedded = resolve_model(None, None, None)
     print(f"{common.machine()}; busy cores {common.busy_cores():.1f}")

@@ -107,6 +107,7 @@ class GuidedSlots:
         self._executors = (usual, llguidance.LLExecutor(MASK_THREADS) if self._overlaps else usual)  # the second for calls that are not usual
         self._callers = (Callers(USUAL_CALLS), Callers(OTHER_CALLS))
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
+        self._open: GuidedStep | None = None  # the last one of all, until its tokens are taken in
         self._left = np.zeros(num_slots, dtype=np.int64)  # characters that a string may still have, as the slot's last mask tells
         self._near = np.zeros(num_slots, dtype=bool)  # the slot's next mask may take long
         self._joined: GuidedStep | None = None  # whose masks `_left` does not know yet
@@ -184,7 +185,13 @@ class GuidedSlots:
             rows, self._words, slots=guided, alone=alone, matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=none, late=none.copy()
         )  # fmt: skip
         step.fill = partial(self._fill, step)
-        self._last = step
+        if self._overlaps and self._open is None:  # grammars know all tokens: the first step, or one behind a step that was waited for
+            near = self._near[guided]
+            self._begin(step, np.flatnonzero(near), usual=False)
+            self._begin(step, np.flatnonzero(~near), usual=True)
+        else:
+            self._last = step
+        self._open = step
         return step
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
@@ -193,10 +200,12 @@ class GuidedSlots:
         complete: list[bool] = mask.only_stops.tolist()
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.stops != chosen[:, None]).all(axis=1)
         last, self._last = self._last, None
+        self._open = None if self._open is mask else self._open
+        self._look_back()
+        self._near[mask.slots[goes_on]] = self._compiler.ends.near(self._left[mask.slots[goes_on]], chosen[goes_on])
         if last is None or last is mask or last.fill is None:
             self._consume(mask, chosen, goes_on, complete)
             return complete
-        self._near[mask.slots[goes_on]] = self._compiler.ends.near(self._left[mask.slots[goes_on]], chosen[goes_on])
         near = self._near[last.slots]
         if near.any():  # first of all, and whoever would wait for a lexer that they use
             near |= np.isin(self._lexers[last.slots], self._lexers[last.slots[near]])

@@ -49,6 +49,7 @@ def engine_of(folder: Path, kind: type[ModelRunner] = EagerRunner, *, blocks: in
     info = EngineInfo(session_len=128, vocab_size=model.spec.vocab_size, max_batch_size=8, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0)
     options: dict[str, Any] = {"max_prefill_token_num": 64, "max_waiting": 100, "enable_prefix_caching": True, "rope_depends_on_length": False}
     assert runner.guided is not None
+    runner.guided._overlaps = True
     return Engine(LocalExecutor(runner, info), grammars=grammars, run_ahead=1, **options), runner.guided
 
 
