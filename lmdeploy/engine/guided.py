@@ -38,8 +38,8 @@ FIRST_WORDS = 64
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
 #: users of a grammar that share a lexer where a step's masks are all waited for: more lexers than threads only take memory
 USERS_TOGETHER = 4
-#: seconds that a step waits for masks that were not expected to take long, where it need not; a grammar whose masks take longer gets calls of its own until it has
-#: had so many quick ones in a row
+#: seconds that a step waits for masks that were not expected to take long, where it need not; a grammar in a call that takes longer gets calls of its own until it
+#: has had so many quick ones in a row
 PATIENCE, FORGIVEN = 0.003, 32
 #: seconds that it waits for others: what has been done has to get the interpreter's lock to say so
 BRIEF = 3e-5
@@ -272,7 +272,7 @@ class GuidedSlots:
         for call, places in calls.items():
             if not may[places].all():
                 call.wait()
-            elif not call.wait(PATIENCE if call.usual else BRIEF) and call.usual:
+            elif not call.wait(PATIENCE if call.usual else BRIEF) and call.age > PATIENCE:
                 self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
         late: Flags = may.copy()
         for call, places in calls.items():

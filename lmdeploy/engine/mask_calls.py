@@ -28,6 +28,7 @@ class MaskCall:
     def __init__(self, slots: list[int], matchers: list[Any], *, usual: bool) -> None:
         self.slots, self.matchers = slots, matchers
         self.usual = usual  # none of them was expected to take long
+        self._begun = time.perf_counter()
         self.seconds = 0.0  # that it took
         self._over = threading.Event()
         self._error: Exception | None = None
@@ -36,6 +37,11 @@ class MaskCall:
     def over(self) -> bool:
         """Whether the masks are there, or never will be."""
         return self._over.is_set()
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._begun
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it is over, after so many seconds at the latest. Raises RuntimeError where the library failed."""
@@ -47,12 +53,11 @@ class MaskCall:
 
     def run(self, fill: Callable[[], None]) -> None:
         """Call the library."""
-        start = time.perf_counter()
         try:
             fill()
         except BaseException as e:  # a panic of the library is no Exception; whoever waits must hear of it
             self._error = RuntimeError(f"the grammar library failed: {type(e).__name__}: {e}")
-        self.seconds = time.perf_counter() - start
+        self.seconds = self.age
         self._over.set()
 
 

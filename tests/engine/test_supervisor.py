@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -380,11 +381,12 @@ def test_restarts_leak_neither_descriptors_nor_threads_nor_memory(at_once: None,
 
     for count in (1, 2):
         crash(count)
+    gc.collect()  # other tests' sockets
     before, shared = (me.num_fds(), threading.active_count()), segments()
     memory = me.memory_info().rss
     for count in range(3, 8):
         crash(count)
-    assert (me.num_fds(), threading.active_count()) == before
+    assert me.num_fds() <= before[0] and threading.active_count() <= before[1]
     deadline = time.monotonic() + 20
     while (left := segments() - shared) and time.monotonic() < deadline:  # a browser of another test has some for a moment
         time.sleep(0.1)
