@@ -46,6 +46,8 @@ def engine_of(folder: Path, kind: type[ModelRunner] = EagerRunner, *, blocks: in
     config = TurbomindEngineConfig(dtype="float32", max_batch_size=8, max_prefill_token_num=64)
     model = load_model(folder)
     grammars = GrammarCompiler.open(folder, model.spec.vocab_size, STOPS)
+    for grammar in (WORD, PERSON, CHOICE):
+        grammars.prepare(grammar).result()  # requests begin when they come
     runner = kind(model, config, PoolRequest(blocks, 8, 128), CPU, torch.float32, grammars=grammars, graphed=kind is EagerRunner)
     info = EngineInfo(session_len=128, vocab_size=model.spec.vocab_size, max_batch_size=8, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0)
     options: dict[str, Any] = {"max_prefill_token_num": 64, "max_waiting": 100, "enable_prefix_caching": True, "rope_depends_on_length": False}
