@@ -53,11 +53,10 @@ class StepMask:
 
     rows: Ints  # [G] places among the S sampled rows
     words: Tensor  # int32 [N, W] on the host
-    at: Ints | None = None  # [G] the words of each row; None: in their order
 
     def join(self) -> tuple[Ints, Tensor, Ints]:
         """Wait for the masks. Rows [R] that have one, among the S, int32 words [N, W], and int64 [R] which of them are theirs."""
-        return self.rows, self.words, np.arange(self.rows.size) if self.at is None else self.at
+        return self.rows, self.words, np.arange(self.rows.size)
 
 
 @dataclass(slots=True)

@@ -149,6 +149,31 @@ def test_log_probabilities_of_one_answer_do_not_have_the_masks_of_others_filled_
         assert together[number][-1].error is None
 
 
+def test_masks_are_begun_as_soon_as_the_grammars_know_all_tokens(shallow_folder: Path) -> None:
+    _, slots = engine_of(shallow_folder)
+    slots.set(0, SamplingParams(max_new_tokens=9, grammar=WORD), [])
+
+    def masks() -> GuidedStep:
+        step = slots.masks(np.array([0]), np.zeros(1, dtype=bool))
+        assert step is not None
+        return step
+
+    def choose(step: GuidedStep) -> int:
+        _, words, at = step.join()
+        return int(np.flatnonzero(np.unpackbits(words[at[0]].numpy().view(np.uint8), bitorder="little"))[0])
+
+    first = masks()
+    assert slots._calls[0] is not None, "nothing is before it"
+    token = choose(first)
+    second = masks()
+    assert slots._calls[0] is None, "the first one's token is not taken in yet"
+    slots.follow(first, np.array([token]))
+    assert slots._calls[0] is not None
+    slots.follow(second, np.array([choose(second)]))
+    masks()
+    assert slots._calls[0] is not None, "a step that was waited for is before it"
+
+
 def test_aborted_while_their_tokens_are_late(shallow_folder: Path, often_late: list[int]) -> None:
     plan = list(requests(8))
     engine, slots = engine_of(shallow_folder)
