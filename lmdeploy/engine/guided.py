@@ -268,14 +268,12 @@ class GuidedSlots:
                 calls.setdefault(call, []).append(place)
             elif not may[place]:  # all threads are busy
                 self._fill_here(step, place)
-        for call, places in calls.items():
-            if not may[places].all():
-                call.wait()
-            elif not call.wait(PATIENCE if call.usual else BRIEF) and call.age > PATIENCE:
-                self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
         late: Flags = may.copy()
         for call, places in calls.items():
-            late[places] = not call.over
+            there = call.wait(None if not may[places].all() else PATIENCE if call.usual else BRIEF)
+            late[places] = not there
+            if not there and call.age > PATIENCE:
+                self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
         if step.alone and late.all():  # whatever is launched now, nobody gets a token from it
             call, places = next(iter(calls.items()), (None, [0]))
             if call is None:
