@@ -57,7 +57,7 @@ class MaskCall:
             fill()
         except BaseException as e:  # a panic of the library is no Exception; whoever waits must hear of it
             self._error = RuntimeError(f"the grammar library failed: {type(e).__name__}: {e}")
-        self.seconds = self.age
+        self.seconds, self.matchers = self.age, []  # they go when their slots do, and not when the thread or the slot has its next call
         self._over.set()
 
 
@@ -81,7 +81,7 @@ class _Caller:
             call, fill = todo
             self._entered.put(None)
             call.run(fill)
-            del todo, call, fill  # matchers go when their slots do
+            del todo, call, fill  # not held while there is nothing to do
 
     def close(self) -> None:
         """End the thread."""

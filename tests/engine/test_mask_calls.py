@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_more_calls_than_threads_are_not_begun() -> None:
     go_on.set()
     assert calls[0].wait(5) and calls[1].wait(5) and calls[0].seconds >= 0.01
     assert callers.begin(calls[3], lambda: None) and calls[3].wait(5), "a thread that is done takes the next one"
+    callers.close()
+
+
+def test_a_call_that_is_over_holds_no_matcher() -> None:
+    class Matcher:
+        """A lexer takes some MB."""
+
+    callers, matcher = Callers(1), Matcher()
+    call, alive = MaskCall([0], [matcher], usual=True), weakref.ref(matcher)
+    del matcher
+    assert callers.begin(call, lambda: None) and call.wait(5) and alive() is None
     callers.close()
 
 
