@@ -236,7 +236,7 @@ DRAWS: dict[str, dict[str, float]] = {
 }
 
 
-def choose_case(rows: int, dtype: torch.dtype, kind: str, known: int | None = None) -> Case:
+def choose_case(rows: int, dtype: torch.dtype, kind: str, known: int = 0) -> Case:
     """The choice of a token of each row, by the kernel that a step has. `kind`: of DRAWS, seeded. `known`: penalties are looked for, over so many tokens of each
     row; with 0 no row has any."""
     kernel = token_kernel("cuda")
@@ -245,18 +245,18 @@ def choose_case(rows: int, dtype: torch.dtype, kind: str, known: int | None = No
     with torch.device("cpu"):  # where the table keeps its own
         table = SamplingTable(rows, VOCAB, torch.device("cuda"))
         for slot in range(rows):
-            table.set(slot, SamplingParams(max_new_tokens=9, seed=1, **DRAWS[kind], **penalties), (known or 2) // 2)
+            table.set(slot, SamplingParams(max_new_tokens=9, seed=1, **DRAWS[kind], **penalties), max(known // 2, 1))
         table.refresh()
-    length = max(known or 0, 1)
+    length = max(known, 1)
     logits, slots, lengths = torch.randn(4, rows, VOCAB).to(dtype), torch.arange(rows), torch.full((rows,), length)
     tokens_of, tokens = torch.randint(VOCAB, (rows + 1, length + 3)).int(), torch.empty(rows, dtype=torch.int64)
     scratch = torch.zeros(rows + 1, kernel.scratch_width, dtype=torch.int64)
-    edits = None if known is None else torch.zeros(rows, VOCAB, dtype=torch.int32)
+    edits = torch.zeros(rows, VOCAB, dtype=torch.int32)
 
     def run(_: Kernels, i: int) -> None:
-        kernel.choose(logits[i], slots, lengths, table.columns, None, tokens_of, tokens, slots, scratch, None, edits)
+        kernel.choose(logits[i], slots, lengths, table.columns, None, tokens_of, tokens, slots, scratch, edits)
 
-    name = "" if known is None else f" penalties of {known}" if known else " no penalties"
+    name = f" penalties of {known}" if known else ""
     return Case(f"choose_tokens {kind} S={rows}{name}", logits[0].nbytes + (4 * rows * VOCAB if known else 0), 0, 4, run)
 
 
@@ -354,7 +354,7 @@ def cuda_cases(sizes: Sizes, rows: list[int], dtype: torch.dtype, pool: Tensor) 
     yield attention_case(sizes.heads, 4096, 4096, 1, dtype, pool)
     for count in (1, 64, 4096):
         yield from small_cases(sizes, count, dtype)
-    yield from (choose_case(count, dtype, kind, known) for count in (1, 64, 256) for kind in DRAWS for known in (None, 0, 500, 4000))
+    yield from (choose_case(count, dtype, kind, known) for count in (1, 64, 256) for kind in DRAWS for known in (0, 500, 4000))
 
 
 def on_cuda(args: argparse.Namespace, dtype: torch.dtype) -> None:

@@ -165,7 +165,7 @@ def in_shape(layout: StepLayout, shape: Shape) -> Ints:
 @dataclass(frozen=True, slots=True)
 class Ran:
     """What a step brings: of each sequence of its shape the logits [B, V] as the head gave them, until the next one, and, on a line of those that arrive, the
-    tokens that `Sampler.choose` chose for want of edits, masks and (`PENALTIES_IN_GRAPHS` of the sampler) penalties."""
+    tokens that `Sampler.choose` chose for want of edits and masks."""
 
     logits: Tensor
     places: slice | Ints  # the sampled sequences among the B
@@ -351,5 +351,4 @@ class StepGraphs:
     def _choose(self, shape: Shape, parts: Sequence[Tensor], logits: Tensor) -> None:
         positions, ends = parts[0], parts[3]
         slots, places, where = parts[6:]
-        goes_on, penalties = None if shape.tokens else (positions, ends), self._sampler.table.graphs_penalise
-        self._sampler.choose(logits, slots, places, self._lines, goes_on=goes_on, where=where, penalties=penalties)
+        self._sampler.choose(logits, slots, places, self._lines, goes_on=None if shape.tokens else (positions, ends), where=where)

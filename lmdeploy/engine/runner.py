@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
 import numpy as np
 import torch
 
@@ -445,10 +444,8 @@ class ModelRunner:
         count = max(1, min(self.max_batch_size, self.max_tokens // length))
         self._run_dummy([PlanItem(slot, 0, length, [], True) for slot in range(count)], SamplingParams(max_new_tokens=1))
         batch = [PlanItem(slot, min(1, longest - 1), 1, [], True) for slot in range(min(self.max_batch_size, self.max_tokens))]
-        drawn = SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1)
-        self._run_dummy(batch, msgspec.structs.replace(drawn, logit_bias={0: 0.0}))
-        if self.sampler.kernel is not None:  # it penalises the model's logits, too, and not only edited ones: no request waits for a compiler
-            self._run_dummy(batch[:1], drawn)
+        drawn = SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1, logit_bias={0: 0.0})
+        self._run_dummy(batch, drawn)
         rows = min(self.chunk, self.max_tokens)  # the scores of a prompt: libraries keep buffers for products of such a size
         self.model.logits(torch.zeros((rows, self.model.spec.hidden_size), dtype=self.dtype, device=self.device))
         self._synchronize()

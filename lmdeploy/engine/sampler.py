@@ -32,9 +32,6 @@ Ints = NDArray[np.int64]
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, TOP_K = range(7)
 NEGATIVE_INFINITY = float("-inf")
 FIRST_CANDIDATES = 64
-#: whether the kernel at the end of a CUDA graph looks for penalties. Not yet: what that costs the steps that have none was not measured on a GPU. A step with a
-#: penalised answer leaves its graph's tokens alone, and the kernel is launched once more, with penalties.
-PENALTIES_IN_GRAPHS = False
 
 
 def uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -82,7 +79,6 @@ class SamplingTable:
         self._known_stops: dict[int, list[int]] = {}  # that are in `young_words`
         self.min_new = np.zeros(num_slots, dtype=np.int64)
         self.greedy = np.ones(num_slots, dtype=bool)
-        self.graphs_penalise = PENALTIES_IN_GRAPHS and self._has_kernel
         self.edited = np.zeros(num_slots, dtype=bool)  # logits by torch, before the kernel where there is one
         self.penalised = np.zeros(num_slots, dtype=bool)
         self.apart = np.zeros(num_slots, dtype=bool)  # what a graph chooses is not what such a slot is to have, or not all
@@ -117,7 +113,7 @@ class SamplingTable:
         lists = (self.bias[slot], self.banned[slot], self.phrases[slot])
         by_torch = bool(self.penalised[slot]) and not self._has_kernel
         self.edited[slot] = by_torch or any(x is not None for x in lists) or self._hold_back(slot, params)
-        self.apart[slot] = self.edited[slot] or self.logprobs[slot] >= 0 or (self.penalised[slot] and not self.graphs_penalise)
+        self.apart[slot] = self.edited[slot] or self.logprobs[slot] >= 0
 
     def _hold_back(self, slot: int, params: SamplingParams) -> bool:
         """Have no stop token come before `min_new_tokens`; True where logits are to be edited for it. The masks of a grammar see to it themselves."""
@@ -185,26 +181,17 @@ class Sampler:
         self.table, self.tokens = table, tokens  # int32 [slots, session_len + 1]
         self.scratch = Scratch(1, torch.float32, tokens.device)
         self.kernel = token_kernel(tokens.device.type)
-        self._edits: Tensor | None = None
         if self.kernel is not None:  # now and for all: graphs keep its address
             places = torch.full((table.num_slots + MOST_PROMPTS,), -1, dtype=torch.int32, device=tokens.device)
             self._no_masks = (table.young_words[:1], places)
             self._in_order = torch.arange(table.num_slots + MOST_PROMPTS, device=tokens.device)
             self._candidates = self.scratch.take("candidates", table.num_slots, self.kernel.scratch_width, torch.int64)
+            self._edits = self.scratch.take("edits", table.num_slots, table.vocab_size, torch.int32)
 
     def reserve(self, max_rows: int) -> None:
         """Take the work buffers for batches of `max_rows` now, so that no later step does."""
-        if self.kernel is not None:
-            self._take_edits()
-            return
-        for name in ("probs", "work"):
+        for name in ("probs", "work") if self.kernel is None else ():
             self.scratch.take(name, max_rows, self.table.vocab_size)
-
-    def _take_edits(self) -> Tensor:
-        """Of every slot, once and for all: graphs keep the address."""
-        if self._edits is None:
-            self._edits = self.scratch.take("edits", self.table.num_slots, self.table.vocab_size, torch.int32)
-        return self._edits
 
     def sample(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None = None) -> Tensor:
         """Next token of each row, int64 [S]; -1 where no token can be chosen (NaN or nothing allowed). It, or 0, is also written to the token table at [slot, length].
@@ -226,8 +213,7 @@ class Sampler:
             self._edit(logits, slots, lengths, young)
         if self.kernel is None:
             return partial(self._choose, logits, slots, lengths, mask)
-        # what has edited logits has penalties, too: there is a kernel for the one and the other, from the start on
-        return self._prepare(logits, slots, lengths, mask, bool(edited or self.table.penalised[slots].any()))
+        return self._prepare(logits, slots, lengths, mask)
 
     def _choose(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Tensor:
         """Without a kernel. logits float32, edited."""
@@ -256,8 +242,6 @@ class Sampler:
         masks: tuple[Tensor, Tensor] | None = None,
         goes_on: tuple[Tensor, Tensor] | None = None,
         where: Tensor | None = None,
-        *,
-        penalties: bool = False,
     ) -> None:
         """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
 
@@ -265,8 +249,8 @@ class Sampler:
         CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words
         int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. `goes_on`: positions and ends of the rows, which become the
         next step's, and so do `lengths`, but not those of the slot that no sequence has. `where`, int64 [S]: tokens are int64 [lines, N], and each row's goes to
-        this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. `penalties`: rows have theirs, over the tokens that are in
-        the table when it runs; without, none has. Only where there is a `kernel`.
+        this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. Penalties are over the tokens that are in
+        the table when it runs. Only where there is a `kernel`.
         """
         assert self.kernel is not None
         # one kernel, which is there from the start on, for steps with masks and without
@@ -282,11 +266,11 @@ class Sampler:
             tokens,
             self._in_order if where is None else where,
             self._candidates,
+            self._edits,
             goes_on,
-            self._take_edits() if penalties else None,
         )
 
-    def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None, penalties: bool) -> Callable[[], Tensor]:
+    def _prepare(self, logits: Tensor, slots: Ints, lengths: Ints, mask: StepMask | None) -> Callable[[], Tensor]:
         """What `begin` returns, with the kernel, for edited logits: all is there but the masks."""
         self.table.refresh()
         there = self._tensor(np.stack([slots, lengths]))
@@ -294,7 +278,7 @@ class Sampler:
 
         def choose() -> Tensor:
             masks = None if mask is None else self._masks_there(mask, slots.size)
-            self.choose(logits, there[0], there[1], tokens, masks, penalties=penalties)
+            self.choose(logits, there[0], there[1], tokens, masks)
             return tokens
 
         return choose

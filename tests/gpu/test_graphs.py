@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lmdeploy.config import PytorchEngineConfig
-from lmdeploy.engine import sampler as samplers
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.graphs import row_buckets
 from lmdeploy.kernels.reference import REFERENCE
@@ -60,15 +59,11 @@ def test_a_mixture_of_all_kinds_gives_the_same(eager: Engine, graphed: Engine) -
     assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_penalties_are_the_same_in_graphs_and_beside_them(inside: bool, eager: Engine, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samplers, "PENALTIES_IN_GRAPHS", inside)
-    engine = engine_on("cuda", model_folder)
+def test_penalties_in_graphs_are_those_beside_them(eager: Engine, graphed: Engine) -> None:
     drawn = SamplingParams(max_new_tokens=40, temperature=0.9, top_p=0.9, seed=5, presence_penalty=0.8, frequency_penalty=0.3, ignore_eos=True)
     for params in ([KINDS["penalties"], drawn], [KINDS["penalties"], KINDS["greedy"], drawn, KINDS["seeded"]], list(KINDS.values())):
         wanted = [params[i % len(params)] for i in range(len(PROMPTS))]
-        assert run(engine, wanted, PROMPTS) == run(eager, wanted, PROMPTS)
-    engine.close()
+        assert run(graphed, wanted, PROMPTS) == run(eager, wanted, PROMPTS)
 
 
 def test_what_is_made_ready_while_there_is_no_work_changes_nothing(model_folder: Path) -> None:

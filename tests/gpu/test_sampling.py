@@ -135,7 +135,7 @@ def test_tokens_with_penalties_are_those_of_the_cpu(count: int, vocab: int, widt
     assert all(rows.edited().permitted(first))
     for _ in range(50):
         assert sampler.sample(rows.logits.cuda(), rows.slots, rows.lengths).tolist() == first
-    assert sampler._edits is not None and not sampler._edits.any()
+    assert not sampler._edits.any()
 
 
 def test_a_penalised_row_gives_the_same_token_alone_and_in_a_batch() -> None:
@@ -155,10 +155,10 @@ def test_a_graph_penalises_over_the_tokens_that_are_known_when_it_runs() -> None
     lengths[:count] = torch.from_numpy(rows.lengths)
     tokens, logits = torch.zeros(count + spare, dtype=torch.int64, device="cuda"), torch.cat([rows.logits, rows.logits[:spare]]).cuda()
     start = lengths.clone(), sampler.tokens.clone()
-    sampler.choose(logits, slots, lengths, tokens, penalties=True)
+    sampler.choose(logits, slots, lengths, tokens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sampler.choose(logits, slots, lengths, tokens, penalties=True)
+        sampler.choose(logits, slots, lengths, tokens)
     lengths.copy_(start[0])
     sampler.tokens.copy_(start[1])
     now, known = rows.lengths.copy(), 0
@@ -169,7 +169,7 @@ def test_a_graph_penalises_over_the_tokens_that_are_known_when_it_runs() -> None
         known += sum(token in row[:length] for token, row, length in zip(expected, plain.tokens[rows.slots].tolist(), now.tolist(), strict=True))
         now += now < 79
         lengths[:count] = torch.from_numpy(now)
-    assert known > 0 and sampler._edits is not None and not sampler._edits.any()
+    assert known > 0 and not sampler._edits.any()
 
 
 def test_penalties_wait_for_nothing() -> None:

@@ -72,7 +72,7 @@ class OnMachine:
             self.races |= {name for name, v in arguments.items() if id(v) in places and 0 <= address - places[id(v)] < v.nbytes} or {"shared"}
 
 
-def chosen(rows: Rows, machine: OnMachine, mask: StepMask | None = None, *, warps: int = 16, goes_on: bool = False) -> tuple[list[int], torch.Tensor | None]:
+def chosen(rows: Rows, machine: OnMachine, mask: StepMask | None = None, *, warps: int = 16, goes_on: bool = False) -> tuple[list[int], torch.Tensor]:
     """The kernel's tokens, and what is in `edits` afterwards."""
 
     def choose(*arguments: Any) -> None:
@@ -88,8 +88,7 @@ def chosen(rows: Rows, machine: OnMachine, mask: StepMask | None = None, *, warp
         places[torch.from_numpy(mask.rows)] = torch.arange(len(mask.rows), dtype=torch.int32)
         masks = (mask.words, places)
     following = (lengths.clone(), lengths.clone()) if goes_on else None
-    penalties = bool(sampler.table.penalised.any())
-    sampler.choose(rows.logits, slots, lengths, tokens, masks, following, where, penalties=penalties)
+    sampler.choose(rows.logits, slots, lengths, tokens, masks, following, where)
     assert torch.equal(sampler.tokens[slots, torch.from_numpy(rows.lengths)], tokens.clamp_min(0).int())
     assert following is None or all(torch.equal(part, torch.from_numpy(rows.lengths + 1)) for part in (lengths, *following))
     return tokens.tolist(), sampler._edits
@@ -127,25 +126,25 @@ def left_out(machine: OnMachine) -> set[str]:
     return {one.op for one, ran in zip(machine.machine.code, machine.machine.ran, strict=True) if not ran} - {"rem.s64", "bra.uni"}
 
 
-# With penalties as edited and as the head's logits, for each chip; without, in a graph. Tokens that are looked at in one go and in two.
+# As edited and as the head's logits, for each chip. Known tokens that are looked at in one go and in two.
 @pytest.mark.parametrize(
     ("vocab", "dtype", "capability", "warps", "width"),
     [(9000, torch.bfloat16, 90, 16, 60), (2001, torch.float32, 80, 4, 2600), (100, torch.float32, 90, 8, 300)],
 )
-def test_tokens_with_penalties_are_the_samplers(vocab: int, dtype: torch.dtype, capability: int, warps: int, width: int) -> None:
+def test_tokens_are_the_samplers(vocab: int, dtype: torch.dtype, capability: int, warps: int, width: int) -> None:
     rows, mask = mixed(vocab, dtype, width, width // 3, PENALTIES)
     machine = OnMachine(capability)
     found, edits = chosen(rows, machine, mask, warps=warps)
     assert differing(found, rows, mask) <= 1, "at a border only"
-    assert edits is not None and not edits.any() and not machine.races
+    assert not edits.any() and not machine.races
     assert vocab < 9000 or not left_out(machine)
 
 
 def test_tokens_of_a_graph_are_the_samplers() -> None:
-    rows, mask = mixed(9000, torch.bfloat16, 60, 20, [{}])
+    rows, mask = mixed(9000, torch.bfloat16, 60, 20, PENALTIES)
     machine = OnMachine()
     found, edits = chosen(rows, machine, mask, goes_on=True)
-    assert differing(found, rows, mask) <= 1 and edits is None
+    assert differing(found, rows, mask) <= 1 and not edits.any()
     # all warps load these at the end, and one thread, which needs no other's, stores them
     assert machine.races <= {"positions_ptr", "ends_ptr", "where_ptr"}
     assert not left_out(machine)
@@ -177,7 +176,6 @@ def test_what_is_read_in_the_place_of_logits_is_exact() -> None:
     rows.known[:, 20:24] = torch.arange(4)
     rows.lengths[:] = 55
     edits = chosen(rows, OnMachine(change=remembering))[1]
-    assert edits is not None
     wanted = rows.edited().logits
     wanted[wanted.abs() < 2.0**-126] = 0.0
     for row, slot in enumerate(rows.slots.tolist()):

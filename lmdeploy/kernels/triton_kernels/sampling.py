@@ -398,30 +398,25 @@ def _choose_kernel(
             masked = place < 0
             mask_ptr = young_words_ptr + slot * words_stride
     row = (logits_ptr, mask_ptr, masked, None, None)
-    if edits_ptr is None:
+    line_ptr, known_ptr = edits_ptr + slot * VOCAB, table_ptr + slot * table_stride
+    values_ptr += slot * 7
+    penalised, begin = wanted(values_ptr, prompt_len)
+    edited = (logits_ptr, mask_ptr, masked, line_ptr, penalised)
+    if penalised > 0:
+        penalise(logits_ptr, line_ptr, known_ptr, values_ptr, begin, prompt_len, length)
+        first, groups = _best(edited, VOCAB, ROWS, 2)
+    else:  # as if there were no penalties: most steps are greedy, or nearly
         first, groups = _best(row, VOCAB, ROWS, 4)
-    else:
-        line_ptr, known_ptr = edits_ptr + slot * VOCAB, table_ptr + slot * table_stride
-        penalised, begin = wanted(values_ptr + slot * 7, prompt_len)
-        edited = (logits_ptr, mask_ptr, masked, line_ptr, penalised)
-        if penalised > 0:
-            penalise(logits_ptr, line_ptr, known_ptr, values_ptr + slot * 7, begin, prompt_len, length)
-            first, groups = _best(edited, VOCAB, ROWS, 2)
-        else:  # nothing is slower than without penalties
-            first, groups = _best(row, VOCAB, ROWS, 4)
-        row = edited
     key = (first >> 32).to(tl.int32)
     best = _value(key)
     token = _token(first)
-    values_ptr += slot * 7
     if (key >= INFINITE) | (best == NONE):
         token = token * 0 - 1
     elif (tl.load(values_ptr) > 0) & (tl.load(values_ptr + 6) != 1):
         uniform = _uniform(tl.load(seeds_ptr + slot), generated)
-        token = _draw(row, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MOST, PAIRS, TILES)
-    if edits_ptr is not None:  # noqa: SIM102 - a constant of the compiler, then a number on the device
-        if penalised > 0:
-            forget(line_ptr, known_ptr, begin, length)
+        token = _draw(edited, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MOST, PAIRS, TILES)
+    if penalised > 0:
+        forget(line_ptr, known_ptr, begin, length)
     where = tl.load(where_ptr + at)
     tl.store(tokens_ptr + where, token, mask=where >= 0)
     tl.store(table_ptr + slot * table_stride + length, tl.maximum(token, 0).to(tl.int32))
@@ -440,7 +435,7 @@ def scratch_width() -> int:
 
 def choose_tokens(
     logits: Tensor, slots: Tensor, lengths: Tensor, table: tuple[Tensor, Tensor, Tensor, Tensor], masks: tuple[Tensor, Tensor, Tensor] | None, known: Tensor,
-    tokens: Tensor, where: Tensor, scratch: Tensor, goes_on: tuple[Tensor, Tensor] | None = None, edits: Tensor | None = None,
+    tokens: Tensor, where: Tensor, scratch: Tensor, edits: Tensor, goes_on: tuple[Tensor, Tensor] | None = None,
     *, lines: int = 256, num_warps: int = 16, pairs: int = 64,
 ) -> None:  # fmt: skip
     """The next token of each row of logits [S, V] of any floating type; -1 where none can be chosen. It goes to tokens int64 [N] or [lines, N], seen as one
@@ -450,9 +445,9 @@ def choose_tokens(
     lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
     that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
     or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
-    `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's. And
-    `where` becomes the same place of the next line, behind the last one of the first. `edits` int32 [slots, V], zero before and after: rows whose slots have
-    penalties are chosen from with them, where their tokens are known[slot, :length]; these slots differ. Without it penalties are nothing to this kernel.
+    edits int32 [slots, V], zero before and after: rows whose slots have penalties are chosen from with them, where their tokens are known[slot, :length]; these
+    slots differ, too. `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which
+    is nobody's. And `where` becomes the same place of the next line, behind the last one of the first.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len, young_until = table
@@ -461,15 +456,14 @@ def choose_tokens(
     assert values.is_contiguous() and known.dtype == torch.int32 and known.stride(1) == 1
     words, places, young_words = masks if masks is not None else (slots, slots, slots)
     assert masks is None or words.stride() == young_words.stride()
-    assert edits is None or edits.is_contiguous() and edits.dtype == torch.int32 and edits.shape[1] == vocab and known.shape[1] <= SEEN.value
+    assert edits.is_contiguous() and edits.dtype == torch.int32 and edits.shape[1] == vocab and known.shape[1] <= SEEN.value
     if rows == 0:
         return
-    exactly = {} if edits is None else {"enable_fp_fusion": False}  # penalties are rounded operation by operation, as torch's are
     positions, ends = goes_on or (lengths, lengths)
     tiles = int(triton.next_power_of_2(triton.cdiv(vocab, lines * 32)))
     _choose_kernel[(rows,)](
         logits, slots, lengths, values, seeds, prompt_len, young_until, words, places, young_words, known, tokens, scratch, edits, positions, ends, where,
         logits.stride(0), words.stride(0), known.stride(0), known.shape[0] - 1, tokens.shape[-1], tokens.numel(),
         VOCAB=vocab, ROWS=lines, MASKS=masks is not None, MOST=MOST, PAIRS=pairs, TILES=tiles, GOES_ON=goes_on is not None, num_warps=num_warps,
-        **exactly,
+        enable_fp_fusion=False,  # penalties are rounded operation by operation, as torch's are
     )  # fmt: skip

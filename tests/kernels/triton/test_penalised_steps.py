@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,6 @@ def no_prompts_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_of_steps, "PROMPT_TOKENS", (1 << 20,))
 
 
-@pytest.fixture(params=[False, True], ids=["beside graphs", "in graphs"])
-def in_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    monkeypatch.setattr(samplers, "PENALTIES_IN_GRAPHS", request.param)
-    yield request.param
-
-
 def compared(folder: Path, kinds: list[dict[str, Any]], tokens: int, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """The runner with kernel and graphs, whose answers are those of the one without either."""
     expected, plain = (answers(engine_of(folder, ModelRunner, 64, 3)[0], plan(some, tokens)) for some in (kinds, [unpenalised(kind) for kind in kinds]))
@@ -79,20 +72,17 @@ def compared(folder: Path, kinds: list[dict[str, Any]], tokens: int, monkeypatch
     assert isinstance(runner, Runner) and runner.sampler.kernel is not None
     runner.sampled = 0
     assert answers(engine, plan(kinds, tokens)) == expected
-    assert runner.sampler._edits is not None and not runner.sampler._edits.any()
+    assert not runner.sampler._edits.any()
     return runner
 
 
-def test_answers_with_penalties_alone_are_the_graphs_where_these_penalise(folder: Path, in_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_with_penalties_alone_are_the_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = compared(folder, PENALISED, 20, monkeypatch)
     assert isinstance(runner.graphs, EagerGraphs)
-    if in_graphs:
-        assert runner.sampled == len(PENALISED) and len(runner.graphs.noted) > 10, "prompts only; steps are launched again unseen"
-    else:
-        assert runner.sampled > 20 and not runner.graphs.noted
+    assert runner.sampled == len(PENALISED) and len(runner.graphs.noted) > 10, "prompts only; steps are launched again unseen"
 
 
-def test_other_edits_beside_penalties_give_the_same_answers(folder: Path, in_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_edits_beside_penalties_give_the_same_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = compared(folder, OTHERS, 6, monkeypatch)
     assert runner.sampled > 8
 
@@ -102,19 +92,18 @@ def test_no_request_needs_a_kernel_that_a_start_has_not(folder: Path, monkeypatc
     seen = set()
 
     def choose(logits: torch.Tensor, *rest: Any) -> None:
-        seen.add((logits.dtype, *(rest[place] is None for place in (3, 8, 9))))
+        seen.add((logits.dtype, *(rest[place] is None for place in (3, 9))))
         sampling.choose_tokens(logits, *rest)
 
     monkeypatch.setattr(samplers, "token_kernel", lambda _: TokenKernel(choose, sampling.scratch_width()))
     engine, _ = engine_of(folder, ModelRunner, 64, 3, torch.bfloat16)
     known = set(seen)
     answers(engine, plan([*PENALISED, *OTHERS, {"logit_bias": {9: 6.0}}, {"bad_words": ((9,),)}, {"temperature": 1.0}], 2))
-    assert seen == known and len(known) == 3
+    assert seen == known and len(known) == 2
 
 
 def test_tokens_whose_masks_are_late_are_penalised_as_those_in_time(shallow_folder: Path, often_late: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a row is given while it waits counts for nothing."""
-    monkeypatch.setattr(samplers, "PENALTIES_IN_GRAPHS", True)
     monkeypatch.setattr(samplers, "token_kernel", lambda _: TokenKernel(sampling.choose_tokens, sampling.scratch_width()))
     kinds: list[dict[str, Any]] = [{"repetition_penalty": 0.3}, {"frequency_penalty": -2.0}, {"presence_penalty": -2.0, "temperature": 0.8, "top_k": 40}]
     todo = [(number, test_late.request(number, test_late.WORD, max_new_tokens=12, **kind)) for number, kind in enumerate(kinds)]

@@ -24,12 +24,12 @@ def normal(rows: int, vocab: int, scale: float = 1.0, seed: int = 0) -> torch.Te
 def chosen(rows: Rows, masks: tuple[torch.Tensor, torch.Tensor] | None = None) -> list[int]:
     """The kernel's tokens, which it also notes in the token table; logits stay."""
     sampler, before = rows.sampler("cpu", KERNEL), rows.logits.clone()
-    tokens, table, penalties = torch.full((len(rows.params),), -7), sampler.tokens.clone(), bool(sampler.table.penalised.any())
-    sampler.choose(rows.logits, torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths), tokens, masks, penalties=penalties)
+    tokens, table = torch.full((len(rows.params),), -7), sampler.tokens.clone()
+    sampler.choose(rows.logits, torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths), tokens, masks)
     assert torch.equal(rows.logits.view(torch.int32), before.view(torch.int32))
     table[rows.slots, rows.lengths] = tokens.clamp_min(0).int()
     assert torch.equal(sampler.tokens, table), "each token where it belongs, and nothing else"
-    assert (sampler._edits is not None) == penalties and (sampler._edits is None or not sampler._edits.any())
+    assert not sampler._edits.any()
     return tokens.tolist()
 
 
@@ -257,7 +257,7 @@ def test_a_row_with_penalties_changes_none_of_its_mates() -> None:
         part = rows.part(slice(i, i + 1))
         assert chosen(part) == [found[i]]
     sampler, tokens = rows.sampler("cpu", KERNEL), torch.zeros(3, dtype=torch.int64)
-    sampler.choose(rows.logits[:3], torch.tensor([16, 5, 16]), torch.tensor([1, 30, 1]), tokens, penalties=True)
+    sampler.choose(rows.logits[:3], torch.tensor([16, 5, 16]), torch.tensor([1, 30, 1]), tokens)
     assert tokens[[0, 2]].tolist() == rows.logits[[0, 2]].argmax(-1).tolist()
 
 
