@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 
 from benchmark import common
 from lmdeploy.checkpoint.hub import resolve_model
-from lmdeploy.config import GenerationConfig, TurbomindEngineConfig
+from lmdeploy.config import TurbomindEngineConfig
+from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep, StepMask, forbid
 from lmdeploy.engine.plan import LATE
+from lmdeploy.engine.start import build_engine
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar, grammar_of
-from lmdeploy.messages import SamplingParams
-from lmdeploy.pipeline import Pipeline, pipeline
+from lmdeploy.messages import EngineRequest, SamplingParams
 from lmdeploy.text.tokenizer import Tokenizer
 
 PERSON = {
@@ -233,26 +234,48 @@ FORMS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def engine(pipe: Pipeline, batch: int, repeats: int) -> None:
-    prompts = [[{"role": "user", "content": f"Tell me a story about {i} animals."}] for i in range(batch)]
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in FORMS}
-    for _ in range(repeats + 1):
-        for name, response_format in FORMS.items():
-            gen = GenerationConfig(max_new_tokens=120, ignore_eos=True, temperature=0.8, random_seed=1, response_format=response_format)
-            before, start, cpu = pipe.frontend.stats(), time.perf_counter(), time.process_time()
-            answers = pipe(prompts, gen_config=gen)
-            wall, cpu, after = time.perf_counter() - start, time.process_time() - cpu, pipe.frontend.stats()
-            tokens, steps = sum(a.generate_token_len for a in answers), after.steps - before.steps
-            found[name].append((tokens / wall, wall / steps * 1e3, cpu / steps * 1e3, (after.late_tokens - before.late_tokens) / tokens * 100))
-    for name, values in found.items():
-        rate, step, cpu, late = (statistics.median(column) for column in zip(*values[1:], strict=True))
-        print(f"  batch {batch}, {name}: {rate:.0f} tok/s, {step:.2f} ms a step, {cpu:.2f} ms of processor time a step, {late:.1f} % of the tokens late")
+def run_guided(engine: Engine, prompts: list[list[int]], stops: tuple[int, ...], response_format: dict[str, Any] | None, first_id: int) -> tuple[float, ...]:
+    """Tokens/s; milliseconds until all answers have begun, of a step from then on (mean, median), and of processor time; late tokens in percent."""
+    grammar = None if response_format is None else grammar_of(response_format)
+    before, start, cpu = engine.stats(), time.perf_counter(), time.process_time()
+    for i, ids in enumerate(prompts):
+        sampling = SamplingParams(max_new_tokens=120, ignore_eos=True, temperature=0.8, top_k=40, top_p=0.8, seed=i, stop_token_ids=stops, grammar=grammar)
+        engine.add(EngineRequest(request_id=first_id + i, token_ids=ids, sampling=sampling))
+    begun: set[int] = set()
+    times: list[float] = []
+    while engine.has_work:
+        for output in engine.step().others:  # with the first and last output of each
+            if output.error:
+                raise RuntimeError(output.error)
+            begun.add(output.request_id)
+        if len(begun) == len(prompts):
+            times.append(time.perf_counter())
+    after, steps = engine.stats(), np.diff(times) * 1e3
+    tokens, count = after.generated_tokens - before.generated_tokens, after.steps - before.steps
+    late = (after.late_tokens - before.late_tokens) / tokens * 100
+    return tokens / (times[-1] - start), (times[0] - start) * 1e3, float(steps.mean()), float(np.median(steps)), (time.process_time() - cpu) / count * 1e3, late
 
 
-def engines(model: str | None, config: TurbomindEngineConfig, options: argparse.Namespace) -> None:
-    with pipeline(model, backend_config=config) as pipe:
-        for batch in options.batch:
-            engine(pipe, batch, options.repeats)
+def engines(folder: Path, config: TurbomindEngineConfig, options: argparse.Namespace) -> None:
+    """An engine that has its process to itself, as a server's has."""
+    tokenizer, engine = Tokenizer(folder), build_engine(folder, config)
+    stops = tuple(i for i in (tokenizer.eos_token_id,) if i is not None)
+    print(common.prepare_ahead(engine))
+    number = 1
+    for batch in options.batch:
+        prompts = [tokenizer.encode(f"Tell me a story about {i} animals.", add_bos=True) for i in range(batch)]
+        found: dict[str, list[tuple[float, ...]]] = {name: [] for name in FORMS}
+        for _ in range(options.repeats + 1):
+            for name, response_format in FORMS.items():
+                found[name].append(run_guided(engine, prompts, stops, response_format, number))
+                number += batch
+        for name, values in found.items():
+            rate, first, mean, median, cpu, late = (statistics.median(column) for column in zip(*values[1:], strict=True))
+            print(
+                f"  batch {batch}, {name}: {rate:.0f} tok/s, all begun after {first:.1f} ms (the first time {values[0][1]:.1f}), then {mean:.2f} ms a step "
+                f"(median {median:.2f}), {cpu:.2f} ms of processor time a step, {late:.1f} % of the tokens late"
+            )
+    engine.close()
 
 
 # ---------------------------------------------------------------------- masks beside steps, without a model
@@ -276,7 +299,8 @@ def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: in
     slots._overlaps = True
     grammar = grammar_of(response_format)
     assert grammar is not None
-    compiler.prepare(grammar).result()
+    held = compiler.prepare(grammar, answers=rows)
+    held.result()
 
     def tokens(step: GuidedStep) -> NDArray[np.int64]:
         chosen = np.full(rows, LATE)
@@ -354,7 +378,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.engine:
         print(common.machine())
-        engines(options.engine, TurbomindEngineConfig(max_batch_size=max(options.batch), random_weights=options.random_weights), options)
+        engines(
+            resolve_model(options.engine, None, None), TurbomindEngineConfig(max_batch_size=max(options.batch), random_weights=options.random_weights), options
+        )
         return
     if options.waits:
         print(f"{common.machine()}; {os.cpu_count()} processors, {MASK_THREADS} threads fill masks")
@@ -375,7 +401,7 @@ def main() -> None:
     print("masks applied to logits on this CPU:")
     apply_masks()
     print("the engine, embedded model:")
-    engines(None, TurbomindEngineConfig(max_batch_size=32, cpu_threads=1), options)
+    engines(embedded, TurbomindEngineConfig(max_batch_size=32, cpu_threads=1), options)
 
 
 if __name__ == "__main__":

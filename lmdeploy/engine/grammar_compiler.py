@@ -14,9 +14,9 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,20 +52,32 @@ STEP_SECONDS = 0.1
 #: are about the fewest nodes on average (700,000 at 0 to 20 characters before the end, in all; the best list 683,000).
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 30)), r'[^"\\\x00-\x1F\x7F]+']
 
-_CPUS = os.cpu_count() or 1
-#: lexers that a grammar has at most, and what compiling it may take for another one
-MOST_LEXERS, CHEAP_SECONDS = 64, 0.01
+#: threads that fill masks; of many processors some are others'
+MASK_THREADS = min(12, os.cpu_count() or 1)
+#: users of a grammar that share a lexer, until it has one for each thread: a lexer finds out each of its states once, which takes two to four times as long as
+#: to look it up, and its users wait for each other
+USERS_TOGETHER = 4
+#: what compiling a grammar may take for another lexer
+CHEAP_SECONDS = 0.01
 #: lexers beside the first of each grammar, of all grammars together; with what they have found out they take some MB each
-MOST_MORE_LEXERS = 64
-#: threads that fill masks: more than lexers only wait, and of many processors some are others'
-MASK_THREADS = min(12, _CPUS)
+MOST_MORE_LEXERS = 96
+
+#: a matcher at the start of a grammar, with a lexer of its own, and the lexer's number
+_Copy = tuple[Any, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class _Compiled:
-    matchers: list[Any]  # at the start of the grammar, each with a lexer of its own
-    lexers: list[int]  # their numbers
-    seconds: float  # of processor time for one
+    """A grammar, compiled once there is a copy."""
+
+    copies: tuple[_Copy, ...] = ()
+    seconds: float = 0.0  # of processor time for one
+    users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
+
+    def complete(self) -> bool:
+        """Whether there are lexers enough for all users."""
+        wanted = min(max(sum(self.users.values()) - 1, 0) // USERS_TOGETHER + 1, MASK_THREADS)
+        return len(self.copies) >= (wanted if self.seconds < CHEAP_SECONDS else 1)
 
 
 class GrammarCompiler:
@@ -88,8 +100,8 @@ class GrammarCompiler:
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._lexers = itertools.count()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Grammar, Future[Any]] = OrderedDict()
-        self._alive: weakref.WeakValueDictionary[Grammar, Future[Any]] = weakref.WeakValueDictionary()  # those that anybody holds
+        self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()
+        self._alive: weakref.WeakValueDictionary[Grammar, _Compiled] = weakref.WeakValueDictionary()  # those that anybody holds or waits for
         self._pool = FairPool("a grammar to be compiled")
 
     @classmethod
@@ -102,62 +114,79 @@ class GrammarCompiler:
         """Grammars that are compiled or are about to be."""
         return len(self._alive)
 
-    def prepare(self, grammar: Grammar, owner: str = "") -> Future[Any]:
-        """Compile in a thread, the grammars of each owner in turn; the future's exception is a RequestError(code='invalid_grammar')."""
+    def prepare(self, grammar: Grammar, owner: str = "", answers: int = 1) -> Future[Any]:
+        """Compile in a thread, the grammars of each owner in turn, and see to it that there are lexers enough for so many more answers, as long as the future is held.
+
+        Its exception is a RequestError(code='invalid_grammar'). Matchers with the same lexer share what it has found out, and its lock. A grammar has several lexers
+        if that is cheap.
+        """
+        future: Future[Any] = Future()
         with self._lock:
-            future = self._alive.get(grammar)
-            if future is None or not future.done():
-                future = self._pool.submit(owner, partial(self._compile, grammar), future)
-            self._alive[grammar] = self._kept[grammar] = future
-            self._kept.move_to_end(grammar)
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-        return future
+            compiled = self._alive.get(grammar)
+            if compiled is None:
+                compiled = self._alive[grammar] = _Compiled()
+            compiled.users[future] = answers
+            if compiled.complete():
+                self._keep(grammar, compiled)
+                future.set_result(compiled)
+                return future
+        return self._pool.submit(owner, partial(self._complete, grammar, compiled), future)
 
     def matcher(self, grammar: Grammar) -> Any:
         """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
-        return self.matcher_and_lexer(grammar, 0)[0]
+        return self.matcher_and_lexer(grammar, {})[0]
 
-    def matcher_and_lexer(self, grammar: Grammar, wanted: int) -> tuple[Any, int]:
-        """The same with its `wanted`-th lexer, or the last one that it has, and the lexer's number.
+    def matcher_and_lexer(self, grammar: Grammar, users: Mapping[int, int]) -> _Copy:
+        """The same, with the lexer that has fewest users, and the lexer's number."""
+        compiled = self._alive.get(grammar)
+        if compiled is None or not compiled.copies:
+            compiled = self.prepare(grammar).result()
+        matcher, lexer = min(compiled.copies, key=lambda copy: users.get(copy[1], 0))
+        return matcher.deep_copy(), lexer
 
-        Matchers with the same lexer share what it has found out, and its lock: two threads are no faster than one, and a slow mask holds up others. A grammar has
-        several if that is cheap.
-        """
-        compiled: _Compiled = self.prepare(grammar).result()
-        wanted = min(wanted, MOST_LEXERS - 1)
-        while len(compiled.matchers) <= wanted and compiled.seconds < CHEAP_SECONDS:
+    def _complete(self, grammar: Grammar, compiled: _Compiled) -> _Compiled:
+        """In the pool's thread: compile it, if that is still to be done, and lexers for all who want it by now."""
+        if not compiled.copies:
+            start = time.thread_time()
+            compiled.copies = (self._compile(grammar),)
+            compiled.seconds = time.thread_time() - start
+        while True:
+            with self._lock:
+                self._keep(grammar, compiled)
+                if compiled.complete():
+                    return compiled
             more = self._compile(grammar)
-            compiled.matchers.append(more.matchers[0])
-            compiled.lexers.append(more.lexers[0])
-            self._bound_lexers(compiled)
-        which = min(wanted, len(compiled.matchers) - 1)
-        return compiled.matchers[which].deep_copy(), compiled.lexers[which]
+            with self._lock:
+                compiled.copies += (more,)
+                self._bound_lexers(compiled)
+
+    def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
+        self._kept[grammar] = compiled
+        self._kept.move_to_end(grammar)
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
 
     def _bound_lexers(self, wanted: _Compiled) -> None:
         """Where all grammars have too many lexers together, those that were wanted least recently keep their first; `wanted` is wanted now, kept or not."""
-        with self._lock:
-            done = [future.result() for future in self._kept.values() if future.done() and not future.cancelled() and future.exception() is None]
-            others = [compiled for compiled in done if compiled is not wanted]
-            more = len(wanted.matchers) - 1 + sum(len(compiled.matchers) - 1 for compiled in others)
-            for compiled in others:  # least recently wanted first
-                if more <= MOST_MORE_LEXERS:
-                    break
-                more -= len(compiled.matchers) - 1
-                del compiled.matchers[1:], compiled.lexers[1:]
+        others = [compiled for compiled in self._kept.values() if compiled is not wanted]
+        more = len(wanted.copies) - 1 + sum(len(compiled.copies) - 1 for compiled in others)
+        for compiled in others:  # least recently wanted first
+            if more <= MOST_MORE_LEXERS:
+                break
+            more -= len(compiled.copies) - 1
+            compiled.copies = compiled.copies[:1]
 
     def close(self) -> None:
         """End the thread."""
         self._pool.close()
 
-    def _compile(self, grammar: Grammar) -> _Compiled:
-        start = time.thread_time()
+    def _compile(self, grammar: Grammar) -> _Copy:
         matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # copies start with what the first mask has found out
         if matcher.is_error():
             raise invalid(reason_of(matcher.get_error()))
-        return _Compiled([matcher], [next(self._lexers)], time.thread_time() - start)
+        return matcher, next(self._lexers)
 
 
 class _Splitter:

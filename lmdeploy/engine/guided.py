@@ -10,8 +10,9 @@ Slots without a grammar cost one look at an array.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, GrammarCompiler, reason_of
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler, reason_of
 from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
@@ -36,15 +37,15 @@ ROWS_AT_ONCE = 32
 FIRST_WORDS = 64
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
-#: users of a grammar that share a lexer where a step's masks are all waited for: more lexers than threads only take memory
-USERS_TOGETHER = 4
-#: seconds that a step waits for masks that were not expected to take long, where it need not; a grammar in a call that takes longer gets calls of its own until it
-#: has had so many quick ones in a row
+#: seconds that a step waits at most for masks that were not expected to take long, where it need not; a grammar in a call that takes longer gets calls of its own
+#: until it has had so many quick ones in a row
 PATIENCE, FORGIVEN = 0.003, 32
 #: seconds that it waits for others: what has been done has to get the interpreter's lock to say so
 BRIEF = 3e-5
-#: calls at a time: of masks that were not expected to take long (the second where the first does, after all), and of others
-USUAL_CALLS, OTHER_CALLS = 2, 4
+#: calls at a time: of masks that were not expected to take long (two a step, and two where these do, after all), and of others
+USUAL_CALLS, OTHER_CALLS = 4, 4
+#: rows from which on a step's masks are begun in two calls, the first when half of the tokens have been taken in
+HALVES_FROM = 16
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class GuidedStep(StepMask):
     """And what there is to know of the rows."""
 
     slots: Ints = field(kw_only=True)  # [G]
-    alone: bool = field(kw_only=True)  # the step has no other rows
+    among: int = field(kw_only=True)  # S
     matchers: list[Any] = field(kw_only=True)  # [G] of the sequences that had the slots when the step began
     stops: Ints = field(kw_only=True)  # [G, N] tokens that end each answer, some repeated
     own: Flags = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
@@ -95,7 +96,6 @@ class GuidedSlots:
         self._grammars: list[Grammar | None] = [None] * num_slots
         self._lexers = np.full(num_slots, -1, dtype=np.int64)
         self._users: dict[Grammar, Counter[int]] = {}  # of grammars that slots have, how many each of its lexers has
-        self._wanted = [0] * num_slots  # which of its grammar's lexers a slot has
         self._stops = np.full((num_slots, 1), compiler.eos_token_id, dtype=np.int64)  # [slots, N]
         self._own = np.zeros((num_slots, 1), dtype=bool)
         self._guided = np.zeros(num_slots, dtype=bool)
@@ -111,6 +111,11 @@ class GuidedSlots:
         self._near = np.zeros(num_slots, dtype=bool)  # the slot's next mask may take long
         self._joined: GuidedStep | None = None  # whose masks `_left` does not know yet
         self._slow: dict[Grammar, int] = {}  # that need calls of their own -> quick ones until they need them no more
+        self._pace, self._now, self._waited = (
+            PATIENCE,
+            time.perf_counter(),
+            0.0,
+        )  # seconds a step without waiting for masks; since when the step goes on; waited in it
 
     @property
     def used(self) -> bool:
@@ -123,21 +128,14 @@ class GuidedSlots:
         if params.grammar is None:
             return
         users = self._users.get(params.grammar, Counter())
-        wanted = self._lexer_for(users)
-        matcher, lexer = self._compiler.matcher_and_lexer(params.grammar, wanted)
+        matcher, lexer = self._compiler.matcher_and_lexer(params.grammar, users)
         if generated and not matcher.consume_tokens(generated):
             raise ValueError(f"the grammar does not fit the tokens generated so far: {reason_of(matcher.get_error())}")
         self._set_stops(slot, [t for t in params.stop_token_ids if t < self._compiler.vocab_size])
         self._matchers[slot], self._grammars[slot], self._lexers[slot] = matcher, params.grammar, lexer
-        self._wanted[slot] = wanted
-        users[wanted] += 1
+        users[lexer] += 1
         self._users[params.grammar] = users
         self._guided[slot] = True
-
-    def _lexer_for(self, users: Counter[int]) -> int:
-        """Which lexer of a grammar the next of its users gets: the first of those that have fewest."""
-        most = MOST_LEXERS if self._overlaps else min(users.total() // USERS_TOGETHER + 1, MASK_THREADS)
-        return min(range(most), key=users.__getitem__)
 
     def release(self, slot: int) -> None:
         """Forget the matcher of a slot, if there is one."""
@@ -146,7 +144,7 @@ class GuidedSlots:
             grammar = self._grammars[slot]
             assert grammar is not None
             users = self._users[grammar]
-            users[self._wanted[slot]] -= 1
+            users[self._lexers.item(slot)] -= 1
             if not users.total():
                 del self._users[grammar]
                 self._slow.pop(grammar, None)
@@ -170,6 +168,7 @@ class GuidedSlots:
         `young` [S]: answers that have not reached `min_new_tokens`. A slot's words have been used when its next ones are begun, in `follow` or `join`.
         """
         self._look_back()
+        self._keep_pace()
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
             self._last = None
@@ -179,9 +178,9 @@ class GuidedSlots:
             self._words = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         guided = slots[rows]
         matchers, stops, own = [self._matchers[slot] for slot in guided.tolist()], self._stops[guided], self._own[guided]
-        none, alone = np.zeros(rows.size, dtype=bool), rows.size == slots.size
+        none = np.zeros(rows.size, dtype=bool)
         step = GuidedStep(
-            rows, self._words, slots=guided, alone=alone, matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=none, late=none.copy()
+            rows, self._words, slots=guided, among=slots.size, matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=none, late=none.copy()
         )  # fmt: skip
         step.fill = partial(self._fill, step)
         if self._overlaps and self._open is None:  # grammars know all tokens: the first step, or one behind a step that was waited for
@@ -192,6 +191,11 @@ class GuidedSlots:
             self._last = step
         self._open = step
         return step
+
+    def _keep_pace(self) -> None:
+        now, waited = time.perf_counter(), self._waited
+        self._pace += 0.1 * (min(now - self._now - waited, PATIENCE) - self._pace)
+        self._now, self._waited = now, 0.0
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
         """Take in a token for each sampled row (negative: none); True where the answer of a guided row is complete and ends now."""
@@ -205,16 +209,26 @@ class GuidedSlots:
         if last is None or last is mask or last.fill is None:
             self._consume(mask, chosen, goes_on, complete)
             return complete
-        near = self._near[last.slots]
-        if near.any():  # first of all, and whoever would wait for a lexer that they use
-            near |= np.isin(self._lexers[last.slots], self._lexers[last.slots[near]])
-            first = np.isin(mask.slots, last.slots[near])
-            self._consume(mask, chosen, goes_on & first, complete)
-            self._begin(last, np.flatnonzero(near), usual=False)
-            goes_on &= ~first
-        self._consume(mask, chosen, goes_on, complete)
-        self._begin(last, np.flatnonzero(~near), usual=True)
+        for places, usual in self._in_turn(last):
+            these = np.isin(mask.slots, last.slots[places])
+            self._consume(mask, chosen, goes_on & these, complete)
+            self._begin(last, places, usual=usual)
+            goes_on &= ~these
+        self._consume(mask, chosen, goes_on, complete)  # of answers that have no further token
         return complete
+
+    def _in_turn(self, step: GuidedStep) -> Iterator[tuple[Ints, bool]]:
+        """The rows of a step in the order in which their masks are begun, and whether these are not expected to take long."""
+        near, lexers = self._near[step.slots], self._lexers[step.slots]
+        if near.any():  # first of all, and whoever would wait for a lexer that they use
+            near |= np.isin(lexers, lexers[near])
+            yield np.flatnonzero(near), False
+        rest = np.flatnonzero(~near)
+        if rest.size >= HALVES_FROM:
+            early = lexers[rest] < np.median(lexers[rest])  # a lexer's users are all in one call
+            yield rest[early], True
+            rest = rest[~early]
+        yield rest, True
 
     def _consume(self, mask: GuidedStep, chosen: Ints, which: Flags, complete: list[bool]) -> None:
         for place, token in zip(np.flatnonzero(which).tolist(), chosen[which].tolist(), strict=True):
@@ -262,6 +276,7 @@ class GuidedSlots:
     def _await(self, step: GuidedStep, may: Flags) -> Flags:
         """Wait for masks, as long as needed for rows that may not be late; [G] those that are."""
         calls: dict[MaskCall, list[int]] = {}
+        start = time.perf_counter()
         for place, slot in enumerate(step.slots.tolist()):
             call = self._calls[slot]
             if call is not None:
@@ -270,11 +285,13 @@ class GuidedSlots:
                 self._fill_here(step, place)
         late: Flags = may.copy()
         for call, places in calls.items():
-            there = call.wait(None if not may[places].all() else PATIENCE if call.usual else BRIEF)
+            # to be late costs the rows of a call a step; to wait for them costs it, sooner or later, too, but all rows
+            patience = min(max(self._pace * len(places) / step.among, BRIEF), PATIENCE) if call.usual else BRIEF
+            there = call.wait(patience if may[places].all() else None)
             late[places] = not there
             if not there and call.age > PATIENCE:
                 self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
-        if step.alone and late.all():  # whatever is launched now, nobody gets a token from it
+        if step.rows.size == step.among and late.all():  # whatever is launched now, nobody gets a token from it
             call, places = next(iter(calls.items()), (None, [0]))
             if call is None:
                 self._fill_here(step, 0)
@@ -284,6 +301,7 @@ class GuidedSlots:
         for call in calls:
             if call.over and not call.usual and self._slow:
                 self._forgive(call)
+        self._waited += time.perf_counter() - start
         return late
 
     def _fill_here(self, step: GuidedStep, place: int) -> None:

@@ -70,7 +70,7 @@ class Preparing:
             if waiting.compiled is None and self._grammars.num_compiled < MAX_COMPILED:
                 grammar = waiting.request.sampling.grammar
                 assert grammar is not None
-                waiting.compiled = self._grammars.prepare(grammar, waiting.request.owner)
+                waiting.compiled = self._grammars.prepare(grammar, waiting.request.owner, waiting.request.n)
 
     def take_ready(self, *, block: bool) -> tuple[list[Ready], list[EngineOutput]]:
         """(requests to schedule; last outputs of those that are refused). `block`: there is nothing else to do."""

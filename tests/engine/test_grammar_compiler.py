@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from lmdeploy.engine import grammar_compiler
-from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, GrammarCompiler
-from lmdeploy.engine.guided import USERS_TOGETHER, GuidedSlots, forbid
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, USERS_TOGETHER, GrammarCompiler
+from lmdeploy.engine.guided import GuidedSlots, forbid
 from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
@@ -109,54 +110,81 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert slots.masks(np.array([1, 2]), np.zeros(2, dtype=bool)) is None
 
 
+def lexers(grammars: GrammarCompiler, grammar: Grammar) -> int:
+    return len(grammars._alive[grammar].copies)
+
+
 def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
     grammars, tokenizer = compiler
     digits = Grammar("regex", "[0-9]{1,30}")
     users = (MASK_THREADS + 1) * USERS_TOGETHER
-    slots = GuidedSlots(grammars, users, torch.device("cpu"))
+    slots, held = GuidedSlots(grammars, users, torch.device("cpu")), []
     for slot in range(users):
+        held.append(grammars.prepare(digits))
+        held[-1].result()
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=digits), [])
-        assert len(grammars.prepare(digits).result().matchers) == min(slot // USERS_TOGETHER + 1, MASK_THREADS)
+        assert lexers(grammars, digits) == min(slot // USERS_TOGETHER + 1, MASK_THREADS)
+    counts = np.unique(slots._lexers, return_counts=True)[1]
+    assert len(counts) == MASK_THREADS and counts.max() <= 2 * USERS_TOGETHER
     mask = slots.masks(np.arange(users), np.zeros(users, dtype=bool))
     assert mask is not None
     _, words, at = mask.join()
     assert (words[at] == words[at[0]]).all()  # whichever lexer
-    for slot in range(users):
-        slots.release(slot)
-    slots.set(0, SamplingParams(max_new_tokens=9, grammar=digits), [])
-    assert len(grammars.prepare(digits).result().matchers) == MASK_THREADS
+    slots.release(5)
+    numbers, counts = np.unique(np.delete(slots._lexers, 5), return_counts=True)
+    slots.set(5, SamplingParams(max_new_tokens=9, grammar=digits), [])
+    assert slots._lexers[5] in numbers[counts == counts.min()]
+    slots.close()
 
 
-def test_where_the_host_runs_ahead_each_user_has_a_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
-    grammars, tokenizer = compiler
+def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_there(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+    grammars, _ = compiler
     letters = Grammar("regex", "[l-s]{1,30}")
-    slots = GuidedSlots(grammars, MOST_LEXERS + 2, torch.device("cpu"))
-    slots._overlaps = True  # as on a CUDA device
-    for slot in range(MOST_LEXERS + 2):
-        slots.set(slot, SamplingParams(max_new_tokens=9, grammar=letters), [])
-    assert len(set(slots._lexers.tolist())) == MOST_LEXERS
-    left = slots._lexers[7]
-    slots.release(7)
-    slots.set(7, SamplingParams(max_new_tokens=9, grammar=letters), [])
-    assert slots._lexers[7] == left, "the one that nobody has"
+    held = [grammars.prepare(letters, answers=USERS_TOGETHER) for _ in range(MASK_THREADS + 2)]
+    held[0].result()
+    assert lexers(grammars, letters) == MASK_THREADS
+    assert all(future.result() is held[0].result() for future in held)
+    assert grammars.prepare(letters).done(), "who comes later does not wait"
+
+
+def test_nobody_compiles_where_a_slot_is_set_up(compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, _ = compiler
+    letters = Grammar("regex", "[t-z]{1,30}")
+    held = grammars.prepare(letters)
+    held.result()
+    monkeypatch.setattr(grammars, "_compile", None)
+    users: Counter[int] = Counter()
+    for _ in range(4 * USERS_TOGETHER):
+        users[grammars.matcher_and_lexer(letters, users)[1]] += 1
+    assert len(users) == 1
+
+
+def test_a_grammar_that_takes_long_to_compile_has_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, _ = compiler
+    monkeypatch.setattr(grammar_compiler, "CHEAP_SECONDS", 0.0)
+    held = grammars.prepare(Grammar("regex", "[a-c]{1,40}"), answers=1000)
+    assert len(held.result().copies) == 1
 
 
 def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
     compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars, _ = compiler
-    monkeypatch.setattr(grammar_compiler, "MOST_LEXERS", 3)
+    monkeypatch.setattr(grammar_compiler, "MASK_THREADS", 3)
     monkeypatch.setattr(grammar_compiler, "MOST_MORE_LEXERS", 3)
     early, late = Grammar("regex", "[a-f]{1,30}"), Grammar("regex", "[g-k]{1,30}")
-    held = [grammars.matcher_and_lexer(early, wanted) for wanted in range(4)]
-    assert len(grammars.prepare(early).result().matchers) == 3
-    assert held[3][1] == held[2][1] != held[1][1]
-    for wanted in range(4):
-        grammars.matcher_and_lexer(late, wanted)
-    assert len(grammars.prepare(late).result().matchers) == 3
-    assert len(grammars.prepare(early).result().matchers) == 1  # four were too many
-    assert held[3][0].compute_bitmask() == grammars.matcher(early).compute_bitmask()  # whoever has one goes on with it
-    assert grammars.matcher_and_lexer(early, 1)[1] not in [lexer for _, lexer in held], "one that is made again is another one"
+    held = grammars.prepare(early, answers=100).result()
+    users: Counter[int] = Counter()
+    copies = []
+    for _ in range(4):
+        copies.append(grammars.matcher_and_lexer(early, users))
+        users[copies[-1][1]] += 1
+    assert len(held.copies) == 3 and sorted(users.values()) == [1, 1, 2]
+    assert len(grammars.prepare(late, answers=100).result().copies) == 3
+    assert len(held.copies) == 1, "four were too many"
+    assert copies[2][0].compute_bitmask() == grammars.matcher(early).compute_bitmask(), "whoever has one goes on with it"
+    again = grammars.prepare(early, answers=100).result().copies
+    assert len(again) == 3 and not {lexer for _, lexer in again[1:]} & {lexer for _, lexer in copies}, "those that are made again are others"
 
 
 def test_a_library_that_panics_leaves_nobody_waiting() -> None:

@@ -81,7 +81,7 @@ def test_late_masks_change_no_answer(model_folder: Path, monkeypatch: pytest.Mon
 
     def slowly(self: GuidedSlots, call: MaskCall) -> None:
         if any(slot % 3 == 0 for slot in call.slots):
-            time.sleep(0.005)
+            time.sleep(0.03)
         fill(self, call)
 
     monkeypatch.setattr(GuidedSlots, "_fill_words", slowly)
@@ -90,7 +90,7 @@ def test_late_masks_change_no_answer(model_folder: Path, monkeypatch: pytest.Mon
     params += [SamplingParams(max_new_tokens=30, ignore_eos=True), SamplingParams(max_new_tokens=30, ignore_eos=True, repetition_penalty=1.2)]
     found, late = {}, {}
     for device in ("cpu", "cuda"):
-        engine = build_engine(model_folder, PytorchEngineConfig(device_type=device, dtype="float32", max_batch_size=16, cache_max_entry_count=128))
+        engine = build_engine(model_folder, TurbomindEngineConfig(device_type=device, dtype="float32", max_batch_size=16, cache_max_entry_count=128))
         found[device] = answers(engine, params)
         late[device] = engine.stats().late_tokens
         engine.close()
