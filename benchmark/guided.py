@@ -294,7 +294,7 @@ class Waits:
 def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: int, seconds: float, steps: int, plans: float = 3e-4) -> Waits:
     """Follow answers of random tokens as an engine on a GPU does, whose steps take so long and whose host is busy for `plans` of it, planning. The first half of the
     steps is not counted: lexers are cold."""
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, own_lexers=True)
     slots, found, draw = GuidedSlots(compiler, rows, torch.device("cpu")), Waits([], []), np.random.default_rng(0)
     slots._overlaps = True
     grammar = grammar_of(response_format)

@@ -25,6 +25,7 @@ import llguidance
 
 from lmdeploy.engine.fair_pool import FairPool
 from lmdeploy.engine.grammar_text import SpecialTokens, compile_text, invalid
+from lmdeploy.engine.host_memory import host_free
 from lmdeploy.engine.mask_calls import StringEnds
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
@@ -54,13 +55,12 @@ SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for le
 
 #: threads that fill masks; of many processors some are others'
 MASK_THREADS = min(12, os.cpu_count() or 1)
-#: users of a grammar that share a lexer, until it has one for each thread: a lexer finds out each of its states once, which takes two to four times as long as
-#: to look it up, and its users wait for each other
-USERS_TOGETHER = 4
+#: users of a grammar that share a lexer where its lexers are no more than threads, and lexers where each user has one
+USERS_TOGETHER, MOST_LEXERS = 4, 64
 #: what compiling a grammar may take for another lexer
 CHEAP_SECONDS = 0.01
-#: lexers beside the first of each grammar, of all grammars together; with what they have found out they take some MB each
-MOST_MORE_LEXERS = 96
+#: what a lexer takes once it has found out about all that it may, and the share of the free memory that those beside the first of each grammar may take together
+LEXER_BYTES, LEXERS_SHARE = 16 << 20, 1 / 8
 
 #: a matcher at the start of a grammar, with a lexer of its own, and the lexer's number
 _Copy = tuple[Any, int]
@@ -74,19 +74,15 @@ class _Compiled:
     seconds: float = 0.0  # of processor time for one
     users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
 
-    def complete(self) -> bool:
-        """Whether there are lexers enough for all users."""
-        wanted = min(max(sum(self.users.values()) - 1, 0) // USERS_TOGETHER + 1, MASK_THREADS)
-        return len(self.copies) >= (wanted if self.seconds < CHEAP_SECONDS else 1)
-
 
 class GrammarCompiler:
     """Matchers of one vocabulary. May be called from any thread.
 
-    A grammar stays compiled for as long as somebody holds the future that `prepare` gave him, and some time longer.
+    A grammar stays compiled for as long as somebody holds the future that `prepare` gave him, and some time longer. `own_lexers`: each of its users gets a lexer, so
+    that nobody waits for another's. Else some share one: each finds out its states once, so fewer lexers take less time together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = (), *, own_lexers: bool = False) -> None:
         known = [i for i in dict.fromkeys((tokenizer.eos_token_id, *stop_ids)) if i is not None and 0 <= i < vocab_size]
         ends = known or sorted(i for i in tokenizer.special_ids if i < vocab_size)[-1:]
         if not ends:
@@ -99,15 +95,16 @@ class GrammarCompiler:
         self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id, slices=SLICES)
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._lexers = itertools.count()
+        self._own_lexers, self._most_more = own_lexers, int(host_free() * LEXERS_SHARE) // LEXER_BYTES
         self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[Grammar, _Compiled] = weakref.WeakValueDictionary()  # those that anybody holds or waits for
         self._pool = FairPool("a grammar to be compiled")
 
     @classmethod
-    def open(cls, folder: Path, vocab_size: int, stop_ids: Iterable[int] = ()) -> GrammarCompiler:
+    def open(cls, folder: Path, vocab_size: int, stop_ids: Iterable[int] = (), *, own_lexers: bool = False) -> GrammarCompiler:
         """For the tokenizer of a model folder."""
-        return cls(Tokenizer(folder), vocab_size, stop_ids)
+        return cls(Tokenizer(folder), vocab_size, stop_ids, own_lexers=own_lexers)
 
     @property
     def num_compiled(self) -> int:
@@ -126,7 +123,7 @@ class GrammarCompiler:
             if compiled is None:
                 compiled = self._alive[grammar] = _Compiled()
             compiled.users[future] = answers
-            if compiled.complete():
+            if self._is_complete(compiled):
                 self._keep(grammar, compiled)
                 future.set_result(compiled)
                 return future
@@ -153,12 +150,18 @@ class GrammarCompiler:
         while True:
             with self._lock:
                 self._keep(grammar, compiled)
-                if compiled.complete():
+                if self._is_complete(compiled):
                     return compiled
             more = self._compile(grammar)
             with self._lock:
                 compiled.copies += (more,)
                 self._bound_lexers(compiled)
+
+    def _is_complete(self, compiled: _Compiled) -> bool:
+        """Whether there are lexers enough for all users."""
+        together, most = (1, MOST_LEXERS) if self._own_lexers else (USERS_TOGETHER, MASK_THREADS)
+        wanted = min(-(-sum(compiled.users.values()) // together), most, 1 + self._most_more) if compiled.seconds < CHEAP_SECONDS else 1
+        return len(compiled.copies) >= max(wanted, 1)
 
     def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
         self._kept[grammar] = compiled
@@ -171,7 +174,7 @@ class GrammarCompiler:
         others = [compiled for compiled in self._kept.values() if compiled is not wanted]
         more = len(wanted.copies) - 1 + sum(len(compiled.copies) - 1 for compiled in others)
         for compiled in others:  # least recently wanted first
-            if more <= MOST_MORE_LEXERS:
+            if more <= self._most_more:
                 break
             more -= len(compiled.copies) - 1
             compiled.copies = compiled.copies[:1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,10 +42,8 @@ _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1
 PATIENCE, FORGIVEN = 0.003, 32
 #: seconds that it waits for others: what has been done has to get the interpreter's lock to say so
 BRIEF = 3e-5
-#: calls at a time: of masks that were not expected to take long (two a step, and two where these do, after all), and of others
-USUAL_CALLS, OTHER_CALLS = 4, 4
-#: rows from which on a step's masks are begun in two calls, the first when half of the tokens have been taken in
-HALVES_FROM = 16
+#: calls at a time: of masks that were not expected to take long (the second where the first does, after all), and of others
+USUAL_CALLS, OTHER_CALLS = 2, 4
 
 
 @dataclass(slots=True)
@@ -209,26 +207,16 @@ class GuidedSlots:
         if last is None or last is mask or last.fill is None:
             self._consume(mask, chosen, goes_on, complete)
             return complete
-        for places, usual in self._in_turn(last):
-            these = np.isin(mask.slots, last.slots[places])
-            self._consume(mask, chosen, goes_on & these, complete)
-            self._begin(last, places, usual=usual)
-            goes_on &= ~these
-        self._consume(mask, chosen, goes_on, complete)  # of answers that have no further token
-        return complete
-
-    def _in_turn(self, step: GuidedStep) -> Iterator[tuple[Ints, bool]]:
-        """The rows of a step in the order in which their masks are begun, and whether these are not expected to take long."""
-        near, lexers = self._near[step.slots], self._lexers[step.slots]
+        near = self._near[last.slots]
         if near.any():  # first of all, and whoever would wait for a lexer that they use
-            near |= np.isin(lexers, lexers[near])
-            yield np.flatnonzero(near), False
-        rest = np.flatnonzero(~near)
-        if rest.size >= HALVES_FROM:
-            early = lexers[rest] < np.median(lexers[rest])  # a lexer's users are all in one call
-            yield rest[early], True
-            rest = rest[~early]
-        yield rest, True
+            near |= np.isin(self._lexers[last.slots], self._lexers[last.slots[near]])
+            first = np.isin(mask.slots, last.slots[near])
+            self._consume(mask, chosen, goes_on & first, complete)
+            self._begin(last, np.flatnonzero(near), usual=False)
+            goes_on &= ~first
+        self._consume(mask, chosen, goes_on, complete)
+        self._begin(last, np.flatnonzero(~near), usual=True)
+        return complete
 
     def _consume(self, mask: GuidedStep, chosen: Ints, which: Flags, complete: list[bool]) -> None:
         for place, token in zip(np.flatnonzero(which).tolist(), chosen[which].tolist(), strict=True):

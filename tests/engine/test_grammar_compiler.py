@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lmdeploy.engine import grammar_compiler
-from lmdeploy.engine.grammar_compiler import MASK_THREADS, USERS_TOGETHER, GrammarCompiler
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots, forbid
 from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
@@ -147,6 +147,19 @@ def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_t
     assert grammars.prepare(letters).done(), "who comes later does not wait"
 
 
+def test_each_user_has_a_lexer_where_they_are_to_have_their_own(model_folder: Path) -> None:
+    grammars, letters = GrammarCompiler.open(model_folder, 5120, own_lexers=True), Grammar("regex", "[l-s]{1,30}")
+    held = [grammars.prepare(letters, answers=answers) for answers in (1, 4, 2)]
+    assert len(held[-1].result().copies) == 7
+    users: Counter[int] = Counter()
+    for _ in range(7):
+        users[grammars.matcher_and_lexer(letters, users)[1]] += 1
+    assert len(users) == 7
+    del held
+    assert len(grammars.prepare(letters, answers=1000).result().copies) == min(MOST_LEXERS, 1 + grammars._most_more)
+    grammars.close()
+
+
 def test_nobody_compiles_where_a_slot_is_set_up(compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, _ = compiler
     letters = Grammar("regex", "[t-z]{1,30}")
@@ -171,7 +184,7 @@ def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
 ) -> None:
     grammars, _ = compiler
     monkeypatch.setattr(grammar_compiler, "MASK_THREADS", 3)
-    monkeypatch.setattr(grammar_compiler, "MOST_MORE_LEXERS", 3)
+    monkeypatch.setattr(grammars, "_most_more", 3)
     early, late = Grammar("regex", "[a-f]{1,30}"), Grammar("regex", "[g-k]{1,30}")
     held = grammars.prepare(early, answers=100).result()
     users: Counter[int] = Counter()

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from lmdeploy.engine import guided
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.guided import GuidedSlots
 from lmdeploy.engine.mask_calls import NEAR, OUTSIDE, Callers, MaskCall, StringEnds
 from lmdeploy.grammar import Grammar
+from lmdeploy.messages import SamplingParams
 
 
 def test_characters_are_counted_not_bytes_and_what_ends_a_string_is_outside() -> None:
@@ -80,3 +84,27 @@ def test_whoever_waits_for_a_call_that_failed_hears_of_it_each_time() -> None:
         with pytest.raises(RuntimeError, match="the grammar library failed: ValueError"):
             call.wait(5)
     callers.close()
+
+
+@pytest.mark.parametrize(("among", "seconds"), [(100, 0.03), (10, 0.3)])
+def test_a_step_waits_no_longer_for_masks_than_to_be_late_would_cost_it(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, among: int, seconds: float
+) -> None:
+    """Of 100 rows one that is late costs a hundredth of a step."""
+    go_on = threading.Event()
+    monkeypatch.setattr(guided, "PATIENCE", 10.0)
+    monkeypatch.setattr(GuidedSlots, "_fill_words", lambda self, call: go_on.wait(20) and None)
+    slots = GuidedSlots(GrammarCompiler.open(model_folder, 5120, (2, 5118)), 100, torch.device("cpu"))
+    slots._overlaps = True
+    slots.set(0, SamplingParams(max_new_tokens=9, grammar=Grammar("regex", "[0-9]+")), [])
+    slots._pace = 3.0  # seconds a step
+    monkeypatch.setattr(slots, "_keep_pace", lambda: None)
+    step = slots.masks(np.arange(among), np.zeros(among, dtype=bool))
+    assert step is not None
+    step.late[:] = True
+    begun = time.monotonic()
+    rows, *_ = step.join()
+    assert seconds <= time.monotonic() - begun < 2 * seconds + 0.2
+    assert not rows.size and step.late.all()
+    go_on.set()
+    slots.close()
