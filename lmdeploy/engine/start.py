@@ -138,8 +138,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         spec, dtype, device, kernels, Parallel(), formats if encoder is None else dataclasses.replace(formats, unused=(*formats.unused, *UNREAD))
     )
     with ThreadPoolExecutor(1) as opener:  # the vocabulary is made ready for grammars while the weights are read
-        own = device.type == "cuda"  # masks are filled beside the device, by many processors
-        opening = opener.submit(GrammarCompiler.open, model_path, spec.vocab_size, spec.eos_token_ids, own_lexers=own)
+        opening = opener.submit(GrammarCompiler.open, model_path, spec.vocab_size, spec.eos_token_ids, own_lexers=device.type == "cuda")
         _load(model, encoder, model_path, config)
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     examined = examine(model, model_path, resolved, kv_format, device, dtype)
