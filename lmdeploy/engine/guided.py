@@ -37,11 +37,10 @@ ROWS_AT_ONCE = 32
 FIRST_WORDS = 64
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
-#: seconds that a step waits at most for masks that were not expected to take long, where it need not; a grammar in a call that takes longer gets calls of its own
-#: until it has had so many quick ones in a row
-PATIENCE, FORGIVEN = 0.003, 32
-#: seconds that it waits for others: what has been done has to get the interpreter's lock to say so
-BRIEF = 3e-5
+#: seconds that a step waits for masks where it need not: what has been done has to get the interpreter's lock to say so; and at most, however many rows they are for
+BRIEF, PATIENCE = 3e-5, 0.003
+#: a grammar in a call that takes longer than that gets calls of its own until it has had so many quick ones in a row
+FORGIVEN = 32
 #: calls at a time: of masks that were not expected to take long (the second where the first does, after all), and of others
 USUAL_CALLS, OTHER_CALLS = 2, 4
 
@@ -100,8 +99,7 @@ class GuidedSlots:
         self._words: Tensor | None = None  # int32 [slots, W], made with the first grammar
         self._calls: list[MaskCall | None] = [None] * num_slots  # that fill the words of a slot, until they are joined
         self._former: dict[int, MaskCall] = {}  # of who had a slot before, and may still write there
-        usual = llguidance.LLExecutor(MASK_THREADS)
-        self._executors = (usual, llguidance.LLExecutor(MASK_THREADS) if self._overlaps else usual)  # the second for calls that are not usual
+        self._executor = llguidance.LLExecutor(MASK_THREADS)
         self._callers = (Callers(USUAL_CALLS), Callers(OTHER_CALLS))
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
         self._open: GuidedStep | None = None  # the last one of all, until its tokens are taken in
@@ -209,8 +207,9 @@ class GuidedSlots:
             return complete
         near = self._near[last.slots]
         if near.any():  # first of all, and whoever would wait for a lexer that they use
-            near |= np.isin(self._lexers[last.slots], self._lexers[last.slots[near]])
-            first = np.isin(mask.slots, last.slots[near])
+            lexers = self._lexers[last.slots]
+            near |= np.isin(lexers, lexers[near])
+            first = is_among(mask.slots, last.slots[near])
             self._consume(mask, chosen, goes_on & first, complete)
             self._begin(last, np.flatnonzero(near), usual=False)
             goes_on &= ~first
@@ -243,13 +242,14 @@ class GuidedSlots:
     def _fill_words(self, call: MaskCall) -> None:
         assert self._words is not None
         rows = list(zip(call.matchers, call.slots, strict=True))
-        self._executors[not call.usual].unsafe_compute_mask_ptr(rows, self._words.data_ptr(), self._words.shape[1] * 4, self._num_slots)
+        self._executor.unsafe_compute_mask_ptr(rows, self._words.data_ptr(), self._words.shape[1] * 4, self._num_slots)
 
     def _fill(self, step: GuidedStep) -> None:
         """What is left to be done of a step's masks, and what a mask of the grammar alone does not say: which tokens end this answer."""
         if self._last is step:
             self._last = None
-        self._begin(step, np.arange(step.rows.size), usual=True)
+        if any(self._calls[slot] is None for slot in step.slots.tolist()):
+            self._begin(step, np.arange(step.rows.size), usual=True)
         step.late = self._await(step, step.late)
         there = np.flatnonzero(~step.late)
         bits: NDArray[np.uint32] = step.words.numpy().view(np.uint32)
@@ -273,8 +273,8 @@ class GuidedSlots:
                 self._fill_here(step, place)
         late: Flags = may.copy()
         for call, places in calls.items():
-            # to be late costs the rows of a call a step; to wait for them costs it, sooner or later, too, but all rows
-            patience = min(max(self._pace * len(places) / step.among, BRIEF), PATIENCE) if call.usual else BRIEF
+            # to be late costs these rows a step; to wait costs all rows: as much waiting as that is at most twice what was best (as in renting skis or buying them)
+            patience = min(max(self._pace * len(places) / step.among, BRIEF), PATIENCE)
             there = call.wait(patience if may[places].all() else None)
             late[places] = not there
             if not there and call.age > PATIENCE:
@@ -341,6 +341,16 @@ class GuidedSlots:
         """End the threads."""
         for callers in self._callers:
             callers.close()
+
+
+def is_among(slots: Ints, others: Ints) -> Flags:
+    """bool [N]: which of the slots are among others; numpy's `isin` sorts, and takes ten times as long."""
+    if not (slots.size and others.size):
+        return np.zeros(slots.size, dtype=bool)
+    there = np.zeros(max(slots.max(), others.max()) + 1, dtype=bool)
+    there[others] = True
+    found: Flags = there[slots]
+    return found
 
 
 def forbid(logits: Tensor, mask: StepMask) -> None:

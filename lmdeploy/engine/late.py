@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from lmdeploy.engine.batch import upload
-from lmdeploy.engine.guided import GuidedStep
+from lmdeploy.engine.guided import GuidedStep, is_among
 from lmdeploy.engine.plan import Ints, StepPlan
 
 Tensor = torch.Tensor
@@ -37,10 +37,10 @@ def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArra
     token, now or next time, and whose logits are chosen from as they are.
     """
     items = plan.items
-    gone = np.isin(mask.slots, plan.released)
-    further = plain & ~gone & np.isin(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    gone = is_among(mask.slots, np.array(plan.released, dtype=np.int64))
+    further = plain & ~gone & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
     if plan.new:
-        further &= ~np.isin(mask.slots, [new.slot for new in plan.new])
+        further &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
     mask.late = gone | further
     mask.join()
     kept = mask.late & ~gone

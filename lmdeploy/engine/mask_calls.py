@@ -132,11 +132,15 @@ class StringEnds:
         self._words, self._flags = tokens >> 5, np.uint32(1) << (tokens & 31).astype(np.uint32)
 
     def left(self, bits: NDArray[np.uint32], rows: Ints) -> Ints:
-        """int64 [G], of these rows of bits [N, W]; 0 outside of strings."""
-        if not self._rungs.size:
-            return np.zeros(rows.size, dtype=np.int64)
-        allowed = bits[rows[:, None], self._words] & self._flags != 0
-        found: Ints = (allowed * self._rungs).max(axis=1)
+        """int64 [G], of these rows of bits [N, W]; 0 outside of strings, and where the longest token of all is allowed, which tells nothing."""
+        found = np.zeros(rows.size, dtype=np.int64)
+        if self._rungs.size:
+            words, flags = self._words[:: self._rungs.size - 1 or 1], self._flags[:: self._rungs.size - 1 or 1]  # the shortest and the longest
+            ends = bits[rows[:, None], words] & flags != 0
+            inside = np.flatnonzero(ends[:, 0] & ~ends[:, -1])
+            if inside.size:
+                allowed = bits[rows[inside, None], self._words] & self._flags != 0
+                found[inside] = (allowed * self._rungs).max(axis=1)
         return found
 
     def near(self, left: Ints, tokens: Ints) -> NDArray[np.bool_]:

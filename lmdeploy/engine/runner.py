@@ -474,11 +474,12 @@ def _nothing_more() -> None:
 
 def _note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
     """Say which guided answers are complete, and why some have no token."""
-    for place, (row, done) in enumerate(zip(mask.rows.tolist(), complete, strict=True)):
-        if done:
-            results[row].complete = True
-        if results.failed(row):
-            results[row].error, results[row].error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
+    failed = results.result.tokens[results.places[mask.rows]] == -1
+    for place in np.flatnonzero(failed | complete).tolist():
+        result = results[mask.rows.item(place)]
+        result.complete = complete[place]
+        if failed[place]:
+            result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
 
 
 def _pooled(rows: Tensor, how: str) -> bytes:

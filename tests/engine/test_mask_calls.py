@@ -15,7 +15,7 @@ import torch
 from lmdeploy.engine import guided
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots
-from lmdeploy.engine.mask_calls import NEAR, OUTSIDE, Callers, MaskCall, StringEnds
+from lmdeploy.engine.mask_calls import OUTSIDE, Callers, MaskCall, StringEnds
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 
@@ -27,18 +27,24 @@ def test_characters_are_counted_not_bytes_and_what_ends_a_string_is_outside() ->
 
 def test_how_much_of_a_string_is_left_is_read_off_its_masks(model_folder: Path) -> None:
     compiler = GrammarCompiler.open(model_folder, 5120, (2, 5118))
-    matcher = compiler.matcher(Grammar("json_schema", json.dumps({"type": "string", "maxLength": 12})))
+    *_, below, longest = compiler.ends._rungs.tolist()
+    matcher = compiler.matcher(Grammar("json_schema", json.dumps({"type": "string", "maxLength": longest})))
     ends, left, near = compiler.ends, [], []
     lower = {len(piece): token for token, piece in enumerate(compiler_pieces(model_folder)) if piece.isalpha() and piece.islower() and piece.isascii()}
     quote = next(token for token, piece in enumerate(compiler_pieces(model_folder)) if piece == b'"')
-    for token in [quote, lower[1], lower[4], lower[1], lower[3], quote]:
+    for token in [quote, lower[1], lower[longest - 7], lower[1], lower[3], quote]:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)[None]
         left.append(ends.left(bits, np.array([0])).item())
         near.append(bool(ends.near(np.array(left[-1:]), np.array([token]))[0]))
         assert matcher.consume_token(token)
-    longest = max(length for length in lower if length <= 12)
-    assert left[0] == 0 and left[1] == longest and left[2] == min(longest, 11) and left[3:] == [7, 6, 3]
-    assert near == [False, NEAR[0] <= longest - 1 <= NEAR[1], True, True, True, False]
+    assert left[:2] == [0, 0], "outside, and where all words are allowed, as in a string without end"
+    assert left[2:] == [below, 6, 5, 2], "no more than the longest word that is allowed"
+    assert near == [False, False, True, True, True, False]
+
+
+def test_slots_are_found_among_others() -> None:
+    for slots, others, found in (([3, 0, 7], [7, 9], [False, False, True]), ([], [1], []), ([2], [], [False]), ([5, 1], [1, 1, 5], [True, True])):
+        assert guided.is_among(np.array(slots, dtype=np.int64), np.array(others, dtype=np.int64)).tolist() == found
 
 
 def compiler_pieces(folder: Path) -> list[bytes]:
