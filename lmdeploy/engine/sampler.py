@@ -112,12 +112,13 @@ class SamplingTable:
         self._set_lists(slot, params)
         lists = (self.bias[slot], self.banned[slot], self.phrases[slot])
         by_torch = bool(self.penalised[slot]) and not self._has_kernel
+        self._young_until[slot] = 0 if params.grammar is None else -1  # without its mask nothing is chosen
         self.edited[slot] = by_torch or any(x is not None for x in lists) or self._hold_back(slot, params)
         self.apart[slot] = self.edited[slot] or self.logprobs[slot] >= 0
 
     def _hold_back(self, slot: int, params: SamplingParams) -> bool:
         """Have no stop token come before `min_new_tokens`; True where logits are to be edited for it. The masks of a grammar see to it themselves."""
-        self._young_until[slot], stops = 0, self.stops[slot]
+        stops = self.stops[slot]
         if stops is None or not self.min_new[slot] or params.grammar is not None:
             return False
         if not self._has_kernel:

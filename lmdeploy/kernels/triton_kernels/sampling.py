@@ -389,12 +389,12 @@ def _choose_kernel(
     prompt_len = tl.load(prompt_len_ptr + slot)
     generated = length - prompt_len
     logits_ptr += at * logits_stride
-    masked, mask_ptr = at < 0, None
+    masked, mask_ptr, waits = at < 0, None, at < 0
     if MASKS:
-        place = tl.load(mask_rows_ptr + at)
-        masked = place >= 0
+        place, young_until = tl.load(mask_rows_ptr + at), tl.load(young_until_ptr + slot)
+        masked, waits = place >= 0, (place < 0) & (young_until < 0)
         mask_ptr = words_ptr + tl.maximum(place, 0) * words_stride
-        if (place < 0) & (generated < tl.load(young_until_ptr + slot)):
+        if (place < 0) & (generated < young_until):
             masked = place < 0
             mask_ptr = young_words_ptr + slot * words_stride
     row = (logits_ptr, mask_ptr, masked, None, None)
@@ -402,21 +402,22 @@ def _choose_kernel(
     values_ptr += slot * 7
     penalised, begin = wanted(values_ptr, prompt_len)
     edited = (logits_ptr, mask_ptr, masked, line_ptr, penalised)
-    if penalised > 0:
-        penalise(logits_ptr, line_ptr, known_ptr, values_ptr, begin, prompt_len, length)
-        first, groups = _best(edited, VOCAB, ROWS, 2)
-    else:  # as if there were no penalties: most steps are greedy, or nearly
-        first, groups = _best(row, VOCAB, ROWS, 4)
-    key = (first >> 32).to(tl.int32)
-    best = _value(key)
-    token = _token(first)
-    if (key >= INFINITE) | (best == NONE):
-        token = token * 0 - 1
-    elif (tl.load(values_ptr) > 0) & (tl.load(values_ptr + 6) != 1):
-        uniform = _uniform(tl.load(seeds_ptr + slot), generated)
-        token = _draw(edited, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MOST, PAIRS, TILES)
-    if penalised > 0:
-        forget(line_ptr, known_ptr, begin, length)
+    token = at * 0 - 1
+    if waits == 0:
+        if penalised > 0:
+            penalise(logits_ptr, line_ptr, known_ptr, values_ptr, begin, prompt_len, length)
+            first, groups = _best(edited, VOCAB, ROWS, 2)
+        else:  # as if there were no penalties: most steps are greedy, or nearly
+            first, groups = _best(row, VOCAB, ROWS, 4)
+        key = (first >> 32).to(tl.int32)
+        best = _value(key)
+        if (key < INFINITE) & (best != NONE):
+            token = _token(first)
+            if (tl.load(values_ptr) > 0) & (tl.load(values_ptr + 6) != 1):
+                uniform = _uniform(tl.load(seeds_ptr + slot), generated)
+                token = _draw(edited, scratch_ptr + slot * (2 * MOST + 1), groups, values_ptr, uniform, best, VOCAB, ROWS, MOST, PAIRS, TILES)
+        if penalised > 0:
+            forget(line_ptr, known_ptr, begin, length)
     where = tl.load(where_ptr + at)
     tl.store(tokens_ptr + where, token, mask=where >= 0)
     tl.store(table_ptr + slot * table_stride + length, tl.maximum(token, 0).to(tl.int32))
@@ -443,11 +444,12 @@ def choose_tokens(
 
     slots, lengths int64 [S]: the row's slot, and how many of its tokens are known. `table`: of all slots the float32 parameters [slots, 7], the seeds, the
     lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
-    that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. The token,
-    or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ.
-    edits int32 [slots, V], zero before and after: rows whose slots have penalties are chosen from with them, where their tokens are known[slot, :length]; these
-    slots differ, too. `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which
-    is nobody's. And `where` becomes the same place of the next line, behind the last one of the first.
+    that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. Young up to -1
+    tokens is an answer with a grammar: without its words nothing is chosen, at once, for another launch will choose when they are there. The token, or 0, is also
+    written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ. edits int32 [slots, V],
+    zero before and after: rows whose slots have penalties are chosen from with them, where their tokens are known[slot, :length]; these slots differ, too.
+    `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's. And
+    `where` becomes the same place of the next line, behind the last one of the first.
     """
     rows, vocab = logits.shape
     values, seeds, prompt_len, young_until = table

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdeploy.grammar import Grammar
 from lmdeploy.kernels.select import TokenKernel
+from lmdeploy.messages import SamplingParams
 from tests.kernels.sampled import MIXTURE, PENALTIES, PROMPT, Rows, assert_follow, distribution, rows_of, with_known
 
 sampling = pytest.importorskip("lmdeploy.kernels.triton_kernels.sampling", reason="triton is not installed")
@@ -270,3 +272,24 @@ def test_a_batch_of_penalised_rows_has_no_other_edits(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sampler, "_edit", None)
     assert sampler.sample(half.logits, rows.slots, rows.lengths).tolist() == defined(half.edited())
     assert seen[0] is half.logits
+
+
+def test_an_answer_with_a_grammar_has_no_token_before_its_mask_is_there() -> None:
+    """It is another launch that knows the mask; those beside it are chosen now."""
+    rows = penalised(300, 60, 20)
+    guided = [msgspec.structs.replace(p, grammar=Grammar("regex", "a*")) if i % 3 == 0 else p for i, p in enumerate(rows.params)]
+    found, all_of_them = chosen(Rows(guided, rows.logits, rows.slots, rows.lengths, rows.known, rows.prompt)), chosen(rows)
+    assert [token for i, token in enumerate(found) if i % 3] == [token for i, token in enumerate(all_of_them) if i % 3]
+    assert set(found[::3]) == {-1}
+    anything = torch.full((16, 10), -1, dtype=torch.int32)
+    masks = anything, torch.arange(16, dtype=torch.int32)
+    assert chosen(Rows(guided, rows.logits, rows.slots, rows.lengths, rows.known, rows.prompt), masks) == all_of_them
+
+
+def test_who_gets_a_slot_may_stop_though_its_last_owner_might_not() -> None:
+    rows = rows_of([{"ignore_eos": True, "stop_token_ids": (7,)}], torch.zeros(1, 40))
+    rows.logits[0, 7] = 9.0
+    sampler = rows.sampler("cpu", KERNEL)
+    assert sampler.sample(rows.logits.clone(), rows.slots, rows.lengths).item() != 7
+    sampler.table.set(int(rows.slots[0]), SamplingParams(max_new_tokens=9, logit_bias={3: 1.0}, stop_token_ids=(7,)), int(rows.lengths[0]))
+    assert sampler.sample(rows.logits.clone(), rows.slots, rows.lengths).item() == 7
