@@ -74,6 +74,11 @@ class _Compiled:
     seconds: float = 0.0  # of processor time for one
     users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
 
+    @property
+    def answers(self) -> int:
+        """Of all users."""
+        return sum(self.users.values())
+
 
 class GrammarCompiler:
     """Matchers of one vocabulary. May be called from any thread.
@@ -100,6 +105,7 @@ class GrammarCompiler:
         self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[Grammar, _Compiled] = weakref.WeakValueDictionary()  # those that anybody holds or waits for
         self._pool = FairPool("a grammar to be compiled")
+        self._more = FairPool("another lexer")  # each takes CHEAP_SECONDS at most: who waits for one does not wait for others' grammars
 
     @classmethod
     def open(cls, folder: Path, vocab_size: int, stop_ids: Iterable[int] = (), *, own_lexers: bool = False) -> GrammarCompiler:
@@ -112,10 +118,10 @@ class GrammarCompiler:
         return len(self._alive)
 
     def prepare(self, grammar: Grammar, owner: str = "", answers: int = 1) -> Future[Any]:
-        """Compile in a thread, the grammars of each owner in turn, and see to it that there are lexers enough for so many more answers, as long as the future is held.
+        """Compile in a thread, the grammars of each owner in turn, and then see to it that there are lexers enough for so many more answers; they stay as long as the
+        future is held. Its exception is a RequestError(code='invalid_grammar').
 
-        Its exception is a RequestError(code='invalid_grammar'). Matchers with the same lexer share what it has found out, and its lock. A grammar has several lexers
-        if that is cheap.
+        Matchers with the same lexer share what it has found out, and its lock. A grammar has several lexers if that is cheap.
         """
         future: Future[Any] = Future()
         with self._lock:
@@ -127,7 +133,16 @@ class GrammarCompiler:
                 self._keep(grammar, compiled)
                 future.set_result(compiled)
                 return future
-        return self._pool.submit(owner, partial(self._complete, grammar, compiled), future)
+            first = not compiled.copies
+        self._submit(first, owner, grammar, compiled, future)
+        return future
+
+    def _submit(self, first: bool, owner: str, grammar: Grammar, compiled: _Compiled, future: Future[Any]) -> None:
+        def failed(job: Future[Any]) -> None:
+            if (error := job.exception()) is not None:
+                future.set_exception(error)
+
+        (self._pool if first else self._more).submit(owner, partial(self._go_on, first, owner, grammar, compiled, future)).add_done_callback(failed)
 
     def matcher(self, grammar: Grammar) -> Any:
         """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
@@ -141,27 +156,32 @@ class GrammarCompiler:
         matcher, lexer = min(compiled.copies, key=lambda copy: users.get(copy[1], 0))
         return matcher.deep_copy(), lexer
 
-    def _complete(self, grammar: Grammar, compiled: _Compiled) -> _Compiled:
-        """In the pool's thread: compile it, if that is still to be done, and lexers for all who want it by now."""
-        if not compiled.copies:
+    def _go_on(self, first: bool, owner: str, grammar: Grammar, compiled: _Compiled, future: Future[Any]) -> None:
+        """In a pool's thread: compile the grammar (`first`), or one lexer more, if that is still to be done; then it is the others' turn."""
+        with self._lock:
+            complete = self._is_complete(compiled)
+        if not complete and first != bool(compiled.copies):
             start = time.thread_time()
-            compiled.copies = (self._compile(grammar),)
-            compiled.seconds = time.thread_time() - start
-        while True:
+            copy = self._compile(grammar)
             with self._lock:
+                compiled.seconds = compiled.seconds or time.thread_time() - start
+                compiled.copies += (copy,)
                 self._keep(grammar, compiled)
-                if self._is_complete(compiled):
-                    return compiled
-            more = self._compile(grammar)
-            with self._lock:
-                compiled.copies += (more,)
-                self._bound_lexers(compiled)
+                self._bound_lexers()
+                complete = self._is_complete(compiled)
+        if complete:
+            future.set_result(compiled)
+        else:
+            self._submit(False, owner, grammar, compiled, future)
 
     def _is_complete(self, compiled: _Compiled) -> bool:
-        """Whether there are lexers enough for all users."""
+        """Whether there are lexers enough for all users, as far as memory allows."""
         together, most = (1, MOST_LEXERS) if self._own_lexers else (USERS_TOGETHER, MASK_THREADS)
-        wanted = min(-(-sum(compiled.users.values()) // together), most, 1 + self._most_more) if compiled.seconds < CHEAP_SECONDS else 1
-        return len(compiled.copies) >= max(wanted, 1)
+        wanted = min(-(-compiled.answers // together), most)
+        if len(compiled.copies) >= max(wanted, 1):
+            return True
+        others = sum(len(c.copies) - 1 for c in self._alive.values() if c is not compiled and c.copies and c.answers)
+        return len(compiled.copies) > max(self._most_more - others, 0) or bool(compiled.copies and compiled.seconds >= CHEAP_SECONDS)
 
     def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
         self._kept[grammar] = compiled
@@ -169,19 +189,20 @@ class GrammarCompiler:
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
 
-    def _bound_lexers(self, wanted: _Compiled) -> None:
-        """Where all grammars have too many lexers together, those that were wanted least recently keep their first; `wanted` is wanted now, kept or not."""
-        others = [compiled for compiled in self._kept.values() if compiled is not wanted]
-        more = len(wanted.copies) - 1 + sum(len(compiled.copies) - 1 for compiled in others)
-        for compiled in others:  # least recently wanted first
+    def _bound_lexers(self) -> None:
+        """Where all grammars have too many lexers together, those that nobody uses keep their first, from the one on that was wanted least recently."""
+        more = sum(max(len(compiled.copies) - 1, 0) for compiled in self._alive.values())
+        for compiled in self._kept.values():
             if more <= self._most_more:
                 break
-            more -= len(compiled.copies) - 1
-            compiled.copies = compiled.copies[:1]
+            if not compiled.answers:
+                more -= len(compiled.copies) - 1
+                compiled.copies = compiled.copies[:1]
 
     def close(self) -> None:
         """End the thread."""
         self._pool.close()
+        self._more.close()
 
     def _compile(self, grammar: Grammar) -> _Copy:
         matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)

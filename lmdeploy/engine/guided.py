@@ -39,7 +39,9 @@ FIRST_WORDS = 64
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
 #: seconds that a step waits for masks where it need not: what has been done has to get the interpreter's lock to say so; and at most, however many rows they are for
 BRIEF, PATIENCE = 3e-5, 0.003
-#: a grammar in a call that takes longer than that gets calls of its own until it has had so many quick ones in a row
+#: seconds of a step, whose pace is kept; what is longer was idle
+LONGEST_STEP = 0.1
+#: a grammar in a call that takes longer than PATIENCE gets calls of its own until it has had so many quick ones in a row
 FORGIVEN = 32
 #: calls at a time: of masks that were not expected to take long (the second where the first does, after all), and of others
 USUAL_CALLS, OTHER_CALLS = 2, 4
@@ -99,7 +101,9 @@ class GuidedSlots:
         self._words: Tensor | None = None  # int32 [slots, W], made with the first grammar
         self._calls: list[MaskCall | None] = [None] * num_slots  # that fill the words of a slot, until they are joined
         self._former: dict[int, MaskCall] = {}  # of who had a slot before, and may still write there
-        self._executor = llguidance.LLExecutor(MASK_THREADS)
+        usual = llguidance.LLExecutor(MASK_THREADS)
+        # the second for calls that are not usual: a pool's threads finish what they have begun before they look at another call
+        self._executors = (usual, llguidance.LLExecutor(MASK_THREADS) if self._overlaps else usual)
         self._callers = (Callers(USUAL_CALLS), Callers(OTHER_CALLS))
         self._last: GuidedStep | None = None  # whose masks nobody has begun to fill
         self._open: GuidedStep | None = None  # the last one of all, until its tokens are taken in
@@ -140,7 +144,7 @@ class GuidedSlots:
             grammar = self._grammars[slot]
             assert grammar is not None
             users = self._users[grammar]
-            users[self._lexers.item(slot)] -= 1
+            users -= Counter([self._lexers.item(slot)])  # and forget those that have none any more: numbers of lexers are never used again
             if not users.total():
                 del self._users[grammar]
                 self._slow.pop(grammar, None)
@@ -190,7 +194,7 @@ class GuidedSlots:
 
     def _keep_pace(self) -> None:
         now, waited = time.perf_counter(), self._waited
-        self._pace += 0.1 * (min(now - self._now - waited, PATIENCE) - self._pace)
+        self._pace += 0.1 * (min(now - self._now - waited, LONGEST_STEP) - self._pace)
         self._now, self._waited = now, 0.0
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
@@ -242,7 +246,7 @@ class GuidedSlots:
     def _fill_words(self, call: MaskCall) -> None:
         assert self._words is not None
         rows = list(zip(call.matchers, call.slots, strict=True))
-        self._executor.unsafe_compute_mask_ptr(rows, self._words.data_ptr(), self._words.shape[1] * 4, self._num_slots)
+        self._executors[not call.usual].unsafe_compute_mask_ptr(rows, self._words.data_ptr(), self._words.shape[1] * 4, self._num_slots)
 
     def _fill(self, step: GuidedStep) -> None:
         """What is left to be done of a step's masks, and what a mask of the grammar alone does not say: which tokens end this answer."""

@@ -43,7 +43,7 @@ class Preparing:
     def __init__(self, grammars: GrammarCompiler | None) -> None:
         self._grammars = grammars
         self._waiting: dict[int, _Waiting] = {}
-        self._always = None if grammars is None else grammars.prepare(Grammar("json_object"))  # held: the commonest one never waits
+        self._always = None if grammars is None else grammars.prepare(Grammar("json_object"), answers=0)  # held: the commonest one is always compiled
 
     def __len__(self) -> int:
         return sum(w.request.n for w in self._waiting.values())

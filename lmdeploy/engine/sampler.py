@@ -66,7 +66,7 @@ class SamplingTable:
         self._device_bytes = self._bytes if device.type == "cpu" else self._bytes.to(device)
         self._stale = False
         #: float32 [slots, 7] and three int64 [slots]: parameters, seeds, lengths of the prompts, and up to how many tokens an answer is held back from its stop
-        #: tokens by `young_words`; on the device, `refresh` brings them up to date
+        #: tokens by `young_words` (-1: it has a grammar, and no token without its mask); on the device, `refresh` brings them up to date
         self.columns = _columns(self._device_bytes, num_slots + 1)
         values, seeds, prompt_len, young_until = (column.numpy() for column in _columns(self._bytes, num_slots + 1))
         self.host: NDArray[np.float32] = values
@@ -244,7 +244,8 @@ class Sampler:
         goes_on: tuple[Tensor, Tensor] | None = None,
         where: Tensor | None = None,
     ) -> None:
-        """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen, and into the token table at [slot, length].
+        """tokens int64 [S] = what `sample` gives for rows that need no edits, -1 where none can be chosen or a grammar's mask is missing, and into the token table
+        at [slot, length].
 
         Everything is on the device, parameters are read from `table.columns` when it runs, logits, of any floating type, are left alone: this can be part of a
         CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words

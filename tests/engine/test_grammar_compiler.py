@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from lmdeploy.engine import grammar_compiler
 from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots, forbid
 from lmdeploy.engine.mask_calls import Callers, MaskCall
+from lmdeploy.errors import EngineError
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
 from lmdeploy.text.tokenizer import Tokenizer
@@ -114,10 +118,11 @@ def lexers(grammars: GrammarCompiler, grammar: Grammar) -> int:
     return len(grammars._alive[grammar].copies)
 
 
-def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, tokenizer = compiler
     digits = Grammar("regex", "[0-9]{1,30}")
     users = (MASK_THREADS + 1) * USERS_TOGETHER
+    monkeypatch.setattr(grammars, "_most_more", 64)
     slots, held = GuidedSlots(grammars, users, torch.device("cpu")), []
     for slot in range(users):
         held.append(grammars.prepare(digits))
@@ -134,29 +139,83 @@ def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[Gr
     numbers, counts = np.unique(np.delete(slots._lexers, 5), return_counts=True)
     slots.set(5, SamplingParams(max_new_tokens=9, grammar=digits), [])
     assert slots._lexers[5] in numbers[counts == counts.min()]
+    for slot in range(users - 1):
+        slots.release(slot)
+    assert list(slots._users[digits].values()) == [1]
     slots.close()
 
 
-def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_there(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
+def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_there(
+    compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammars, _ = compiler
+    monkeypatch.setattr(grammars, "_most_more", 64)
+    all_there, compile_now = threading.Event(), grammars._compile
+
+    def compile_then(grammar: Grammar) -> Any:
+        assert all_there.wait(60)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(grammars, "_compile", compile_then)
     letters = Grammar("regex", "[l-s]{1,30}")
     held = [grammars.prepare(letters, answers=USERS_TOGETHER) for _ in range(MASK_THREADS + 2)]
-    held[0].result()
+    all_there.set()
+    wait(held, 60, FIRST_COMPLETED)
     assert lexers(grammars, letters) == MASK_THREADS
     assert all(future.result() is held[0].result() for future in held)
     assert grammars.prepare(letters).done(), "who comes later does not wait"
 
 
-def test_each_user_has_a_lexer_where_they_are_to_have_their_own(model_folder: Path) -> None:
+def test_nobody_waits_for_the_grammars_of_others_to_get_a_lexer(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
+    monkeypatch.setattr(grammars, "_most_more", 64)
+    warm, slow, go_on, compile_now = Grammar("json_object"), Grammar("regex", "a*"), threading.Event(), grammars._compile
+    held = [grammars.prepare(warm, answers=0)]
+    held[0].result()
+    assert grammars.prepare(warm).done(), "the first user finds it compiled"
+
+    def compile_then(grammar: Grammar) -> Any:
+        assert grammar != slow or go_on.wait(60)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(grammars, "_compile", compile_then)
+    others = grammars.prepare(slow, "others")
+    held += [grammars.prepare(warm, "mine") for _ in range(3)]
+    assert all(future.result(30) is held[0].result() for future in held) and lexers(grammars, warm) == 3
+    assert not others.done()
+    go_on.set()
+    assert others.result(30).copies
+    grammars.close()
+
+
+def test_whoever_waits_when_a_compiler_is_closed_hears_of_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
+    monkeypatch.setattr(grammars, "_most_more", 64)
+    go_on, compile_now = threading.Event(), grammars._compile
+
+    def compile_then(grammar: Grammar) -> Any:
+        assert go_on.wait(60)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(grammars, "_compile", compile_then)
+    waiting = [grammars.prepare(Grammar("regex", text), answers=3) for text in ("a*", "b*")]
+    grammars.close()
+    go_on.set()
+    for future in waiting:
+        with pytest.raises(EngineError, match="closed"):
+            future.result(30)
+
+
+def test_each_user_has_a_lexer_where_they_are_to_have_their_own(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, letters = GrammarCompiler.open(model_folder, 5120, own_lexers=True), Grammar("regex", "[l-s]{1,30}")
+    monkeypatch.setattr(grammars, "_most_more", 70)
     held = [grammars.prepare(letters, answers=answers) for answers in (1, 4, 2)]
-    assert len(held[-1].result().copies) == 7
+    assert [len(future.result().copies) for future in held] == [7, 7, 7]
     users: Counter[int] = Counter()
     for _ in range(7):
         users[grammars.matcher_and_lexer(letters, users)[1]] += 1
     assert len(users) == 7
-    del held
-    assert len(grammars.prepare(letters, answers=1000).result().copies) == min(MOST_LEXERS, 1 + grammars._most_more)
+    assert len(grammars.prepare(letters, answers=1000).result().copies) == MOST_LEXERS
     grammars.close()
 
 
@@ -179,25 +238,29 @@ def test_a_grammar_that_takes_long_to_compile_has_one_lexer(compiler: tuple[Gram
     assert len(held.result().copies) == 1
 
 
-def test_lexers_of_all_grammars_are_bounded_and_the_latest_wanted_keeps_its_own(
+def test_lexers_of_all_grammars_are_bounded_and_nobody_loses_those_that_are_used(
     compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars, _ = compiler
     monkeypatch.setattr(grammar_compiler, "MASK_THREADS", 3)
-    monkeypatch.setattr(grammars, "_most_more", 3)
-    early, late = Grammar("regex", "[a-f]{1,30}"), Grammar("regex", "[g-k]{1,30}")
-    held = grammars.prepare(early, answers=100).result()
-    users: Counter[int] = Counter()
-    copies = []
+    first, second, third = (Grammar("regex", f"[{letters}]{{1,30}}") for letters in ("a-f", "g-k", "l-o"))
+    monkeypatch.setattr(grammars, "_most_more", 3 + sum(len(one.copies) - 1 for one in grammars._alive.values() if one.copies and one.answers))
+    grammars._kept.clear()  # what other tests have left, and nobody uses
+    gc.collect()
+    used = grammars.prepare(first, answers=100)
+    assert len(used.result().copies) == 3
+    copies, users = [], Counter[int]()
     for _ in range(4):
-        copies.append(grammars.matcher_and_lexer(early, users))
+        copies.append(grammars.matcher_and_lexer(first, users))
         users[copies[-1][1]] += 1
-    assert len(held.copies) == 3 and sorted(users.values()) == [1, 1, 2]
-    assert len(grammars.prepare(late, answers=100).result().copies) == 3
-    assert len(held.copies) == 1, "four were too many"
-    assert copies[2][0].compute_bitmask() == grammars.matcher(early).compute_bitmask(), "whoever has one goes on with it"
-    again = grammars.prepare(early, answers=100).result().copies
-    assert len(again) == 3 and not {lexer for _, lexer in again[1:]} & {lexer for _, lexer in copies}, "those that are made again are others"
+    assert sorted(users.values()) == [1, 1, 2]
+    assert len(grammars.prepare(second, answers=100).result().copies) == 2, "one is left"
+    assert len(grammars.prepare(third, answers=100).result().copies) == 2 and lexers(grammars, second) == 1, "nobody uses it any more"
+    assert lexers(grammars, first) == 3
+    del used
+    gc.collect()
+    assert len(grammars.prepare(second, answers=100).result().copies) == 3 and lexers(grammars, first) == 1
+    assert copies[2][0].compute_bitmask() == grammars.matcher(first).compute_bitmask(), "whoever has one goes on with it"
 
 
 def test_a_library_that_panics_leaves_nobody_waiting() -> None:

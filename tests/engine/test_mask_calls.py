@@ -114,3 +114,13 @@ def test_a_step_waits_no_longer_for_masks_than_to_be_late_would_cost_it(
     assert not rows.size and step.late.all()
     go_on.set()
     slots.close()
+
+
+def test_the_pace_is_that_of_steps_without_their_waiting_and_without_idle_times(model_folder: Path) -> None:
+    slots = GuidedSlots(GrammarCompiler.open(model_folder, 5120, (2, 5118)), 2, torch.device("cpu"))
+    for step in range(60):
+        slots._now = time.perf_counter() - (0.03 if step else 3600.0)
+        slots._waited = 0.01
+        slots._keep_pace()
+    assert 0.0195 <= slots._pace < 0.03
+    slots.close()
