@@ -74,10 +74,14 @@ class _Compiled:
     seconds: float = 0.0  # of processor time for one
     users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
 
-    @property
-    def answers(self) -> int:
-        """Of all users."""
-        return sum(self.users.values())
+    def answers(self, most: int = 1) -> int:
+        """Of all users, counted up to so many: thousands may wait for one grammar."""
+        count = 0
+        for answers in self.users.values():
+            count += answers
+            if count >= most:
+                break
+        return min(count, most)
 
 
 class GrammarCompiler:
@@ -177,10 +181,10 @@ class GrammarCompiler:
     def _is_complete(self, compiled: _Compiled) -> bool:
         """Whether there are lexers enough for all users, as far as memory allows."""
         together, most = (1, MOST_LEXERS) if self._own_lexers else (USERS_TOGETHER, MASK_THREADS)
-        wanted = min(-(-compiled.answers // together), most)
+        wanted = -(-compiled.answers(most * together) // together)
         if len(compiled.copies) >= max(wanted, 1):
             return True
-        others = sum(len(c.copies) - 1 for c in self._alive.values() if c is not compiled and c.copies and c.answers)
+        others = sum(len(c.copies) - 1 for c in self._alive.values() if c is not compiled and c.copies and c.answers())
         return len(compiled.copies) > max(self._most_more - others, 0) or bool(compiled.copies and compiled.seconds >= CHEAP_SECONDS)
 
     def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
@@ -195,12 +199,12 @@ class GrammarCompiler:
         for compiled in self._kept.values():
             if more <= self._most_more:
                 break
-            if not compiled.answers:
+            if not compiled.answers():
                 more -= len(compiled.copies) - 1
                 compiled.copies = compiled.copies[:1]
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._pool.close()
         self._more.close()
 
