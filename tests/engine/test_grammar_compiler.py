@@ -119,6 +119,18 @@ def lexers(grammars: GrammarCompiler, grammar: Grammar) -> int:
     return len(grammars._alive[grammar].copies)
 
 
+def held_up(grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, only: Grammar | None = None) -> threading.Event:
+    """Until it is set, nothing is compiled, or not this grammar."""
+    go_on, compile_now = threading.Event(), grammars._compile
+
+    def compile_then(grammar: Grammar) -> Any:
+        assert only not in (None, grammar) or go_on.wait(60)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(grammars, "_compile", compile_then)
+    return go_on
+
+
 def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, tokenizer = compiler
     digits = Grammar("regex", "[0-9]{1,30}")
@@ -151,13 +163,7 @@ def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_t
 ) -> None:
     grammars, _ = compiler
     monkeypatch.setattr(grammars, "_most_more", 64)
-    all_there, compile_now = threading.Event(), grammars._compile
-
-    def compile_then(grammar: Grammar) -> Any:
-        assert all_there.wait(60)
-        return compile_now(grammar)
-
-    monkeypatch.setattr(grammars, "_compile", compile_then)
+    all_there = held_up(grammars, monkeypatch)
     letters = Grammar("regex", "[l-s]{1,30}")
     held = [grammars.prepare(letters, answers=USERS_TOGETHER) for _ in range(MASK_THREADS + 2)]
     all_there.set()
@@ -170,16 +176,12 @@ def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_t
 def test_nobody_waits_for_the_grammars_of_others_to_get_a_lexer(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
     monkeypatch.setattr(grammars, "_most_more", 64)
-    warm, slow, go_on, compile_now = Grammar("json_object"), Grammar("regex", "a*"), threading.Event(), grammars._compile
+    warm, slow = Grammar("json_object"), Grammar("regex", "a*")
     held = [grammars.prepare(warm, answers=0)]
     held[0].result()
     assert grammars.prepare(warm).done(), "the first user finds it compiled"
 
-    def compile_then(grammar: Grammar) -> Any:
-        assert grammar != slow or go_on.wait(60)
-        return compile_now(grammar)
-
-    monkeypatch.setattr(grammars, "_compile", compile_then)
+    go_on = held_up(grammars, monkeypatch, slow)
     others = grammars.prepare(slow, "others")
     held += [grammars.prepare(warm, "mine") for _ in range(3)]
     assert all(future.result(30) is held[0].result() for future in held) and lexers(grammars, warm) == 3
@@ -192,13 +194,7 @@ def test_nobody_waits_for_the_grammars_of_others_to_get_a_lexer(model_folder: Pa
 def test_whoever_waits_when_a_compiler_is_closed_hears_of_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
     monkeypatch.setattr(grammars, "_most_more", 64)
-    go_on, compile_now = threading.Event(), grammars._compile
-
-    def compile_then(grammar: Grammar) -> Any:
-        assert go_on.wait(60)
-        return compile_now(grammar)
-
-    monkeypatch.setattr(grammars, "_compile", compile_then)
+    go_on = held_up(grammars, monkeypatch)
     waiting = [grammars.prepare(Grammar("regex", text), answers=3) for text in ("a*", "b*")]
     grammars.close()
     go_on.set()
