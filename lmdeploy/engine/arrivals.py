@@ -55,6 +55,10 @@ class Arrivals:
         if self._cuda:
             self._records[line]()
 
+    def is_due(self, line: int) -> bool:
+        """Whether the device is still busy with what this line was marked behind."""
+        return self._cuda and not self._events[line].query()
+
     def follow(self) -> int:
         """What writes to the next line, whose number is returned, has been launched."""
         self.last = line = (self.last + 1) % STAGES

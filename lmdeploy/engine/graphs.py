@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, StepLayout
+from lmdeploy.engine.guided import StepMask
+from lmdeploy.engine.masked_choice import MaskedChoice
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.sampler import Sampler
 from lmdeploy.log import get_logger
@@ -106,6 +108,13 @@ class Shape:
         place among those that arrive."""
         b = self.sequences
         return self.rows, self.rows, b, b, b + 1, b, b, b, b
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A graph of the choice among the logits of so many sequences with one token, with masks: see `MaskedChoice`."""
+
+    rows: int
 
 
 def parts_of(shape: Shape, flat: Ints) -> list[Ints]:
@@ -212,12 +221,13 @@ class StepGraphs:
         self._stage = 0
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
         self._before: Callable[[], None] | None = None  # launches the step before, where that can be done `again`
-        self._logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
+        self.logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
-        self._ahead = iter(sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)))
+        self._ahead: Iterator[Shape | Choice] = iter([*sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)), *map(Choice, self._sizes)])
         self._lengths = iter(range(LENGTHS, min(builder.scratch.max_rows, tables.width - 1) + 1, LENGTHS))
-        self._graphs: dict[Shape, _Graph] = {}
-        self._refused: set[Shape] = set()
+        self._masked = MaskedChoice(sampler, self.logits, lines, self._sizes)
+        self._graphs: dict[Shape | Choice, _Graph] = {}
+        self._refused: set[Shape | Choice] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, layout: StepLayout, settle: Callable[[], None]) -> Ran | None:
@@ -240,7 +250,7 @@ class StepGraphs:
         replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
         self._before = replay if every else None
-        return Ran(self._logits[: shape.sequences], slice(0, layout.num_decode) if every else in_shape(layout, shape), line)
+        return Ran(self.logits[: shape.sequences], slice(0, layout.num_decode) if every else in_shape(layout, shape), line)
 
     def again(self, new_blocks: dict[int, list[int]]) -> None:
         """The step before once more, each of its sequences a token further, some with a new block; its tokens arrive on the line behind. Only behind a `run` that
@@ -249,6 +259,16 @@ class StepGraphs:
         if new_blocks:
             self._tables.append_blocks(new_blocks.items())
         self._before()
+
+    def choose(self, slots: Ints, lengths: Ints, mask: StepMask, line: int) -> None:
+        """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks, which are
+        joined. Rows have these slots and so many known tokens; theirs arrive on this line in order."""
+        size = self._masked.send(slots, lengths, mask, line)
+        graph = self._graphs.get(Choice(size))
+        if graph is None:
+            self._masked.choose(size)
+        else:
+            graph.replay()
 
     def drop(self) -> None:
         """Destroy what was captured, now."""
@@ -285,7 +305,7 @@ class StepGraphs:
         none = np.zeros(0, dtype=np.int64)
         return StepLayout(positions, slot, slot[:1], ends[1:], ends, positions[-1:], none, none, 0)
 
-    def _capture(self, shape: Shape) -> bool:
+    def _capture(self, shape: Shape | Choice) -> bool:
         """Have a graph of that shape; False where it could not be made, for lack of memory as a rule: such steps are launched kernel by kernel."""
         if shape in self._graphs or shape in self._refused:
             return shape in self._graphs
@@ -321,12 +341,16 @@ class StepGraphs:
         lay_out(layout, shape, self._filler, line * self._lines.shape[1], parts)
         found.there.copy_(whole, non_blocking=True)
 
-    def _captured(self, shape: Shape) -> None:
-        self._try_out(shape)
+    def _captured(self, shape: Shape | Choice) -> None:
+        if isinstance(shape, Shape):
+            self._try_out(shape)
+            launch = partial(self._step, shape)
+        else:  # kernels of mixed steps, which are tried out at the start
+            launch = partial(self._masked.choose, shape.rows)
         graph = torch.cuda.CUDAGraph()
         # other threads may use the device, but graphs and events that a garbage collection finds must not be destroyed now: that would spoil the capture
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=_side_stream(self._tables.device), capture_error_mode="thread_local"):
-            self._step(shape)
+            launch()
         self._graphs[shape] = _Graph(super(torch.cuda.CUDAGraph, graph).replay, graph.reset)  # what torch's own `replay` calls
         logger.debug("captured a graph of %s", shape)
 
@@ -344,7 +368,7 @@ class StepGraphs:
         """The whole step, from the device's own tables."""
         parts = torch.split(self._inputs[: sum(shape.lengths())], list(shape.lengths()))
         inputs = self._builder.on_device(Places(*parts[:6]), [], [], shape.decodes)
-        logits = self._logits[: shape.sequences]
+        logits = self.logits[: shape.sequences]
         self._model.raw_logits(self._model.forward(inputs), logits)
         self._choose(shape, parts, logits)
 

@@ -72,6 +72,7 @@ class GuidedStep(StepMask):
     only_stops: Flags = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
     late: Flags = field(kw_only=True)  # [G] before `join`: those that may be late; after it: those that are
     fill: Callable[[], None] | None = None  # what `join` has to do
+    busy: Callable[[], bool] | None = None  # whether the device is still at work on what the masks are for, so that nothing waits for them yet
     errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
     def join(self) -> tuple[Ints, Tensor, Ints]:
@@ -279,7 +280,7 @@ class GuidedSlots:
         for call, places in calls.items():
             # to be late costs these rows a step; to wait costs all rows: as much waiting as that is at most twice what was best (as in renting skis or buying them)
             patience = min(max(self._pace * len(places) / step.among, BRIEF), PATIENCE)
-            there = call.wait(patience if may[places].all() else None)
+            there = _wait(call, step.busy, patience) if may[places].all() else call.wait()
             late[places] = not there
             if not there and call.age > PATIENCE:
                 self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
@@ -345,6 +346,14 @@ class GuidedSlots:
         """End the threads."""
         for callers in self._callers:
             callers.close()
+
+
+def _wait(call: MaskCall, busy: Callable[[], bool] | None, seconds: float) -> bool:
+    """Whether a call is over, so many seconds after the device has nothing to do at the latest."""
+    while busy is not None and busy():
+        if call.wait(BRIEF):
+            return True
+    return call.wait(seconds)
 
 
 def is_among(slots: Ints, others: Ints) -> Flags:

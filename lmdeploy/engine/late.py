@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from lmdeploy.engine.batch import upload
 from lmdeploy.engine.guided import GuidedStep, is_among
-from lmdeploy.engine.plan import Ints, StepPlan
+from lmdeploy.engine.plan import Ints, Rows, StepPlan
 
 Tensor = torch.Tensor
+DEAD_END = "no token satisfies the grammar and the request's other limits (logit_bias, bad_words) at once, or the logits are not numbers"
 
 
 class Held:
@@ -52,3 +53,13 @@ def _places(slots: Ints, among: Ints) -> Ints:
     order = among.argsort()
     found: Ints = order[np.searchsorted(among, slots, sorter=order)]
     return found
+
+
+def note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
+    """Say which guided answers are complete, and why some have no token."""
+    failed = results.result.tokens[results.places[mask.rows]] == -1
+    for place in np.flatnonzero(failed | complete).tolist():
+        result = results[mask.rows.item(place)]
+        result.complete = complete[place]
+        if failed[place]:
+            result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"

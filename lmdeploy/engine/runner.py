@@ -21,13 +21,13 @@ from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.graphs import Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
-from lmdeploy.engine.late import Held, join_in_time
+from lmdeploy.engine.late import Held, join_in_time, note_ends
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
 from lmdeploy.engine.plan import LATE, Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.engine.sampler import Sampler, SamplingTable
-from lmdeploy.engine.scores import all_logits, prompt_logprobs, rows_per_chunk, token_logprobs
+from lmdeploy.engine.scores import all_logits, pooled, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, size_pool
 from lmdeploy.inputs import Scratch
 from lmdeploy.kernels.row_buckets import buckets
@@ -42,7 +42,6 @@ Tensor = torch.Tensor
 GRAPH_ROOM = 256 << 20
 #: so many steps in a row leave sequences in an order: it is one of lengths, and only roughly
 REPEATS = LENGTH_STEP // 8
-DEAD_END = "no token satisfies the grammar and the request's other limits (logit_bias, bad_words) at once, or the logits are not numbers"
 
 
 @dataclass(slots=True)
@@ -51,6 +50,16 @@ class _Repeat:
 
     count: int  # of tokens
     left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
+    guided: _Guided | None = None  # where some have a grammar
+
+
+@dataclass(frozen=True, slots=True)
+class _Guided:
+    """The rows of a step with grammars, in its order."""
+
+    slots: Ints
+    lengths: Ints  # tokens known after it
+    order: Ints  # their places in its plan
 
 
 class ModelRunner:
@@ -186,14 +195,7 @@ class ModelRunner:
         if plan.items.again and self._repeat is not None:
             return self._launch_again(plan)
         result = StepResult.of(plan)
-        finish = self._launch(plan, result)
-
-        def wait() -> StepResult:
-            if finish is not None:
-                finish()
-            return result
-
-        return wait
+        return partial(_after, self._launch(plan, result), result)
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan, result: StepResult) -> Finish | None:
@@ -221,12 +223,32 @@ class ModelRunner:
         """The step before once more, each of its sequences a token further: nothing else has changed that would have to be looked at."""
         repeat, self._repeat = self._repeat, None
         assert repeat is not None and self.graphs is not None
+        if repeat.guided is not None:
+            result = StepResult.of(plan)
+            return partial(_after, self._guide_again(plan, repeat, repeat.guided, result.rows()), result)
         with self._turn:
             self.graphs.again(plan.items.new_blocks)
             line = self.arrivals.follow()
         repeat.left -= 1
         self._repeat = repeat if repeat.left else None
         return partial(self._arrived, plan.step, line, repeat.count)
+
+    @torch.inference_mode()
+    def _guide_again(self, plan: StepPlan, repeat: _Repeat, rows: _Guided, results: Rows) -> Finish:
+        """The same with grammars. What the step computes does not depend on whether tokens of the one before are late, only which are chosen."""
+        assert self.graphs is not None and self.guided is not None
+        self._held = None
+        with self._turn:
+            self._settle(plan)
+            self.graphs.again(plan.items.new_blocks)
+            line = self.arrivals.follow()
+        lengths = rows.lengths + 1
+        if self._held is None and repeat.left > 1:
+            self._repeat = _Repeat(repeat.count, repeat.left - 1, _Guided(rows.slots, lengths, rows.order))
+        known = lengths if self._held is None else self._held.lengths(lengths, rows.slots)
+        mask = self.guided.masks(rows.slots, self.sampling.young(rows.slots, known))
+        assert mask is not None
+        return self._owe(self.graphs.logits[: repeat.count], rows.slots, known, results.take(rows.order), mask, line)
 
     def _arrived(self, step: int, line: int, count: int) -> StepResult:
         return StepResult(step, self.arrivals.wait(line, count))
@@ -294,32 +316,52 @@ class ModelRunner:
 
     def _take(self, ran: Ran, batch: StepBatch, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited otherwise, masked or handed on."""
-        slots, arrive = batch.slots, batch.layout.arrive
-        if mask is None and not self.sampling.apart[slots].any():
-            count, told = len(results), len(results.result.tokens)
-            self.arrivals.mark(ran.line)
+        slots, arrive, line = batch.slots, batch.layout.arrive, ran.line
+        if not self.sampling.apart[slots].any() and (mask is None or isinstance(ran.places, slice)):
+            count = len(results)
+            self.arrivals.mark(line)
             # each token of the plan comes, in its order, and the next step's go to the next line
-            if isinstance(ran.places, slice) and count == told and ran.line == self.arrivals.last and np.array_equal(arrive, results.places):
-                self._repeat = _Repeat(count, REPEATS)
-            return lambda: results.note_tokens(self.arrivals.wait(ran.line, count)[arrive])
+            if isinstance(ran.places, slice) and count == len(results.result.tokens) and line == self.arrivals.last and np.array_equal(arrive, results.places):
+                self._repeat = _Repeat(count, REPEATS, None if mask is None else _Guided(slots, batch.lengths, arrive))
+            if mask is not None:
+                return self._owe(ran.logits[ran.places], slots, lengths, results, mask, line)
+            return lambda: results.note_tokens(self.arrivals.wait(line, count)[arrive])
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
 
     def _sample(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """Choose the next token of rows of logits [S, V], which may be overwritten."""
-        held, self._held = self._held, None
-        if held is not None:
-            held.put_back(logits, slots)
+        self._put_back(logits, slots)
         wanted = np.flatnonzero(self.sampling.logprobs[slots] >= 0)
         raw = torch.log_softmax(logits[upload(wanted, self.device)].float(), dim=-1) if wanted.size else None
         choose = self.sampler.begin(logits, slots, lengths, mask)
         bring = partial(self._bring, slots, wanted, raw, results, mask)
         if mask is None:
             return bring(choose())
-        self._owed = Owed(
-            partial(self._choose_owed, choose, bring, logits, results, mask), self.device
-        )  # the grammars do not know the tokens of the step before yet
+        # the grammars do not know the tokens of the step before yet
+        self._owed = Owed(partial(self._choose_owed, lambda: bring(choose()), logits, results, mask), self.device)
         return self._owed.finish
+
+    def _owe(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep, line: int) -> Finish:
+        """The same of logits that the last graph left, whose rows are chosen from as they are; tokens come on its line."""
+        self._put_back(logits, slots)
+        mask.busy = partial(self.arrivals.is_due, line)
+        told = partial(self._told, partial(self.arrivals.wait, line, len(slots)), results, mask)
+
+        def choose() -> Finish:
+            assert self.graphs is not None
+            self.graphs.choose(slots, lengths, mask, line)
+            self.arrivals.mark(line)
+            return told
+
+        self._owed = Owed(partial(self._choose_owed, choose, logits, results, mask), self.device)
+        return self._owed.finish
+
+    def _put_back(self, logits: Tensor, slots: Ints) -> None:
+        """Logits that were kept for this step."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.put_back(logits, slots)
 
     def _bring(self, slots: Ints, wanted: Ints, raw: Tensor | None, results: Rows, mask: GuidedStep | None, tokens: Tensor) -> Finish:
         """Begin to bring chosen tokens to the host; `raw`: log-probabilities of the rows `wanted`, for which everything waits here."""
@@ -336,32 +378,29 @@ class ModelRunner:
         if owed is not None:
             owed.settle(plan)
 
-    def _choose_owed(
-        self, choose: Callable[[], Tensor], bring: Callable[[Tensor], Finish], logits: Tensor, results: Rows, mask: GuidedStep, plan: StepPlan | None
-    ) -> Finish:
+    def _choose_owed(self, choose: Callable[[], Finish], logits: Tensor, results: Rows, mask: GuidedStep, plan: StepPlan | None) -> Finish:
         """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`."""
         if plan is not None:
             plain = ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0))[mask.slots]
             if results.result.more:
                 plain &= ~np.isin(results.places[mask.rows], list(results.result.more))
             self._held = join_in_time(mask, logits, plan, plain)
-        return bring(choose())
+        return choose()
 
     def _fetch(self, tokens: Tensor, results: Rows, mask: GuidedStep | None) -> Finish:
         """Begin to copy tokens to the host; the returned function waits for them and tells results and grammars."""
-        host = self.arrivals.begin(tokens)
+        return partial(self._told, self.arrivals.begin(tokens), results, mask)
 
-        def finish() -> None:
-            arrived = host()
-            if mask is not None and mask.late.any():
-                arrived = arrived.copy()
-                arrived[mask.rows[mask.late]] = LATE
-            results.note_tokens(arrived)
-            if mask is not None:
-                assert self.guided is not None
-                _note_ends(mask, self.guided.follow(mask, arrived), results)
-
-        return finish
+    def _told(self, host: Callable[[], Ints], results: Rows, mask: GuidedStep | None) -> None:
+        """Wait for tokens, and tell results and grammars."""
+        arrived = host()
+        if mask is not None and mask.late.any():
+            arrived = arrived.copy()
+            arrived[mask.rows[mask.late]] = LATE
+        results.note_tokens(arrived)
+        if mask is not None:
+            assert self.guided is not None
+            note_ends(mask, self.guided.follow(mask, arrived), results)
 
     def _add_logprobs(self, slots: Ints, wanted: list[int], raw: Tensor, tokens: Tensor, results: Rows) -> None:
         counts = self.sampling.logprobs[slots[wanted]].tolist()
@@ -390,7 +429,7 @@ class ModelRunner:
             assert want is not None
             rows = hidden[first : first + batch.num_rows.item(row)]
             if want.embed:
-                result.embedding = _pooled(rows, want.embed)
+                result.embedding = pooled(rows, want.embed)
             if want.prompt_logprobs is not None and (targets := self._prompt_targets(item)):
                 result.prompt_logprobs = self._score_prompt(item, rows[:targets], want.prompt_logprobs)
             if want.output_logits and (part := _part(rows, want.output_logits, item)) is not None:
@@ -472,20 +511,11 @@ def _nothing_more() -> None:
     """All has been brought."""
 
 
-def _note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
-    """Say which guided answers are complete, and why some have no token."""
-    failed = results.result.tokens[results.places[mask.rows]] == -1
-    for place in np.flatnonzero(failed | complete).tolist():
-        result = results[mask.rows.item(place)]
-        result.complete = complete[place]
-        if failed[place]:
-            result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"
-
-
-def _pooled(rows: Tensor, how: str) -> bytes:
-    """float64, so that how a prompt was cut into chunks does not show in the float32 result."""
-    row = rows.double().sum(0) if how == "mean" else rows[-1].double()
-    return row.cpu().numpy().tobytes()
+def _after(finish: Finish | None, result: StepResult) -> StepResult:
+    """The result, once that is done."""
+    if finish is not None:
+        finish()
+    return result
 
 
 def _part(rows: Tensor, which: str, item: PlanItem) -> Tensor | None:

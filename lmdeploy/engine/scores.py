@@ -49,3 +49,9 @@ def all_logits(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, vocab_size
     for start in range(0, hidden.shape[0], chunk):
         out[start : start + chunk] = logits_of(hidden[start : start + chunk])
     return out
+
+
+def pooled(rows: Tensor, how: str) -> bytes:
+    """float64 [M], so that how a prompt was cut into chunks does not show in the float32 result."""
+    row = rows.double().sum(0) if how == "mean" else rows[-1].double()
+    return row.cpu().numpy().tobytes()

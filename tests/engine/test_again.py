@@ -17,7 +17,8 @@ from lmdeploy.engine import runner as runners
 from lmdeploy.engine.batch import Places
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
-from lmdeploy.engine.graphs import Shape, StepGraphs
+from lmdeploy.engine.graphs import Choice, Shape, StepGraphs
+from lmdeploy.engine.guided import StepMask
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.messages import EngineInfo, EngineRequest, SamplingParams
@@ -39,7 +40,7 @@ class Replayed:
         inputs = graphs._builder.on_device(Places(*parts[:6]), parts[4].diff().tolist(), parts[3].tolist(), shape.decodes)
         logits = torch.zeros((shape.sequences, graphs._model.spec.vocab_size))
         graphs._model.raw_logits(graphs._model.forward(inputs), logits)
-        graphs._logits[: shape.sequences] = logits
+        graphs.logits[: shape.sequences] = logits
         if graphs._sampler.kernel is not None:  # in Triton's interpreter: tests/kernels/triton/test_penalised_steps.py
             return graphs._choose(shape, parts, logits)
         rows = torch.nonzero(parts[6] != graphs._filler)[:, 0]
@@ -49,6 +50,34 @@ class Replayed:
         for part in (parts[0], parts[3], parts[7]):  # the next step's, as the kernel leaves them
             part[rows] += 1
         where[rows] = (where[rows] + lines.shape[1]) % lines.numel()
+        return None
+
+    def reset(self) -> None:
+        """Nothing is held."""
+
+
+class Rechosen:
+    """A graph of the choice with masks."""
+
+    def __init__(self, graphs: EagerGraphs, choice: Choice) -> None:
+        self.graphs, self.size = graphs, choice.rows
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        graphs, masked = self.graphs, self.graphs._masked
+        if graphs._sampler.kernel is not None:
+            return masked.choose(self.size)
+        slots, lengths, where, places = masked._inputs[:, : self.size].numpy().copy()
+        count = int((slots != graphs._filler).sum())
+        assert (where[:count] >= 0).all() and (where[count:] == -1).all()
+        place = places.view(np.int32)[:count]
+        rows = np.flatnonzero(place >= 0)
+        mask = StepMask(rows, masked._words[torch.from_numpy(place[rows]).long()])
+        logits = graphs.logits[:count].clone()
+        late = np.flatnonzero((place < 0) & (graphs._sampler.table._young_until[slots[:count]] < 0))
+        logits[torch.from_numpy(late)] = float("nan")  # nothing is chosen without its mask
+        tokens = graphs._sampler._choose(logits, slots[:count], lengths[:count], mask)
+        graphs._lines.view(-1)[torch.from_numpy(where[:count])] = tokens
         return None
 
     def reset(self) -> None:
@@ -67,9 +96,14 @@ class EagerGraphs(StepGraphs):
             super().__init__(*args)
         self.noted: list[int] = []
 
-    def _captured(self, shape: Shape) -> None:
-        graph: Any = Replayed(self, shape)
+    def _captured(self, shape: Shape | Choice) -> None:
+        graph: Any = Replayed(self, shape) if isinstance(shape, Shape) else Rechosen(self, shape)
         self._graphs[shape] = graph
+
+    def choose(self, *args: Any) -> None:
+        for size in self._sizes:
+            self._capture(Choice(size))
+        super().choose(*args)
 
     def again(self, new_blocks: dict[int, list[int]]) -> None:
         self.noted.append(len(new_blocks))

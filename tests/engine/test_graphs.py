@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lmdeploy.engine import graphs as graphs_of_steps
 from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, SlotTables
-from lmdeploy.engine.graphs import Shape, StepGraphs, device_turn, in_shape, lay_out, parts_of, row_buckets
+from lmdeploy.engine.graphs import Choice, Shape, StepGraphs, device_turn, in_shape, lay_out, parts_of, row_buckets
 from lmdeploy.engine.plan import Items, NewSequence, PlanItem
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.inputs import Scratch
@@ -66,10 +66,15 @@ class Captures(StepGraphs):
                 torch.float32,
             )
         self.noted: list[Shape] = []
+        self.choices: list[int] = []
         self.computed: list[Any] = []  # the inputs of steps
         self.too_large: set[Shape] = set()
 
-    def _captured(self, shape: Shape) -> None:
+    def _captured(self, shape: Shape | Choice) -> None:
+        if isinstance(shape, Choice):
+            self.choices.append(shape.rows)
+            self._graphs[shape] = mock.Mock()
+            return
         self.noted.append(shape)
         if shape in self.too_large:
             raise torch.OutOfMemoryError("no memory")
@@ -94,6 +99,7 @@ def test_every_shape_is_captured_ahead_once_and_small_batches_first() -> None:
     while graphs.prepare_next():
         pass
     plain = [shape.decodes for shape in graphs.noted if not shape.tokens]
+    assert graphs.choices == row_buckets(FILLER)
     assert len(set(graphs.noted)) == len(graphs.noted) and plain == row_buckets(FILLER)
     assert {shape.decodes for shape in graphs.noted if shape.tokens} == {0, FILLER} and not graphs.prepare_next()
     assert graphs.noted[0].tokens and not graphs.noted[0].decodes, "a server's first step is a prompt"
@@ -124,7 +130,7 @@ def test_every_shape_fits_the_buffers_and_none_has_the_rows_that_cublas_is_slow_
     graphs = Captures()
     while graphs.prepare_next():
         pass
-    assert all(sum(shape.lengths()) <= len(graphs._inputs) and shape.sequences <= len(graphs._logits) and shape.rows != 136 for shape in graphs.noted)
+    assert all(sum(shape.lengths()) <= len(graphs._inputs) and shape.sequences <= len(graphs.logits) and shape.rows != 136 for shape in graphs.noted)
     assert set(graphs._largest) <= set(graphs.noted) and max(shape.rows for shape in graphs.noted) == max(shape.rows for shape in graphs._largest) <= max(
         rows, 8
     )
