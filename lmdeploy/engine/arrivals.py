@@ -57,7 +57,7 @@ class Arrivals:
 
     def is_due(self, line: int) -> bool:
         """Whether the device is still busy with what this line was marked behind."""
-        return self._cuda and not self._events[line].query()
+        return self._cuda and not self._events[line].query()  # type: ignore[no-untyped-call]
 
     def follow(self) -> int:
         """What writes to the next line, whose number is returned, has been launched."""
