@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, StepLayout
-from lmdeploy.engine.guided import StepMask
+from lmdeploy.engine.guided import GuidedStep
 from lmdeploy.engine.masked_choice import MaskedChoice
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.sampler import Sampler
@@ -260,15 +260,18 @@ class StepGraphs:
             self._tables.append_blocks(new_blocks.items())
         self._before()
 
-    def choose(self, slots: Ints, lengths: Ints, mask: StepMask, line: int) -> None:
-        """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks, which are
-        joined. Rows have these slots and so many known tokens; theirs arrive on this line in order."""
-        size = self._masked.send(slots, lengths, mask, line)
-        graph = self._graphs.get(Choice(size))
-        if graph is None:
-            self._masked.choose(size)
-        else:
-            graph.replay()
+    def choice(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int) -> Callable[[], None]:
+        """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks: what is
+        returned joins them. Rows have these slots and so many known tokens; theirs arrive on this line in order."""
+        prepared = self._masked.prepare(slots, lengths, mask, line)
+        graph = self._graphs.get(Choice(prepared.size))
+        launch = partial(self._masked.choose, prepared.size) if graph is None else graph.replay
+
+        def choose() -> None:
+            self._masked.bring(mask, prepared)
+            launch()
+
+        return choose
 
     def drop(self) -> None:
         """Destroy what was captured, now."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmdeploy.engine.device_pace import DevicePace
 from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler, reason_of
 from lmdeploy.engine.mask_calls import Callers, MaskCall
 from lmdeploy.grammar import Grammar
@@ -33,15 +34,17 @@ Flags = NDArray[np.bool_]
 
 #: rows of which the expanded mask is in memory at a time
 ROWS_AT_ONCE = 32
-#: words of a mask that are looked at first: as a rule something is allowed there
-FIRST_WORDS = 64
+#: words of a mask that are looked at first, of tokens that are short and common: as a rule something is allowed there
+COMMON = slice(32, 96)
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
-#: seconds that a step waits for masks where it need not: what has been done has to get the interpreter's lock to say so; and at most, however many rows they are for
-BRIEF, PATIENCE = 3e-5, 0.003
-#: seconds of a step, whose pace is kept; what is longer was idle
-LONGEST_STEP = 0.1
-#: a grammar in a call that takes longer than PATIENCE gets calls of its own until it has had so many quick ones in a row
+#: seconds that a step waits for masks even where the device has nothing to do: what has been done has to get the interpreter's lock to say so
+BRIEF = 3e-5
+#: seconds after which it is looked whether the device still has something to do
+LOOK = 1e-4
+#: seconds from which on a call takes long
+LONG = 0.003
+#: a grammar in a call that takes LONG gets calls of its own until it has had so many quick ones in a row
 FORGIVEN = 32
 #: calls at a time: of masks that were not expected to take long (the second where the first does, after all), and of others
 USUAL_CALLS, OTHER_CALLS = 2, 4
@@ -67,6 +70,8 @@ class GuidedStep(StepMask):
     among: int = field(kw_only=True)  # S
     matchers: list[Any] = field(kw_only=True)  # [G] of the sequences that had the slots when the step began
     stops: Ints = field(kw_only=True)  # [G, N] tokens that end each answer, some repeated
+    places: Ints = field(kw_only=True)  # [G, N] of their words among all words
+    flags: NDArray[np.uint32] = field(kw_only=True)  # [G, N] and their bits there
     own: Flags = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
     young: Flags = field(kw_only=True)  # [G] the request's stop tokens may not come yet, unless nothing else may
     only_stops: Flags = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
@@ -112,11 +117,7 @@ class GuidedSlots:
         self._near = np.zeros(num_slots, dtype=bool)  # the slot's next mask may take long
         self._joined: GuidedStep | None = None  # whose masks `_left` does not know yet
         self._slow: dict[Grammar, int] = {}  # that need calls of their own -> quick ones until they need them no more
-        self._pace, self._now, self._waited = (
-            PATIENCE,
-            time.perf_counter(),
-            0.0,
-        )  # seconds a step without waiting for masks; since when the step goes on; waited in it
+        self._pace = DevicePace()
 
     @property
     def used(self) -> bool:
@@ -169,7 +170,6 @@ class GuidedSlots:
         `young` [S]: answers that have not reached `min_new_tokens`. A slot's words have been used when its next ones are begun, in `follow` or `join`.
         """
         self._look_back()
-        self._keep_pace()
         rows = np.flatnonzero(self._guided[slots])
         if not rows.size:
             self._last = None
@@ -178,12 +178,15 @@ class GuidedSlots:
             width = -(-self._compiler.vocab_size // 32)
             self._words = torch.zeros((self._num_slots, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         guided = slots[rows]
-        matchers, stops, own = [self._matchers[slot] for slot in guided.tolist()], self._stops[guided], self._own[guided]
-        none = np.zeros(rows.size, dtype=bool)
+        stops, none = self._stops[guided], np.zeros(rows.size, dtype=bool)
         step = GuidedStep(
-            rows, self._words, slots=guided, among=slots.size, matchers=matchers, stops=stops, own=own, young=young[rows], only_stops=none, late=none.copy()
+            rows, self._words, slots=guided, among=slots.size, matchers=[self._matchers[slot] for slot in guided.tolist()], stops=stops,
+            places=guided[:, None] * self._words.shape[1] + (stops >> 5), flags=np.uint32(1) << (stops & 31).astype(np.uint32),
+            own=self._own[guided], young=young[rows], only_stops=none, late=none.copy(),
         )  # fmt: skip
         step.fill = partial(self._fill, step)
+        if self._open is None:
+            self._pace.forget()
         if self._overlaps and self._open is None:  # grammars know all tokens: the first step, or one behind a step that was waited for
             near = self._near[guided]
             self._begin(step, np.flatnonzero(near), usual=False)
@@ -193,13 +196,13 @@ class GuidedSlots:
         self._open = step
         return step
 
-    def _keep_pace(self) -> None:
-        now, waited = time.perf_counter(), self._waited
-        self._pace += 0.1 * (min(now - self._now - waited, LONGEST_STEP) - self._pace)
-        self._now, self._waited = now, 0.0
+    def launched(self, mask: GuidedStep) -> None:
+        """What waited for these masks has been launched, when the device was `busy` or not."""
+        self._pace.launched(mask.busy is not None and mask.busy())
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
         """Take in a token for each sampled row (negative: none); True where the answer of a guided row is complete and ends now."""
+        self._pace.begins()
         chosen = tokens[mask.rows]
         complete: list[bool] = mask.only_stops.tolist()
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.stops != chosen[:, None]).all(axis=1)
@@ -213,7 +216,7 @@ class GuidedSlots:
         near = self._near[last.slots]
         if near.any():  # first of all, and whoever would wait for a lexer that they use
             lexers = self._lexers[last.slots]
-            near |= np.isin(lexers, lexers[near])
+            near |= is_among(lexers, lexers[near])
             first = is_among(mask.slots, last.slots[near])
             self._consume(mask, chosen, goes_on & first, complete)
             self._begin(last, np.flatnonzero(near), usual=False)
@@ -256,20 +259,16 @@ class GuidedSlots:
         if any(self._calls[slot] is None for slot in step.slots.tolist()):
             self._begin(step, np.arange(step.rows.size), usual=True)
         step.late = self._await(step, step.late)
+        self._pace.ends_wait()
         there = np.flatnonzero(~step.late)
-        bits: NDArray[np.uint32] = step.words.numpy().view(np.uint32)
-        for place, slot in zip(there.tolist(), step.slots[there].tolist(), strict=True):
+        for slot in step.slots[there].tolist():
             self._calls[slot] = None
-            if step.matchers[place].is_error():
-                bits[slot] = 0
-                step.errors[place] = f"the grammar's next tokens could not be worked out: {reason_of(step.matchers[place].get_error())}"
-        self._add_stops(step, bits, there)
+        self._add_stops(step, step.words.numpy().view(np.uint32), there)
         self._joined = step
 
     def _await(self, step: GuidedStep, may: Flags) -> Flags:
-        """Wait for masks, as long as needed for rows that may not be late; [G] those that are."""
+        """Wait for masks, as long as needed for rows that may not be late, and for others while the device does not wait; [G] those that are late."""
         calls: dict[MaskCall, list[int]] = {}
-        start = time.perf_counter()
         for place, slot in enumerate(step.slots.tolist()):
             call = self._calls[slot]
             if call is not None:
@@ -277,12 +276,11 @@ class GuidedSlots:
             elif not may[place]:  # all threads are busy
                 self._fill_here(step, place)
         late: Flags = may.copy()
+        least = time.perf_counter() + BRIEF
         for call, places in calls.items():
-            # to be late costs these rows a step; to wait costs all rows: as much waiting as that is at most twice what was best (as in renting skis or buying them)
-            patience = min(max(self._pace * len(places) / step.among, BRIEF), PATIENCE)
-            there = _wait(call, step.busy, patience) if may[places].all() else call.wait()
+            there = self._wait(call, step.busy, least) if may[places].all() else call.wait()
             late[places] = not there
-            if not there and call.age > PATIENCE:
+            if not there and call.age > LONG:
                 self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
         if step.rows.size == step.among and late.all():  # whatever is launched now, nobody gets a token from it
             call, places = next(iter(calls.items()), (None, [0]))
@@ -294,8 +292,17 @@ class GuidedSlots:
         for call in calls:
             if call.over and not call.usual and self._slow:
                 self._forgive(call)
-        self._waited += time.perf_counter() - start
         return late
+
+    def _wait(self, call: MaskCall, busy: Callable[[], bool] | None, least: float) -> bool:
+        """Whether a call is over before the device would have to wait for what is launched behind it, but not sooner than at `least`."""
+        while not call.over:
+            seconds = max(self._pace.end(), least) - time.perf_counter()
+            if seconds <= 0:
+                return False
+            if not call.wait(min(seconds, LOOK)) and busy is not None and not busy():
+                self._pace.idle()
+        return call.wait()
 
     def _fill_here(self, step: GuidedStep, place: int) -> None:
         slot = step.slots.item(place)
@@ -309,7 +316,7 @@ class GuidedSlots:
         """Count a quick call of a slow grammar, or begin to count anew."""
         for grammar in {self._grammars[slot] for slot in call.slots}:
             if grammar is not None and grammar in self._slow:
-                self._slow[grammar] = self._slow[grammar] - 1 if call.seconds < PATIENCE else FORGIVEN
+                self._slow[grammar] = self._slow[grammar] - 1 if call.seconds < LONG else FORGIVEN
                 if not self._slow[grammar]:
                     del self._slow[grammar]
 
@@ -322,38 +329,43 @@ class GuidedSlots:
 
     def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], there: Ints) -> None:
         """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [slots, W]; there [R]."""
-        slots, stops = mask.slots[there], mask.stops[there]
-        word, flag = stops >> 5, np.uint32(1) << (stops & 31).astype(np.uint32)
-        named = bits[slots[:, None], word] & flag != 0  # [R, N] some grammars name a stop token themselves
-        accepting = (named & (stops == self._compiler.eos_token_id)).any(axis=1)
-        # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
-        ends = np.flatnonzero(named.any(axis=1))
+        flat = bits.reshape(-1)
+        named = flat.take(mask.places[there]) & mask.flags[there] != 0  # [R, N] some grammars name a stop token themselves
+        ends = np.flatnonzero(named.any(axis=1))  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
         if not ends.size:
             return
-        word, flag, allowed = word[ends].T, flag[ends].T, (accepting[:, None] | named)[ends].T  # [N, E]
-        slots, ends = slots[ends], there[ends]
-        for at, on in zip(word, flag, strict=True):
-            bits[slots, at] &= ~on
-        nothing = np.logical_not(bits[slots, :FIRST_WORDS].any(axis=1))
+        named, rows = named[ends], there[ends]
+        slots, stops = mask.slots[rows], mask.stops[rows]
+        accepting = (named & (stops == self._compiler.eos_token_id)).any(axis=1)
+        among_common = ((stops >= COMMON.start * 32) & (stops < COMMON.stop * 32)).any(axis=1)
+        goes_on = ~mask.young[rows] & ~among_common & bits[slots, COMMON].any(axis=1)
+        both = rows[goes_on & accepting]
+        for at, on in zip(mask.places[both].T, mask.flags[both].T, strict=True):
+            flat[at] |= on
+        if not goes_on.all():
+            self._look_at_stops(mask, bits, rows[~goes_on], named[~goes_on], accepting[~goes_on])
+
+    def _look_at_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], rows: Ints, named: Flags, accepting: Flags) -> None:
+        """The same for rows [R] that perhaps may only end, perhaps may not end yet. named [R, N], accepting [R]."""
+        flat, slots, places, flags = bits.reshape(-1), mask.slots[rows], mask.places[rows].T, mask.flags[rows].T
+        for at, on in zip(places, flags, strict=True):
+            flat[at] &= ~on
+        nothing = np.logical_not(bits[slots, COMMON].any(axis=1))
         nothing[nothing] = np.logical_not(bits[slots[nothing]].any(axis=1))
-        mask.only_stops[ends] = nothing
-        allowed &= ~mask.young[ends] | nothing | ~mask.own[ends].T
-        for at, on, may in zip(word, flag, allowed, strict=True):
-            bits[slots, at] |= np.where(may, on, np.uint32(0))
-        mask.only_stops[list(mask.errors)] = False
+        allowed = (accepting[:, None] | named) & ((~mask.young[rows] | nothing)[:, None] | ~mask.own[rows])
+        for at, on, may in zip(places, flags, allowed.T, strict=True):
+            flat[at] |= np.where(may, on, np.uint32(0))
+        mask.only_stops[rows] = nothing
+        for place in rows[nothing].tolist():
+            if mask.matchers[place].is_error():  # of which the library says the same
+                slot = mask.slots[place]
+                bits[slot], mask.only_stops[place] = 0, False
+                mask.errors[place] = f"the grammar's next tokens could not be worked out: {reason_of(mask.matchers[place].get_error())}"
 
     def close(self) -> None:
         """End the threads."""
         for callers in self._callers:
             callers.close()
-
-
-def _wait(call: MaskCall, busy: Callable[[], bool] | None, seconds: float) -> bool:
-    """Whether a call is over, so many seconds after the device has nothing to do at the latest."""
-    while busy is not None and busy():
-        if call.wait(BRIEF):
-            return True
-    return call.wait(seconds)
 
 
 def is_among(slots: Ints, others: Ints) -> Flags:

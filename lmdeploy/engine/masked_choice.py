@@ -6,19 +6,31 @@ Nothing of it can be launched before the tokens of the step before are known, an
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lmdeploy.engine.batch import STAGES
-from lmdeploy.engine.guided import StepMask
+from lmdeploy.engine.guided import GuidedStep
 from lmdeploy.engine.plan import Ints
 from lmdeploy.engine.sampler import Sampler
 
 Tensor = torch.Tensor
 #: the parts of the input: slots, lengths, where tokens go, places of masks
 PARTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A choice that waits for its masks."""
+
+    size: int  # for which `choose` is to be launched
+    stage: Tensor  # its input on the host
+    place: NDArray[np.int32]  # in it, of each row's mask
+    to_words: Tensor  # where all masks go
+    words: Tensor
 
 
 class MaskedChoice:
@@ -33,11 +45,10 @@ class MaskedChoice:
         self._stage = 0
         self._words = torch.zeros((table.num_slots, table.young_words.shape[1]), dtype=torch.int32, device=logits.device)
 
-    def send(self, slots: Ints, lengths: Ints, mask: StepMask, line: int) -> int:
-        """Join the masks, and bring them to the device, and what is to be chosen: tokens of rows with these slots and so many known tokens, which arrive on this
-        line in order. The size for which `choose` is to be launched."""
-        rows, words, at = mask.join()
-        count = slots.size
+    def prepare(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int) -> Prepared:
+        """What can be done before masks are there, for rows with these slots and so many known tokens, whose tokens arrive on this line in order. Behind what
+        was launched with what was prepared before."""
+        count, rows = slots.size, mask.rows
         size = self._sizes[bisect_left(self._sizes, count)]
         stage, self._stage = self._stages[self._stage], (self._stage + 1) % STAGES
         to_slots, to_lengths, where, places = stage.numpy()
@@ -45,13 +56,20 @@ class MaskedChoice:
         where[:count] = np.arange(line * self._lines.shape[1], line * self._lines.shape[1] + count)
         to_slots[count:size], to_lengths[count:size], where[count:size] = self._sampler.table.num_slots, 1, -1  # nobody's
         place: NDArray[np.int32] = places.view(np.int32)
+        guided = slots[rows]
         place[:size] = -1
-        place[rows] = at
+        place[rows] = guided
         self._inputs.copy_(stage, non_blocking=True)
-        if at.size:
-            first, last = int(at.min()), int(at.max()) + 1
-            self._words[first:last].copy_(words[first:last], non_blocking=True)
-        return size
+        first, last = int(guided.min()), int(guided.max()) + 1
+        return Prepared(size, stage, place, self._words[first:last], mask.words[first:last])
+
+    def bring(self, mask: GuidedStep, prepared: Prepared) -> None:
+        """Join the masks, and bring them to the device."""
+        mask.join()
+        if mask.late.any():
+            prepared.place[mask.rows[mask.late]] = -1
+            self._inputs.copy_(prepared.stage, non_blocking=True)
+        prepared.to_words.copy_(prepared.words, non_blocking=True)
 
     def choose(self, size: int) -> None:
         """Launch the choice; this can be part of a CUDA graph."""

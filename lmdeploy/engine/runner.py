@@ -346,15 +346,17 @@ class ModelRunner:
         """The same of logits that the last graph left, whose rows are chosen from as they are; tokens come on its line."""
         self._put_back(logits, slots)
         mask.busy = partial(self.arrivals.is_due, line)
-        told = partial(self._told, partial(self.arrivals.wait, line, len(slots)), results, mask)
+        assert self.graphs is not None and self.guided is not None
+        choose, told = self.graphs.choice(slots, lengths, mask, line), partial(self._told, partial(self.arrivals.wait, line, len(slots)), results, mask)
+        launched, mark = partial(self.guided.launched, mask), partial(self.arrivals.mark, line)
 
-        def choose() -> Finish:
-            assert self.graphs is not None
-            self.graphs.choose(slots, lengths, mask, line)
-            self.arrivals.mark(line)
+        def launch() -> Finish:
+            choose()
+            launched()
+            mark()
             return told
 
-        self._owed = Owed(partial(self._choose_owed, choose, logits, results, mask), self.device)
+        self._owed = Owed(partial(self._choose_owed, launch, logits, results, mask), self.device)
         return self._owed.finish
 
     def _put_back(self, logits: Tensor, slots: Ints) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -100,10 +100,10 @@ class EagerGraphs(StepGraphs):
         graph: Any = Replayed(self, shape) if isinstance(shape, Shape) else Rechosen(self, shape)
         self._graphs[shape] = graph
 
-    def choose(self, *args: Any) -> None:
+    def choice(self, *args: Any) -> Callable[[], None]:
         for size in self._sizes:
             self._capture(Choice(size))
-        super().choose(*args)
+        return super().choice(*args)
 
     def again(self, new_blocks: dict[int, list[int]]) -> None:
         self.noted.append(len(new_blocks))

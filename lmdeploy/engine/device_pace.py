@@ -1,0 +1,49 @@
+"""Until when the host may wait for masks without the device waiting for the host: a guess from the steps before."""
+
+from __future__ import annotations
+
+import time
+
+#: how much a step counts for the guess of the next ones
+WEIGHT = 0.25
+#: seconds; what takes longer was no step of answers
+LONGEST = 0.1
+
+
+class DevicePace:
+    """Seconds that the device takes from the tokens of a step to the logits of the next one, and the host from masks to what is launched with them."""
+
+    def __init__(self) -> None:
+        self._since = 0.0  # when the device began with the step whose masks are waited for, as far as anybody knows; 0: nobody does
+        self._there = 0.0  # when the wait for masks ended
+        self._device = self._host = 0.0
+        self._told = False  # the device was still at work when the choice was launched: the time to its tokens is its own
+
+    def forget(self) -> None:
+        """The step whose masks are asked for is behind one without."""
+        self._since, self._told = 0.0, False
+
+    def begins(self) -> None:
+        """The tokens of a step are there, and the device goes on with the next one."""
+        now = time.perf_counter()
+        if self._told and self._since and now - self._since < LONGEST:
+            self._device += (now - self._since - self._device) * (WEIGHT if self._device else 1)
+        self._since, self._told = now, False
+
+    def end(self) -> float:
+        """Until when masks are waited for; long ago where there is no guess."""
+        return self._since + self._device - self._host
+
+    def idle(self) -> None:
+        """The device has ended sooner."""
+        if self._since:
+            self._device = min(self._device, time.perf_counter() - self._since)
+
+    def ends_wait(self) -> None:
+        """The masks are there, or late."""
+        self._there = time.perf_counter()
+
+    def launched(self, busy: bool) -> None:
+        """What the masks were for has been launched; whether the device was still `busy`."""
+        seconds, self._told = time.perf_counter() - self._there, busy
+        self._host += (min(seconds, LONGEST) - self._host) * (WEIGHT if self._host else 1)
