@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from time import perf_counter
 
 #: how much a step counts for the guess of the next ones
 WEIGHT = 0.25
@@ -25,7 +25,7 @@ class DevicePace:
 
     def begins(self) -> None:
         """The tokens of a step are there, and the device goes on with the next one."""
-        now = time.perf_counter()
+        now = perf_counter()
         if self._told and self._since and now - self._since < LONGEST:
             self._device += (now - self._since - self._device) * (WEIGHT if self._device else 1)
         self._since, self._told = now, False
@@ -37,13 +37,13 @@ class DevicePace:
     def idle(self) -> None:
         """The device has ended sooner."""
         if self._since:
-            self._device = min(self._device, time.perf_counter() - self._since)
+            self._device = min(self._device, perf_counter() - self._since)
 
     def ends_wait(self) -> None:
         """The masks are there, or late."""
-        self._there = time.perf_counter()
+        self._there = perf_counter()
 
     def launched(self, busy: bool) -> None:
         """What the masks were for has been launched; whether the device was still `busy`."""
-        seconds, self._told = time.perf_counter() - self._there, busy
+        seconds, self._told = perf_counter() - self._there, busy
         self._host += (min(seconds, LONGEST) - self._host) * (WEIGHT if self._host else 1)

@@ -1,4 +1,5 @@
-"""Logits of rows whose masks are late: the step behind computes these rows for nothing, and chooses their tokens among the logits that were kept. See `executor/contract.py`."""
+"""Logits of rows whose masks are late: the step behind computes these rows for nothing, and chooses their tokens among the logits that were kept. What would have
+had its last token, of which the step behind has nothing, is computed once more. See `executor/contract.py`."""
 
 from __future__ import annotations
 
@@ -34,17 +35,18 @@ class Held:
 def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArray[np.bool_]) -> Held | None:
     """Join the masks that are there; of rows that have to wait for theirs what is kept of the logits [S, V].
 
-    A row may be late if `plan`, which is launched next, goes on with its sequence by one token, or forgets it. `plain` [G]: rows that bring nothing beside the
-    token, now or next time, and whose logits are chosen from as they are.
+    A row may be late if `plan`, which is launched next, goes on with its sequence by one token, or has nothing of it, or forgets it. `plain` [G]: rows that bring
+    nothing but a token and its log-probabilities, now or next time.
     """
     items = plan.items
     gone = is_among(mask.slots, np.array(plan.released, dtype=np.int64))
-    further = plain & ~gone & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    plain = plain & ~gone
     if plan.new:
-        further &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
-    mask.late = gone | further
+        plain &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
+    further = plain & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    mask.late = gone | further | (plain & ~is_among(mask.slots, items.slots))
     mask.join()
-    kept = mask.late & ~gone
+    kept = mask.late & further
     return Held(mask.slots[kept], logits.index_select(0, upload(mask.rows[kept], logits.device))) if kept.any() else None
 
 

@@ -159,8 +159,8 @@ class Rows:
         return self.result.more.setdefault(self.places.item(row), SlotResult())
 
     def failed(self, row: int) -> bool:
-        """Whether a row whose token was noted has none."""
-        return self.result.tokens.item(self.places.item(row)) == -1
+        """Whether a row whose token was noted has none, or not yet."""
+        return self.result.tokens.item(self.places.item(row)) < 0
 
     def take(self, rows: Ints) -> Rows:
         """Rows of these."""

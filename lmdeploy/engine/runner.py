@@ -383,7 +383,7 @@ class ModelRunner:
     def _choose_owed(self, choose: Callable[[], Finish], logits: Tensor, results: Rows, mask: GuidedStep, plan: StepPlan | None) -> Finish:
         """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`."""
         if plan is not None:
-            plain = ~(self._wanting | self.sampling.edited | (self.sampling.logprobs >= 0))[mask.slots]
+            plain = ~self._wanting[mask.slots]
             if results.result.more:
                 plain &= ~np.isin(results.places[mask.rows], list(results.result.more))
             self._held = join_in_time(mask, logits, plan, plain)

@@ -286,7 +286,8 @@ class Running:
         return outputs, others.nonzero()[0].tolist(), late
 
     def put_off(self, items: Items, late: Ints, following: Items) -> tuple[Items, list[Sequence]]:
-        """The tokens of these rows come with the items of the plan behind instead: what those are then, and the sequences that still have no token at all.
+        """The tokens of these rows come with the items of the plan behind instead, or with a later plan's where it has none of them, as behind what was to be
+        their last token: what the items are then, and the sequences that still have no token at all.
 
         Each computes its last known token once more: what is there of it is not counted, so that a sequence always has something to compute.
         """
@@ -298,7 +299,6 @@ class Running:
         are_late = np.zeros(len(self._taken), dtype=bool)
         are_late[slots] = True
         rows = are_late[following.slots]
-        assert np.count_nonzero(rows) == len(slots), "a token is late, and no plan goes on with its sequence"
         prompts = slots[table[KNOWN][slots] == table[PROMPT][slots]]
         instead = Items(following.slots, following.starts - rows, following.counts, following.sample, following.new_blocks)
         return instead, [self._holders[slot] for slot in prompts.tolist()]

@@ -206,7 +206,7 @@ class Sampler:
         """All of `sample` that need not know the masks; what is returned joins them, chooses, and is to be called once, before the logits are overwritten."""
         edited = self.table.edited[slots].any()
         if edited or self.kernel is None:
-            logits = logits.float()
+            logits = logits.to(torch.float32, copy=bool(edited) and mask is not None)  # rows whose masks are late are edited once more
         if edited:
             young = self.table.young(slots, lengths)
             if mask is not None:

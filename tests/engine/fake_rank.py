@@ -169,17 +169,18 @@ class FakeRank:
         check(len({item.slot for item in plan.items}) == len(plan.items), "a slot twice in one step")
         result = StepResult.of(plan)
         rows = result.rows()
-        goes_on = self._going_on()
+        goes_on, left_out = self._may_be_late({item.slot for item in plan.items})
         for row, item in enumerate(plan.items):
-            self._compute(item, rows, row, item.slot in goes_on)
+            self._compute(item, rows, row, item.slot in goes_on, item.slot in left_out)
         return result
 
-    def _going_on(self) -> set[int]:
-        """Slots whose tokens may be late."""
+    def _may_be_late(self, slots: set[int]) -> tuple[set[int], set[int]]:
+        """Slots whose tokens may come with the next plan; and those that it has nothing of."""
         if not self._queue:
-            return set()
+            return set(), set()
         behind, _ = self._queue[0]
-        return {i.slot for i in behind.items if i.sample and i.num_tokens == 1} - set(behind.released) - {new.slot for new in behind.new}
+        others = set(behind.released) | {new.slot for new in behind.new}
+        return {i.slot for i in behind.items if i.sample and i.num_tokens == 1} - others, slots - {i.slot for i in behind.items} - others
 
     def _fail_if_broken(self, *, before: bool) -> None:
         if self.broken and before != self.half_applied:
@@ -194,7 +195,7 @@ class FakeRank:
         """Note that it happened."""
         self.closed = True
 
-    def _compute(self, item: PlanItem, rows: Rows, row: int, goes_on: bool) -> None:
+    def _compute(self, item: PlanItem, rows: Rows, row: int, goes_on: bool, left_out: bool) -> None:
         slot = self.slots[item.slot]
         if slot.failed:  # launched before the error was seen: nobody will look at the result
             rows[row].error = "failed before"
@@ -214,7 +215,7 @@ class FakeRank:
             if position < known and slot.token_ids[position] == self.poison:
                 raise PoisonError(f"token {self.poison}")
             self._write(item.slot, slot, position)
-        self._answer(PlanItem(item.slot, known - 1, 1, [], True) if slot.owes else item, slot, rows, row, goes_on)
+        self._answer(PlanItem(item.slot, known - 1, 1, [], True) if slot.owes else item, slot, rows, row, goes_on, left_out)
 
     def _fill_keys(self, slot: Slot, end: int) -> None:
         while len(slot.keys) < end:
@@ -231,7 +232,7 @@ class FakeRank:
                 check(same, f"slot {number} overwrites keys of slot {other_number}")
         self._store[block][offset] = key
 
-    def _answer(self, item: PlanItem, slot: Slot, results: Rows, row: int, goes_on: bool) -> None:
+    def _answer(self, item: PlanItem, slot: Slot, results: Rows, row: int, goes_on: bool, left_out: bool) -> None:
         sampling, prompt_len, end = slot.new.sampling, slot.new.prompt_len, item.start + item.num_tokens
         places = range(item.start, min(end, prompt_len - 1))
         if sampling.prompt_logprobs is not None and places:
@@ -240,9 +241,10 @@ class FakeRank:
             results[row].logits = slot.keys[item.start : end]
         if not item.sample:
             return
-        wants_more = sampling.logprobs is not None or sampling.output_logits is not None or row in results.result.more
-        slot.owes = goes_on and not wants_more and self.late(item.slot, end)
-        if slot.owes:
+        wants_more = sampling.output_logits is not None or row in results.result.more
+        is_late = (goes_on or left_out) and not wants_more and self.late(item.slot, end)
+        slot.owes = goes_on and is_late
+        if is_late:
             self.num_late += 1
             results.result.tokens[row] = LATE
             return

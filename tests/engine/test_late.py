@@ -230,20 +230,22 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[MaskCa
     go_on.set()
 
 
+@pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"logit_bias": {300: 2.0}}, {"max_new_tokens": 3}], ids=str)
 def test_a_grammar_that_takes_long_holds_up_its_own_answer_only(
-    shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event], monkeypatch: pytest.MonkeyPatch
+    shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    """Whatever it wants beside tokens, and even if all that is missing is its last token."""
     monkeypatch.setattr(guided, "FORGIVEN", 3)
     engine, slots = engine_of(shallow_folder)
     plan = [
-        (0, request(0, PERSON)),
+        (0, request(0, PERSON, **options)),
         *((0, request(number, WORD, temperature=1.0, top_k=40)) for number in range(1, 4)),
         (0, request(4, None, max_new_tokens=30, ignore_eos=True)),
     ]
     come: dict[int, int] = dict.fromkeys(range(5), 0)
 
     def held_up(call: MaskCall) -> bool:
-        if come[0] < 2 or all(slots._grammars[slot] != PERSON for slot in call.slots):
+        if not come[0] or all(slots._grammars[slot] != PERSON for slot in call.slots):
             return False
         if PERSON not in slots._slow:  # nobody knows yet: others are in the same call
             time.sleep(0.02)
@@ -262,7 +264,8 @@ def test_a_grammar_that_takes_long_holds_up_its_own_answer_only(
             assert come[0] < 12, "the others have ended meanwhile"
             assert PERSON in slots._slow
             go_on.set()
-    assert go_on.is_set() and found[0][-1].finish_reason == "stop"
+    assert go_on.is_set() and found[0][-1].finish_reason == ("length" if "max_new_tokens" in options else "stop")
+    assert engine.stats().late_tokens > 5
     run(engine, [(0, request(99, None, max_new_tokens=2))])
     assert not slots._slow, "nobody has these grammars any more"
     monkeypatch.undo()

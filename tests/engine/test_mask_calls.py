@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy.engine import guided
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.guided import GuidedSlots
+from lmdeploy.engine.guided import GuidedSlots, GuidedStep, is_among
 from lmdeploy.engine.mask_calls import OUTSIDE, Callers, MaskCall, StringEnds
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
@@ -44,7 +43,7 @@ def test_how_much_of_a_string_is_left_is_read_off_its_masks(model_folder: Path) 
 
 def test_slots_are_found_among_others() -> None:
     for slots, others, found in (([3, 0, 7], [7, 9], [False, False, True]), ([], [1], []), ([2], [], [False]), ([5, 1], [1, 1, 5], [True, True])):
-        assert guided.is_among(np.array(slots, dtype=np.int64), np.array(others, dtype=np.int64)).tolist() == found
+        assert is_among(np.array(slots, dtype=np.int64), np.array(others, dtype=np.int64)).tolist() == found
 
 
 def compiler_pieces(folder: Path) -> list[bytes]:
@@ -92,35 +91,48 @@ def test_whoever_waits_for_a_call_that_failed_hears_of_it_each_time() -> None:
     callers.close()
 
 
-@pytest.mark.parametrize(("among", "seconds"), [(100, 0.03), (10, 0.3)])
-def test_a_step_waits_no_longer_for_masks_than_to_be_late_would_cost_it(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, among: int, seconds: float
-) -> None:
-    """Of 100 rows one that is late costs a hundredth of a step."""
+def held_up(model_folder: Path, monkeypatch: pytest.MonkeyPatch, among: int = 100) -> tuple[GuidedSlots, GuidedStep, threading.Event]:
+    """A row with a grammar among others, whose mask is not there before the event is set."""
     go_on = threading.Event()
-    monkeypatch.setattr(guided, "PATIENCE", 10.0)
     monkeypatch.setattr(GuidedSlots, "_fill_words", lambda self, call: go_on.wait(20) and None)
     slots = GuidedSlots(GrammarCompiler.open(model_folder, 5120, (2, 5118)), 100, torch.device("cpu"))
     slots._overlaps = True
     slots.set(0, SamplingParams(max_new_tokens=9, grammar=Grammar("regex", "[0-9]+")), [])
-    slots._pace = 3.0  # seconds a step
-    monkeypatch.setattr(slots, "_keep_pace", lambda: None)
     step = slots.masks(np.arange(among), np.zeros(among, dtype=bool))
     assert step is not None
     step.late[:] = True
-    begun = time.monotonic()
+    return slots, step, go_on
+
+
+def test_masks_are_waited_for_while_the_device_would_not_wait(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, step, go_on = held_up(model_folder, monkeypatch)
+    begun = time.perf_counter()
+    monkeypatch.setattr(slots._pace, "end", lambda: begun + 0.2)
     rows, *_ = step.join()
-    assert seconds <= time.monotonic() - begun < 2 * seconds + 0.2
+    assert 0.2 <= time.perf_counter() - begun < 0.4
     assert not rows.size and step.late.all()
     go_on.set()
     slots.close()
 
 
-def test_the_pace_is_that_of_steps_without_their_waiting_and_without_idle_times(model_folder: Path) -> None:
-    slots = GuidedSlots(GrammarCompiler.open(model_folder, 5120, (2, 5118)), 2, torch.device("cpu"))
-    for step in range(60):
-        slots._now = time.perf_counter() - (0.03 if step else 3600.0)
-        slots._waited = 0.01
-        slots._keep_pace()
-    assert 0.0195 <= slots._pace < 0.03
+@pytest.mark.parametrize("known", [False, True])
+def test_no_mask_is_waited_for_when_the_device_has_nothing_to_do(model_folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Whether nothing is known of its pace, or it took less time than was thought."""
+    slots, step, go_on = held_up(model_folder, monkeypatch)
+    begun = time.perf_counter()
+    if known:
+        slots._pace._since, slots._pace._device = begun, 30.0
+    step.busy = lambda: time.perf_counter() < begun + 0.1
+    step.join()
+    assert (0.1 if known else 0) <= time.perf_counter() - begun < (0.2 if known else 0.05)
+    assert step.late.all()
+    go_on.set()
+    slots.close()
+
+
+def test_a_mask_is_waited_for_where_nobody_would_get_a_token(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, step, go_on = held_up(model_folder, monkeypatch, among=1)
+    threading.Timer(0.1, go_on.set).start()
+    rows, *_ = step.join()
+    assert rows.tolist() == [0] and not step.late.any()
     slots.close()

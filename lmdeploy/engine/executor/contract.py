@@ -25,7 +25,8 @@ class Executor(Protocol):
     Late tokens: where the next plan has been submitted, and has a sampled item of one token of the same slot, which is neither in its `released` nor in its
     `new`, a result may say LATE of a sampled row, and nothing else of it. That item then brings this row's token, and counts as the one that was asked for here:
     the last token alone, one position before what the plan said. It may be late again. The key and value that it left where the plan said are of no known token,
-    and are written again by the item behind it. As the scheduler puts the items right in the plan itself, a rank keeps those that were submitted.
+    and are written again by the item behind it. As the scheduler puts the items right in the plan itself, a rank keeps those that were submitted. LATE may also
+    be said where the next plan has no item of the slot, and it is neither released nor new there: a later plan then asks once more, with the same last token.
     """
 
     @property
