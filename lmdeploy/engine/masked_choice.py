@@ -44,6 +44,8 @@ class MaskedChoice:
         self._stages = [torch.zeros((PARTS, most), dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._words = torch.zeros((table.num_slots, table.young_words.shape[1]), dtype=torch.int32, device=logits.device)
+        # masks are brought while the logits that they are for are computed
+        self._beside = torch.cuda.Stream(logits.device) if logits.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def prepare(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int) -> Prepared:
         """What can be done before masks are there, for rows with these slots and so many known tokens, whose tokens arrive on this line in order. Behind what
@@ -69,7 +71,12 @@ class MaskedChoice:
         if mask.late.any():
             prepared.place[mask.rows[mask.late]] = -1
             self._inputs.copy_(prepared.stage, non_blocking=True)
-        prepared.to_words.copy_(prepared.words, non_blocking=True)
+        if self._beside is None:
+            prepared.to_words.copy_(prepared.words)
+            return
+        with torch.cuda.stream(self._beside):
+            prepared.to_words.copy_(prepared.words, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._beside)
 
     def choose(self, size: int) -> None:
         """Launch the choice; this can be part of a CUDA graph."""
