@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,6 +34,21 @@ class Prepared:
     words: Tensor
 
 
+class _Beside:
+    """A stream for copies beside what is computed; what is launched afterwards waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        event, current = torch.cuda.Event(), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+        self._copied, self._wait = partial(event.record, self._stream), partial(current.wait_event, event)
+
+    def copy(self, to: Tensor, words: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            to.copy_(words, non_blocking=True)
+        self._copied()
+        self._wait()
+
+
 class MaskedChoice:
     """For the first so many rows of `logits` [B, V], whose tokens arrive in `lines` [L, N]. Nothing here waits for the device."""
 
@@ -44,8 +60,7 @@ class MaskedChoice:
         self._stages = [torch.zeros((PARTS, most), dtype=torch.int64, pin_memory=True) for _ in range(STAGES)]
         self._stage = 0
         self._words = torch.zeros((table.num_slots, table.young_words.shape[1]), dtype=torch.int32, device=logits.device)
-        # masks are brought while the logits that they are for are computed
-        self._beside = torch.cuda.Stream(logits.device) if logits.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._beside = _Beside(logits.device) if logits.device.type == "cuda" else None
 
     def prepare(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int) -> Prepared:
         """What can be done before masks are there, for rows with these slots and so many known tokens, whose tokens arrive on this line in order. Behind what
@@ -71,12 +86,10 @@ class MaskedChoice:
         if mask.late.any():
             prepared.place[mask.rows[mask.late]] = -1
             self._inputs.copy_(prepared.stage, non_blocking=True)
-        if self._beside is None:
-            prepared.to_words.copy_(prepared.words)
-            return
-        with torch.cuda.stream(self._beside):
+        if self._beside is not None and mask.busy is not None and mask.busy():
+            self._beside.copy(prepared.to_words, prepared.words)
+        else:
             prepared.to_words.copy_(prepared.words, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self._beside)
 
     def choose(self, size: int) -> None:
         """Launch the choice; this can be part of a CUDA graph."""
