@@ -142,11 +142,13 @@ class GrammarCompiler:
         return future
 
     def _submit(self, first: bool, owner: str, grammar: Grammar, compiled: _Compiled, future: Future[Any]) -> None:
-        def failed(job: Future[Any]) -> None:
-            if (error := job.exception()) is not None:
-                future.set_exception(error)
+        whose = weakref.ref(future)  # who has left wants no lexers
 
-        (self._pool if first else self._more).submit(owner, partial(self._go_on, first, owner, grammar, compiled, future)).add_done_callback(failed)
+        def failed(job: Future[Any]) -> None:
+            if (error := job.exception()) is not None and (waiting := whose()) is not None:
+                waiting.set_exception(error)
+
+        (self._pool if first else self._more).submit(owner, partial(self._go_on, first, owner, grammar, compiled, whose)).add_done_callback(failed)
 
     def matcher(self, grammar: Grammar) -> Any:
         """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
@@ -160,8 +162,11 @@ class GrammarCompiler:
         matcher, lexer = min(compiled.copies, key=lambda copy: users.get(copy[1], 0))
         return matcher.deep_copy(), lexer
 
-    def _go_on(self, first: bool, owner: str, grammar: Grammar, compiled: _Compiled, future: Future[Any]) -> None:
+    def _go_on(self, first: bool, owner: str, grammar: Grammar, compiled: _Compiled, whose: weakref.ref[Future[Any]]) -> None:
         """In a pool's thread: compile the grammar (`first`), or one lexer more, if that is still to be done; then it is the others' turn."""
+        future = whose()
+        if future is None:
+            return
         with self._lock:
             complete = self._is_complete(compiled)
         if not complete and first != bool(compiled.copies):

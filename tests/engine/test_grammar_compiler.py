@@ -191,6 +191,38 @@ def test_nobody_waits_for_the_grammars_of_others_to_get_a_lexer(model_folder: Pa
     grammars.close()
 
 
+def test_nothing_is_compiled_for_those_who_have_left(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
+    monkeypatch.setattr(grammars, "_most_more", 64)
+    compiled: list[Grammar] = []
+    go_on = held_up(grammars, monkeypatch)
+    compile_now = grammars._compile
+    left = threading.Event()
+
+    def note(grammar: Grammar) -> Any:
+        compiled.append(grammar)
+        if compiled.count(digits) == 2:
+            assert left.wait(30)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(grammars, "_compile", note)
+    stays, leaves, letters, digits = Grammar("regex", "[a-c]+"), Grammar("regex", "[d-f]+"), Grammar("regex", "[a-z]+"), Grammar("regex", "[0-9]+")
+    held = [grammars.prepare(stays), grammars.prepare(leaves, answers=30), grammars.prepare(letters, answers=30)]
+    while not compiled:
+        time.sleep(0.001)
+    del held[1]  # before it was its turn
+    go_on.set()
+    assert held[1].result(30).copies
+    held += [grammars.prepare(digits, answers=30)]
+    while compiled.count(digits) < 2:
+        time.sleep(0.001)
+    del held[2]  # while it was
+    left.set()
+    assert grammars.prepare(Grammar("regex", "x+"), answers=2).result(30).copies
+    assert compiled.count(stays) == 1 and compiled.count(leaves) == 0 and compiled.count(letters) == 30 and compiled.count(digits) <= 3
+    grammars.close()
+
+
 def test_whoever_waits_when_a_compiler_is_closed_hears_of_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
     monkeypatch.setattr(grammars, "_most_more", 64)
