@@ -108,7 +108,7 @@ def llguidance_on(tokenizer: Tokenizer) -> Library:
 
     def compile_schema(schema: Any) -> Callable[[], Matcher]:
         grammar = Grammar("json_schema", json.dumps(schema))
-        first = compiler._compile(grammar).matchers[0]  # not the kept one
+        first, _ = compiler._compile(grammar)  # not the kept one
 
         def make() -> Matcher:
             matcher = first.deep_copy()
@@ -322,12 +322,16 @@ def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: in
         if before is not None and chosen is not None:
             step.late[:] = True  # all of them may be
             start = time.perf_counter()
+            step.busy = lambda end=start + seconds: time.perf_counter() < end  # type: ignore[misc]
             complete = slots.follow(before, chosen)
             followed = time.perf_counter()
             while time.perf_counter() < followed + plans:
                 pass
             step.join()
             over = time.perf_counter() - start - seconds
+            slots.launched(step)
+            while time.perf_counter() < start + seconds:
+                pass
             ended = [row for row, done in zip(before.rows.tolist(), complete, strict=True) if done or chosen[row] == compiler.eos_token_id]
             if number >= steps // 2:
                 found.follow.append(followed - start)

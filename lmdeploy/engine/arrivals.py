@@ -9,7 +9,7 @@ import torch
 
 from lmdeploy.engine.batch import STAGES
 from lmdeploy.engine.graphs import device_turn
-from lmdeploy.engine.plan import Ints, StepPlan
+from lmdeploy.engine.plan import Ints, StepPlan, StepResult
 
 Tensor = torch.Tensor
 Finish = Callable[[], None]
@@ -103,3 +103,14 @@ class Owed:
             raise self._finish
         assert self._finish is not None
         self._finish()
+
+
+def nothing_more() -> None:
+    """All has been brought."""
+
+
+def after(finish: Finish | None, result: StepResult) -> StepResult:
+    """The result, once that is done."""
+    if finish is not None:
+        finish()
+    return result

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
 from lmdeploy.config import EngineConfig
-from lmdeploy.engine.arrivals import Arrivals, Finish, Owed
-from lmdeploy.engine.batch import LENGTH_STEP, MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
+from lmdeploy.engine.arrivals import Arrivals, Finish, Owed, after, nothing_more
+from lmdeploy.engine.batch import MOST_PROMPTS, BatchBuilder, SlotTables, StepBatch, upload
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.graphs import Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
@@ -26,8 +25,9 @@ from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
 from lmdeploy.engine.plan import LATE, Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
+from lmdeploy.engine.repeat import REPEATS, GuidedRows, Repeat
 from lmdeploy.engine.sampler import Sampler, SamplingTable
-from lmdeploy.engine.scores import all_logits, pooled, prompt_logprobs, rows_per_chunk, token_logprobs
+from lmdeploy.engine.scores import all_logits, part_of, pooled, prompt_logprobs, rows_per_chunk, token_logprobs
 from lmdeploy.engine.sizing import PoolRequest, bytes_per_token, size_pool
 from lmdeploy.inputs import Scratch
 from lmdeploy.kernels.row_buckets import buckets
@@ -40,26 +40,6 @@ Tensor = torch.Tensor
 
 #: bytes kept for the graphs of smaller steps
 GRAPH_ROOM = 256 << 20
-#: so many steps in a row leave sequences in an order: it is one of lengths, and only roughly
-REPEATS = LENGTH_STEP // 8
-
-
-@dataclass(slots=True)
-class _Repeat:
-    """What lets the next step be the last one once more: a graph computed it, its tokens were taken as they came."""
-
-    count: int  # of tokens
-    left: int  # times that it may be repeated; then sequences are put in the order of their lengths again
-    guided: _Guided | None = None  # where some have a grammar
-
-
-@dataclass(frozen=True, slots=True)
-class _Guided:
-    """The rows of a step with grammars, in its order."""
-
-    slots: Ints
-    lengths: Ints  # tokens known after it
-    order: Ints  # their places in its plan
 
 
 class ModelRunner:
@@ -90,7 +70,7 @@ class ModelRunner:
         self.arrivals = Arrivals(self.max_batch_size + MOST_PROMPTS, device)
         self._owed: Owed | None = None  # of the step that was launched last
         self._held: Held | None = None  # of the step before, where the next one is being launched
-        self._repeat: _Repeat | None = None
+        self._repeat: Repeat | None = None
         self.graphed = graphed
         spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
@@ -195,7 +175,7 @@ class ModelRunner:
         if plan.items.again and self._repeat is not None:
             return self._launch_again(plan)
         result = StepResult.of(plan)
-        return partial(_after, self._launch(plan, result), result)
+        return partial(after, self._launch(plan, result), result)
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan, result: StepResult) -> Finish | None:
@@ -225,7 +205,7 @@ class ModelRunner:
         assert repeat is not None and self.graphs is not None
         if repeat.guided is not None:
             result = StepResult.of(plan)
-            return partial(_after, self._guide_again(plan, repeat, repeat.guided, result.rows()), result)
+            return partial(after, self._guide_again(plan, repeat, repeat.guided, result.rows()), result)
         with self._turn:
             self.graphs.again(plan.items.new_blocks)
             line = self.arrivals.follow()
@@ -234,7 +214,7 @@ class ModelRunner:
         return partial(self._arrived, plan.step, line, repeat.count)
 
     @torch.inference_mode()
-    def _guide_again(self, plan: StepPlan, repeat: _Repeat, rows: _Guided, results: Rows) -> Finish:
+    def _guide_again(self, plan: StepPlan, repeat: Repeat, rows: GuidedRows, results: Rows) -> Finish:
         """The same with grammars. What the step computes does not depend on whether tokens of the one before are late, only which are chosen."""
         assert self.graphs is not None and self.guided is not None
         self._held = None
@@ -244,7 +224,7 @@ class ModelRunner:
             line = self.arrivals.follow()
         lengths = rows.lengths + 1
         if self._held is None and repeat.left > 1:
-            self._repeat = _Repeat(repeat.count, repeat.left - 1, _Guided(rows.slots, lengths, rows.order))
+            self._repeat = Repeat(repeat.count, repeat.left - 1, GuidedRows(rows.slots, lengths, rows.order))
         known = lengths if self._held is None else self._held.lengths(lengths, rows.slots)
         mask = self.guided.masks(rows.slots, self.sampling.young(rows.slots, known))
         assert mask is not None
@@ -322,7 +302,7 @@ class ModelRunner:
             self.arrivals.mark(line)
             # each token of the plan comes, in its order, and the next step's go to the next line
             if isinstance(ran.places, slice) and count == len(results.result.tokens) and line == self.arrivals.last and np.array_equal(arrive, results.places):
-                self._repeat = _Repeat(count, REPEATS, None if mask is None else _Guided(slots, batch.lengths, arrive))
+                self._repeat = Repeat(count, REPEATS, None if mask is None else GuidedRows(slots, batch.lengths, arrive))
             if mask is not None:
                 return self._owe(ran.logits[ran.places], slots, lengths, results, mask, line)
             return lambda: results.note_tokens(self.arrivals.wait(line, count)[arrive])
@@ -372,7 +352,7 @@ class ModelRunner:
             return finish
         finish()
         self._add_logprobs(slots, wanted.tolist(), raw, tokens, results)
-        return _nothing_more
+        return nothing_more
 
     def _settle(self, plan: StepPlan) -> None:
         """Launch what the step before still owes; `plan` is launched next."""
@@ -434,9 +414,9 @@ class ModelRunner:
                 result.embedding = pooled(rows, want.embed)
             if want.prompt_logprobs is not None and (targets := self._prompt_targets(item)):
                 result.prompt_logprobs = self._score_prompt(item, rows[:targets], want.prompt_logprobs)
-            if want.output_logits and (part := _part(rows, want.output_logits, item)) is not None:
+            if want.output_logits and (part := part_of(rows, want.output_logits, item)) is not None:
                 result.logits = all_logits(self.model.logits, part, self.model.spec.vocab_size, self.chunk)
-            if want.output_last_hidden_state and (part := _part(rows, want.output_last_hidden_state, item)) is not None:
+            if want.output_last_hidden_state and (part := part_of(rows, want.output_last_hidden_state, item)) is not None:
                 result.last_hidden_state = part.detach().to("cpu", copy=True)
 
     def _want_less(self, items: Items) -> None:
@@ -507,21 +487,3 @@ class ModelRunner:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _nothing_more() -> None:
-    """All has been brought."""
-
-
-def _after(finish: Finish | None, result: StepResult) -> StepResult:
-    """The result, once that is done."""
-    if finish is not None:
-        finish()
-    return result
-
-
-def _part(rows: Tensor, which: str, item: PlanItem) -> Tensor | None:
-    """The rows that 'all' or 'generation' asks for."""
-    if which == "all":
-        return rows
-    return rows[-1:] if item.sample else None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from lmdeploy.engine.plan import PlanItem
 from lmdeploy.messages import TokenLogprobs
 
 Tensor = torch.Tensor
@@ -55,3 +56,10 @@ def pooled(rows: Tensor, how: str) -> bytes:
     """float64 [M], so that how a prompt was cut into chunks does not show in the float32 result."""
     row = rows.double().sum(0) if how == "mean" else rows[-1].double()
     return row.cpu().numpy().tobytes()
+
+
+def part_of(rows: Tensor, which: str, item: PlanItem) -> Tensor | None:
+    """The rows that 'all' or 'generation' asks for."""
+    if which == "all":
+        return rows
+    return rows[-1:] if item.sample else None

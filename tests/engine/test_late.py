@@ -174,6 +174,18 @@ def test_masks_are_begun_as_soon_as_the_grammars_know_all_tokens(shallow_folder:
     assert slots._calls[0] is not None, "a step that was waited for is before it"
 
 
+def test_steps_with_grammars_follow_each_other_without_being_looked_at_whole(shallow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no mask is late."""
+    monkeypatch.setattr(GuidedSlots, "_wait", lambda self, call, busy, least: call.wait())
+    engine, _ = engine_of(shallow_folder)
+    plan = [(0, request(number, WORD if number % 3 else None, temperature=1.0, top_k=40, max_new_tokens=30, ignore_eos=number % 3 > 0)) for number in range(6)]
+    found = run(engine, plan)
+    graphs = engine._executor._runner.graphs  # type: ignore[attr-defined]
+    assert len(graphs.noted) > 20
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
+    assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
+
+
 def test_aborted_while_their_tokens_are_late(shallow_folder: Path, often_late: list[int]) -> None:
     plan = list(requests(8))
     engine, slots = engine_of(shallow_folder)
