@@ -330,6 +330,7 @@ def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: in
             step.join()
             over = time.perf_counter() - start - seconds
             slots.launched(step)
+            step.waited = time.perf_counter() < start + seconds
             while time.perf_counter() < start + seconds:
                 pass
             ended = [row for row, done in zip(before.rows.tolist(), complete, strict=True) if done or chosen[row] == compiler.eos_token_id]

@@ -17,27 +17,29 @@ class DevicePace:
         self._since = 0.0  # when the device began with the step whose masks are waited for, as far as anybody knows; 0: nobody does
         self._there = 0.0  # when the wait for masks ended
         self._device = self._host = 0.0
-        self._told = False  # the device was still at work when the choice was launched: the time to its tokens is its own
+        self._exact = False  # the host had waited for the tokens then, so that they were not there long since
+        self._own = False  # the device was still at work when the choice was launched: the time to its tokens is its own
 
     def forget(self) -> None:
         """The step whose masks are asked for is behind one without."""
-        self._since, self._told = 0.0, False
+        self._since, self._exact = 0.0, False
 
-    def begins(self) -> None:
-        """The tokens of a step are there, and the device goes on with the next one."""
+    def begins(self, waited: bool) -> None:
+        """The tokens of a step are there, for which the host `waited` or not, and the device goes on with the next one."""
         now = perf_counter()
-        if self._told and self._since and now - self._since < LONGEST:
+        if waited and self._exact and self._own and now - self._since < LONGEST:
             self._device += (now - self._since - self._device) * (WEIGHT if self._device else 1)
-        self._since, self._told = now, False
+        self._since, self._exact, self._own = now, waited, False
 
     def end(self) -> float:
         """Until when masks are waited for; long ago where there is no guess."""
-        return self._since + self._device - self._host
+        return self._since + self._device - self._host if self._since else 0.0
 
     def idle(self) -> None:
-        """The device has ended sooner."""
-        if self._since:
+        """The device has ended already."""
+        if self._exact:
             self._device = min(self._device, perf_counter() - self._since)
+        self._since, self._exact = 0.0, False
 
     def ends_wait(self) -> None:
         """The masks are there, or late."""
@@ -45,5 +47,5 @@ class DevicePace:
 
     def launched(self, busy: bool) -> None:
         """What the masks were for has been launched; whether the device was still `busy`."""
-        seconds, self._told = perf_counter() - self._there, busy
+        seconds, self._own = perf_counter() - self._there, busy
         self._host += (min(seconds, LONGEST) - self._host) * (WEIGHT if self._host else 1)

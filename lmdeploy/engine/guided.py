@@ -77,7 +77,10 @@ class GuidedStep(StepMask):
     only_stops: Flags = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
     late: Flags = field(kw_only=True)  # [G] before `join`: those that may be late; after it: those that are
     fill: Callable[[], None] | None = None  # what `join` has to do
-    busy: Callable[[], bool] | None = None  # whether the device is still at work on what the masks are for, so that nothing waits for them yet
+    busy: Callable[[], bool] | None = (
+        None  # whether the device is still at work on what the masks are for, so that nothing waits for them yet; later, on the choice
+    )
+    waited: bool = False  # after the choice: its tokens were waited for
     errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
     def join(self) -> tuple[Ints, Tensor, Ints]:
@@ -202,7 +205,7 @@ class GuidedSlots:
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
         """Take in a token for each sampled row (negative: none); True where the answer of a guided row is complete and ends now."""
-        self._pace.begins()
+        self._pace.begins(mask.waited)
         chosen = tokens[mask.rows]
         complete: list[bool] = mask.only_stops.tolist()
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.stops != chosen[:, None]).all(axis=1)

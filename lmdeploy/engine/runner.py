@@ -375,6 +375,8 @@ class ModelRunner:
 
     def _told(self, host: Callable[[], Ints], results: Rows, mask: GuidedStep | None) -> None:
         """Wait for tokens, and tell results and grammars."""
+        if mask is not None and mask.busy is not None:
+            mask.waited = mask.busy()
         arrived = host()
         if mask is not None and mask.late.any():
             arrived = arrived.copy()

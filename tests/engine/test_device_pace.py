@@ -27,9 +27,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def step(pace: DevicePace, clock: Clock, device: float = DEVICE, wait: float = 0.001, host: float = HOST) -> None:
+def step(pace: DevicePace, clock: Clock, device: float = DEVICE, wait: float = 0.001, host: float = HOST, waited: bool = True) -> None:
     """Tokens come, masks are there after `wait`, the choice is launched after `host`; tokens come again when the device is done with both."""
-    pace.begins()
+    pace.begins(waited)
     begun = clock.now
     clock.now += wait
     pace.ends_wait()
@@ -42,14 +42,14 @@ def test_masks_are_waited_for_until_the_host_needs_the_rest_of_the_devices_step(
     pace = DevicePace()
     for _ in range(20):
         step(pace, clock)
-    pace.begins()
+    pace.begins(True)
     assert pace.end() - clock.now == pytest.approx(DEVICE - HOST, rel=0.01)
 
 
 def test_nothing_is_waited_for_before_anything_is_known(clock: Clock) -> None:
     pace = DevicePace()
     assert pace.end() < clock.now
-    pace.begins()
+    pace.begins(True)
     assert pace.end() <= clock.now
 
 
@@ -59,7 +59,20 @@ def test_where_the_device_waited_for_the_host_the_time_of_a_step_tells_nothing(c
         step(pace, clock)
     for _ in range(20):
         step(pace, clock, wait=0.03)  # rows that may not be late
-    pace.begins()
+    pace.begins(True)
+    assert pace.end() - clock.now == pytest.approx(DEVICE - HOST, rel=0.01)
+
+
+def test_tokens_that_were_there_long_since_tell_nothing_of_the_device(clock: Clock) -> None:
+    pace = DevicePace()
+    for _ in range(20):
+        step(pace, clock)
+    for _ in range(20):
+        step(pace, clock, device=0.0005, wait=0.0001, host=HOST, waited=False)
+        pace.begins(False)
+        pace.idle()
+        assert pace.end() < clock.now, "not in this step"
+    pace.begins(True)
     assert pace.end() - clock.now == pytest.approx(DEVICE - HOST, rel=0.01)
 
 
@@ -69,11 +82,11 @@ def test_the_guess_follows_a_device_that_takes_longer_and_one_that_is_found_idle
         step(pace, clock)
     for _ in range(20):
         step(pace, clock, device=0.004)
-    pace.begins()
+    pace.begins(True)
     assert pace.end() - clock.now == pytest.approx(0.004 - HOST, rel=0.02)
     clock.now += 0.001
     pace.idle()
-    pace.begins()
+    pace.begins(True)
     assert pace.end() - clock.now == pytest.approx(0.001 - HOST, rel=0.02)
 
 
@@ -84,7 +97,7 @@ def test_pauses_and_steps_without_grammars_between_are_no_steps(clock: Clock) ->
         clock.now += 3600 if pause % 2 else 0.05
         if pause % 2 == 0:
             pace.forget()
-    pace.begins()
+    pace.begins(True)
     step(pace, clock)
-    pace.begins()
+    pace.begins(True)
     assert pace.end() - clock.now <= DEVICE

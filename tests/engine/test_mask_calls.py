@@ -121,7 +121,7 @@ def test_no_mask_is_waited_for_when_the_device_has_nothing_to_do(model_folder: P
     slots, step, go_on = held_up(model_folder, monkeypatch)
     begun = time.perf_counter()
     if known:
-        slots._pace._since, slots._pace._device = begun, 30.0
+        slots._pace._since, slots._pace._device, slots._pace._exact = begun, 30.0, True
     step.busy = lambda: time.perf_counter() < begun + 0.1
     step.join()
     assert (0.1 if known else 0) <= time.perf_counter() - begun < (0.2 if known else 0.05)
