@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from time import perf_counter
 
 #: how much a step counts for the guess of the next ones
@@ -32,14 +33,14 @@ class DevicePace:
         self._since, self._exact, self._own = now, waited, False
 
     def end(self) -> float:
-        """Until when masks are waited for; long ago where there is no guess."""
-        return self._since + self._device - self._host if self._since else 0.0
+        """Until when masks are waited for; infinity where there is no guess."""
+        return self._since + self._device - self._host if self._since and self._device else inf
 
     def idle(self) -> None:
         """The device has ended already."""
         if self._exact:
             self._device = min(self._device, perf_counter() - self._since)
-        self._since, self._exact = 0.0, False
+        self._exact = False
 
     def ends_wait(self) -> None:
         """The masks are there, or late."""

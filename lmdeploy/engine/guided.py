@@ -10,6 +10,7 @@ Slots without a grammar cost one look at an array.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -77,9 +78,9 @@ class GuidedStep(StepMask):
     only_stops: Flags = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
     late: Flags = field(kw_only=True)  # [G] before `join`: those that may be late; after it: those that are
     fill: Callable[[], None] | None = None  # what `join` has to do
-    busy: Callable[[], bool] | None = (
-        None  # whether the device is still at work on what the masks are for, so that nothing waits for them yet; later, on the choice
-    )
+    gone: Flags | None = None  # [G] before `join`: those that nobody wants any more
+    busy: Callable[[], bool] | None = None  # whether the device is still at work on what the masks are for, so that nothing waits for them yet
+    paced: bool = False  # it takes as long as such steps before; `busy` is about the choice once it is launched
     waited: bool = False  # after the choice: its tokens were waited for
     errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
@@ -200,7 +201,7 @@ class GuidedSlots:
         return step
 
     def launched(self, mask: GuidedStep) -> None:
-        """What waited for these masks has been launched, when the device was `busy` or not."""
+        """What waited for these masks has been launched, in a step that is `paced`."""
         self._pace.launched(mask.busy is not None and mask.busy())
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> list[bool]:
@@ -270,7 +271,7 @@ class GuidedSlots:
         self._joined = step
 
     def _await(self, step: GuidedStep, may: Flags) -> Flags:
-        """Wait for masks, as long as needed for rows that may not be late, and for others while the device does not wait; [G] those that are late."""
+        """Wait for masks, as long as needed for rows that may not be late, and for others while the device is at work; [G] those that are late."""
         calls: dict[MaskCall, list[int]] = {}
         for place, slot in enumerate(step.slots.tolist()):
             call = self._calls[slot]
@@ -280,32 +281,43 @@ class GuidedSlots:
                 self._fill_here(step, place)
         late: Flags = may.copy()
         least = time.perf_counter() + BRIEF
+        until = max(self._pace.end() if step.paced else math.inf, least) if step.busy is not None else least
         for call, places in calls.items():
-            there = self._wait(call, step.busy, least) if may[places].all() else call.wait()
-            late[places] = not there
-            if not there and call.age > LONG:
-                self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
-        if step.rows.size == step.among and late.all():  # whatever is launched now, nobody gets a token from it
-            call, places = next(iter(calls.items()), (None, [0]))
-            if call is None:
-                self._fill_here(step, 0)
-            else:
+            if not may[places].all():
                 call.wait()
-            late[places] = False
-        for call in calls:
-            if call.over and not call.usual and self._slow:
-                self._forgive(call)
+            elif not call.over:
+                until = self._wait(call, step.busy, until, least)
+        if step.rows.size == step.among:
+            self._wait_for_somebody(step, calls, late)
+        for call, places in calls.items():
+            if call.over and call.wait():  # also while others were waited for
+                late[places] = False
+                if not call.usual and self._slow:
+                    self._forgive(call)
+            elif call.age > LONG:
+                self._slow |= dict.fromkeys((g for slot in call.slots if (g := self._grammars[slot]) is not None), FORGIVEN)
         return late
 
-    def _wait(self, call: MaskCall, busy: Callable[[], bool] | None, least: float) -> bool:
-        """Whether a call is over before the device would have to wait for what is launched behind it, but not sooner than at `least`."""
-        while not call.over:
-            seconds = max(self._pace.end(), least) - time.perf_counter()
-            if seconds <= 0:
-                return False
-            if not call.wait(min(seconds, LOOK)) and busy is not None and not busy():
+    def _wait(self, call: MaskCall, busy: Callable[[], bool] | None, until: float, least: float) -> float:
+        """Wait for a call `until` the device would have to wait for what is launched behind it, or is found to have nothing to do; until when it would now."""
+        while (seconds := until - time.perf_counter()) > 0 and not call.wait(min(seconds, LOOK)):
+            if busy is not None and until > least and not busy():
                 self._pace.idle()
-        return call.wait()
+                until = least
+        return until
+
+    def _wait_for_somebody(self, step: GuidedStep, calls: dict[MaskCall, list[int]], late: Flags) -> None:
+        """Where nobody would get a token from what is launched now, wait for the first mask that comes."""
+        wanted = np.ones(late.size, dtype=bool) if step.gone is None else ~step.gone
+        some = [call for call, places in calls.items() if wanted[places].any()]
+        if not wanted.any() or not late[wanted].all() or any(call.over for call in some):
+            return
+        if not some:
+            place = int(np.flatnonzero(wanted)[0])
+            self._fill_here(step, place)
+            late[place] = False
+        while some and not any(call.over for call in some):
+            some[0].wait(LOOK if len(some) > 1 else None)
 
     def _fill_here(self, step: GuidedStep, place: int) -> None:
         slot = step.slots.item(place)

@@ -44,6 +44,7 @@ def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArra
     if plan.new:
         plain &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
     further = plain & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    mask.gone = gone
     mask.late = gone | further | (plain & ~is_among(mask.slots, items.slots))
     mask.join()
     kept = mask.late & further

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -34,11 +34,16 @@ class Prepared:
     words: Tensor
 
 
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class _Beside:
     """A stream for copies beside what is computed; what is launched afterwards waits for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _stream_beside(device)
         event, current = torch.cuda.Event(), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
         self._copied, self._wait = partial(event.record, self._stream), partial(current.wait_event, event)
 

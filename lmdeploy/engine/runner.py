@@ -222,13 +222,13 @@ class ModelRunner:
             self._settle(plan)
             self.graphs.again(plan.items.new_blocks)
             line = self.arrivals.follow()
-        lengths = rows.lengths + 1
-        if self._held is None and repeat.left > 1:
-            self._repeat = Repeat(repeat.count, repeat.left - 1, GuidedRows(rows.slots, lengths, rows.order))
-        known = lengths if self._held is None else self._held.lengths(lengths, rows.slots)
-        mask = self.guided.masks(rows.slots, self.sampling.young(rows.slots, known))
-        assert mask is not None
-        return self._owe(self.graphs.logits[: repeat.count], rows.slots, known, results.take(rows.order), mask, line)
+            lengths = rows.lengths + 1
+            if self._held is None and repeat.left > 1:
+                self._repeat = Repeat(repeat.count, repeat.left - 1, GuidedRows(rows.slots, lengths, rows.order))
+            known = lengths if self._held is None else self._held.lengths(lengths, rows.slots)
+            mask = self.guided.masks(rows.slots, self.sampling.young(rows.slots, known))
+            assert mask is not None
+            return self._owe(self.graphs.logits[: repeat.count], rows.slots, known, results.take(rows.order), mask, line)
 
     def _arrived(self, step: int, line: int, count: int) -> StepResult:
         return StepResult(step, self.arrivals.wait(line, count))
@@ -301,7 +301,8 @@ class ModelRunner:
             count = len(results)
             self.arrivals.mark(line)
             # each token of the plan comes, in its order, and the next step's go to the next line
-            if isinstance(ran.places, slice) and count == len(results.result.tokens) and line == self.arrivals.last and np.array_equal(arrive, results.places):
+            whole = isinstance(ran.places, slice) and count == len(results.result.tokens) and np.array_equal(arrive, results.places)
+            if whole and line == self.arrivals.last and self._held is None:
                 self._repeat = Repeat(count, REPEATS, None if mask is None else GuidedRows(slots, batch.lengths, arrive))
             if mask is not None:
                 return self._owe(ran.logits[ran.places], slots, lengths, results, mask, line)
@@ -319,13 +320,14 @@ class ModelRunner:
         if mask is None:
             return bring(choose())
         # the grammars do not know the tokens of the step before yet
+        mask.busy = partial(self.arrivals.is_due, self.arrivals.follow())
         self._owed = Owed(partial(self._choose_owed, lambda: bring(choose()), logits, results, mask), self.device)
         return self._owed.finish
 
     def _owe(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep, line: int) -> Finish:
         """The same of logits that the last graph left, whose rows are chosen from as they are; tokens come on its line."""
         self._put_back(logits, slots)
-        mask.busy = partial(self.arrivals.is_due, line)
+        mask.busy, mask.paced = partial(self.arrivals.is_due, line), True
         assert self.graphs is not None and self.guided is not None
         choose, told = self.graphs.choice(slots, lengths, mask, line), partial(self._told, partial(self.arrivals.wait, line, len(slots)), results, mask)
         launched, mark = partial(self.guided.launched, mask), partial(self.arrivals.mark, line)
@@ -375,7 +377,7 @@ class ModelRunner:
 
     def _told(self, host: Callable[[], Ints], results: Rows, mask: GuidedStep | None) -> None:
         """Wait for tokens, and tell results and grammars."""
-        if mask is not None and mask.busy is not None:
+        if mask is not None and mask.paced and mask.busy is not None:
             mask.waited = mask.busy()
         arrived = host()
         if mask is not None and mask.late.any():

@@ -104,8 +104,9 @@ def held_up(model_folder: Path, monkeypatch: pytest.MonkeyPatch, among: int = 10
     return slots, step, go_on
 
 
-def test_masks_are_waited_for_while_the_device_would_not_wait(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_waited_for_until_the_device_would_wait(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slots, step, go_on = held_up(model_folder, monkeypatch)
+    step.busy, step.paced = lambda: True, True
     begun = time.perf_counter()
     monkeypatch.setattr(slots._pace, "end", lambda: begun + 0.2)
     rows, *_ = step.join()
@@ -115,16 +116,15 @@ def test_masks_are_waited_for_while_the_device_would_not_wait(model_folder: Path
     slots.close()
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_no_mask_is_waited_for_when_the_device_has_nothing_to_do(model_folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
-    """Whether nothing is known of its pace, or it took less time than was thought."""
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+@pytest.mark.parametrize("paced", [True, False], ids=["taken for slow", "unknown"])
+def test_no_mask_is_waited_for_when_the_device_has_nothing_to_do(model_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, paced: bool) -> None:
     slots, step, go_on = held_up(model_folder, monkeypatch)
     begun = time.perf_counter()
-    if known:
-        slots._pace._since, slots._pace._device, slots._pace._exact = begun, 30.0, True
-    step.busy = lambda: time.perf_counter() < begun + 0.1
+    slots._pace._since, slots._pace._device, slots._pace._exact = begun, 30.0, True
+    step.busy, step.paced = lambda: time.perf_counter() < begun + seconds, paced
     step.join()
-    assert (0.1 if known else 0) <= time.perf_counter() - begun < (0.2 if known else 0.05)
+    assert seconds <= time.perf_counter() - begun < seconds + 0.1
     assert step.late.all()
     go_on.set()
     slots.close()
@@ -135,4 +135,57 @@ def test_a_mask_is_waited_for_where_nobody_would_get_a_token(model_folder: Path,
     threading.Timer(0.1, go_on.set).start()
     rows, *_ = step.join()
     assert rows.tolist() == [0] and not step.late.any()
+    slots.close()
+
+
+def two_calls(model_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[GuidedSlots, GuidedStep, threading.Event]:
+    """Four guided rows: the first one's mask is not there before the event is set, the others' after so many seconds."""
+    go_on, fill = threading.Event(), GuidedSlots._fill_words
+
+    def slowly(self: GuidedSlots, call: MaskCall) -> None:
+        if 0 in call.slots:
+            go_on.wait(20)
+        else:
+            time.sleep(seconds)
+        fill(self, call)
+
+    monkeypatch.setattr(GuidedSlots, "_fill_words", slowly)
+    slots = GuidedSlots(GrammarCompiler.open(model_folder, 5120, (2, 5118)), 4, torch.device("cpu"))
+    slots._overlaps = True
+    slow, quick = Grammar("regex", "[0-9]+"), Grammar("regex", "[a-z]+")
+    for slot in range(4):
+        slots.set(slot, SamplingParams(max_new_tokens=9, grammar=quick if slot else slow), [])
+    slots._slow[slow] = 100  # it gets a call of its own
+    step = slots.masks(np.arange(4), np.zeros(4, dtype=bool))
+    assert step is not None
+    step.late[:] = True
+    return slots, step, go_on
+
+
+def test_where_nobody_would_get_a_token_the_first_mask_that_comes_is_enough(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, step, go_on = two_calls(model_folder, monkeypatch, 0.05)
+    begun = time.perf_counter()
+    rows, *_ = step.join()
+    assert rows.tolist() == [1, 2, 3] and step.late.tolist() == [True, False, False, False]
+    assert time.perf_counter() - begun < 2
+    go_on.set()
+    slots.close()
+
+
+def test_nobody_waits_for_the_mask_of_who_has_left(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, step, go_on = two_calls(model_folder, monkeypatch, 3.0)
+    step.gone = np.ones(4, dtype=bool)
+    begun = time.perf_counter()
+    step.join()
+    assert time.perf_counter() - begun < 1 and step.late.all()
+    go_on.set()
+    slots.close()
+
+
+def test_masks_that_come_while_others_are_waited_for_are_not_late(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, step, go_on = two_calls(model_folder, monkeypatch, 0.05)
+    step.late[0] = False  # it has to be waited for
+    threading.Timer(0.3, go_on.set).start()
+    rows, *_ = step.join()
+    assert rows.tolist() == [0, 1, 2, 3] and not step.late.any()
     slots.close()
