@@ -17,7 +17,7 @@ Finish = Callable[[], None]
 
 class Arrivals:
     """Chosen tokens on their way to the host: a few lines of pinned memory and events in turn, so that nothing waits before it must. Graphs write their tokens
-    into `lines` themselves. What arrived is good until as many lines have been taken again, for two steps at least."""
+    into `lines` themselves. What arrived is good until as many lines have been taken again: until the next step but one is launched."""
 
     def __init__(self, most_rows: int, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
