@@ -26,8 +26,9 @@ from benchmark import common
 from lmdeploy.checkpoint.hub import resolve_model
 from lmdeploy.config import TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
-from lmdeploy.engine.grammar_compiler import MASK_THREADS, GrammarCompiler
+from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep, StepMask, forbid
+from lmdeploy.engine.mask_pool import MOST_PROCESSES, MaskPool
 from lmdeploy.engine.plan import LATE
 from lmdeploy.engine.start import build_engine
 from lmdeploy.errors import RequestError
@@ -291,15 +292,12 @@ class Waits:
     rows: int = 0
 
 
-def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: int, seconds: float, steps: int, plans: float = 3e-4) -> Waits:
+def beside_steps(pool: MaskPool, slots: GuidedSlots, response_format: dict[str, Any], rows: int, seconds: float, steps: int, plans: float = 3e-4) -> Waits:
     """Follow answers of random tokens as an engine on a GPU does, whose steps take so long and whose host is busy for `plans` of it, planning. The first half of the
     steps is not counted: lexers are cold."""
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, own_lexers=True)
-    slots, found, draw = GuidedSlots(compiler, rows, torch.device("cpu")), Waits([], []), np.random.default_rng(0)
-    slots._overlaps = True
-    grammar = grammar_of(response_format)
+    found, draw, grammar = Waits([], []), np.random.default_rng(0), grammar_of(response_format)
     assert grammar is not None
-    held = compiler.prepare(grammar, answers=rows)
+    held = pool.prepare(grammar, answers=rows)
     held.result()
 
     def tokens(step: GuidedStep) -> NDArray[np.int64]:
@@ -307,8 +305,8 @@ def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: in
         bits = step.words.numpy().view(np.uint32)
         for place in np.flatnonzero(~step.late).tolist():
             allowed = np.flatnonzero(np.unpackbits(bits[step.slots[place]].view(np.uint8), bitorder="little"))
-            allowed = allowed[allowed != compiler.eos_token_id]
-            chosen[step.rows[place]] = draw.choice(allowed) if allowed.size else compiler.eos_token_id
+            allowed = allowed[allowed != pool.eos_token_id]
+            chosen[step.rows[place]] = draw.choice(allowed) if allowed.size and not step.ended[place] else pool.eos_token_id
         return chosen
 
     ended, before = list(range(rows)), None
@@ -333,7 +331,7 @@ def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: in
             step.waited = time.perf_counter() < start + seconds
             while time.perf_counter() < start + seconds:
                 pass
-            ended = [row for row, done in zip(before.rows.tolist(), complete, strict=True) if done or chosen[row] == compiler.eos_token_id]
+            ended = [row for row, done in zip(before.rows.tolist(), complete, strict=True) if done or chosen[row] == pool.eos_token_id]
             if number >= steps // 2:
                 found.follow.append(followed - start)
                 found.over.append(max(over, 0.0))
@@ -341,22 +339,25 @@ def beside_steps(tokenizer: Tokenizer, response_format: dict[str, Any], rows: in
         else:
             step.join()
         before = step
-    slots.close()
-    compiler.close()
+    for slot in range(rows):
+        slots.release(slot)
     return found
 
 
-def waits(tokenizer: Tokenizer, rows: int, milliseconds: list[float], steps: int) -> None:
+def waits(folder: Path, rows: int, milliseconds: list[float], steps: int) -> None:
+    pool = MaskPool(folder, Tokenizer(folder).vocab_size)
+    slots = GuidedSlots.of(pool, rows, torch.device("cpu"))
     for name in ("records", "string of 1,500 to 2,000", "records, maxLength 200", "records, maxLength 20"):
         response_format = FORMS[name]
         assert response_format is not None
         for step in milliseconds:
-            w = beside_steps(tokenizer, response_format, rows, step / 1e3, steps)
+            w = beside_steps(pool, slots, response_format, rows, step / 1e3, steps)
             mean, most = statistics.mean(w.over) * 1e3, sorted(w.over)[len(w.over) * 9 // 10] * 1e3
             print(
                 f"  {rows} answers, steps of {step:g} ms, {name}: tokens taken in and masks begun in {statistics.median(w.follow) * 1e3:.2f} ms, "
                 f"steps longer by {mean:.3f} ms (mean; the slowest tenth {most:.3f} and more), {w.late / w.rows:.1%} of the tokens late"
             )
+    slots.close()
 
 
 def apply_masks() -> None:
@@ -388,9 +389,9 @@ def main() -> None:
         )
         return
     if options.waits:
-        print(f"{common.machine()}; {os.cpu_count()} processors, {MASK_THREADS} threads fill masks")
+        print(f"{common.machine()}; {os.cpu_count()} processors, {MOST_PROCESSES} processes at most fill masks")
         for rows in options.batch:
-            waits(Tokenizer(options.waits), rows, options.step_ms, options.steps)
+            waits(options.waits, rows, options.step_ms, options.steps)
         return
     embedded = resolve_model(None, None, None)
     print(f"{common.machine()}; busy cores {common.busy_cores():.1f}")

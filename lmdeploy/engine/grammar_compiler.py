@@ -1,12 +1,11 @@
-"""`GrammarCompiler`: what of a grammar is worked out by the library, with the limits under which everything here runs. Imports no torch.
+"""`GrammarLibrary`: what of a grammar is worked out by the library, with the limits under which everything here runs; `GrammarCompiler`: in this process. Imports no torch.
 
-Used twice, with the same limits: in the process that checks grammars before a request is accepted (`grammar_check.py`, which also calls `probe`), and in
-the engine. The limits are counted in work, not in seconds, so what the check let pass cannot hang a step.
+Used with the same limits in the process that checks grammars before a request is accepted (`grammar_check.py`, which also calls `probe`), in an engine on a CPU, and
+in the processes beside an engine on a GPU (`mask_worker.py`). The limits are counted in work, not in seconds, so what the check let pass cannot hang a step.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import re
@@ -14,19 +13,18 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llguidance
 
 from lmdeploy.engine.fair_pool import FairPool
 from lmdeploy.engine.grammar_text import SpecialTokens, compile_text, invalid
 from lmdeploy.engine.host_memory import host_free
-from lmdeploy.engine.mask_calls import StringEnds
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
 from lmdeploy.text.tokenizer import Tokenizer
@@ -37,7 +35,7 @@ LIMITS: dict[str, Any] = {
     "step_max_items": 10_000,
     "step_lexer_fuel": 200_000,
     "initial_lexer_fuel": 1_000_000,
-    "max_lexer_states": 10_000,
+    "max_lexer_states": 20_000,  # the longest string with a maxLength is of about as many characters
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
@@ -55,22 +53,39 @@ SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for le
 
 #: threads that fill masks; of many processors some are others'
 MASK_THREADS = min(12, os.cpu_count() or 1)
-#: users of a grammar that share a lexer where its lexers are no more than threads, and lexers where each user has one
-USERS_TOGETHER, MOST_LEXERS = 4, 64
+#: users of a grammar that share a lexer, where its lexers are no more than threads
+USERS_TOGETHER = 4
 #: what compiling a grammar may take for another lexer
 CHEAP_SECONDS = 0.01
 #: what a lexer takes once it has found out about all that it may, and the share of the free memory that those beside the first of each grammar may take together
-LEXER_BYTES, LEXERS_SHARE = 16 << 20, 1 / 8
+LEXER_BYTES, LEXERS_SHARE = 32 << 20, 1 / 8
 
-#: a matcher at the start of a grammar, with a lexer of its own, and the lexer's number
-_Copy = tuple[Any, int]
+_L = TypeVar("_L", bound="GrammarLibrary")
+
+
+class Lexer:
+    """A compiled grammar: the start of answers that share what they find out of it, until it is full.
+
+    States are found out as masks are filled, and kept; there may be `max_lexer_states` of them. A string with a maxLength has three to four for each character that it
+    may have, and other answers add others: what serves a grammar for long is full one day, and then of no more use to anybody.
+    """
+
+    def __init__(self, compile_now: Callable[[], Any]) -> None:
+        self._compile = compile_now
+        self.start: Any = compile_now()  # a matcher
+
+    def other_start(self, full: Any) -> Any:
+        """With other states than those of this one, which are too many."""
+        if self.start is full:
+            self.start = self._compile()
+        return self.start
 
 
 @dataclass(eq=False)
 class _Compiled:
-    """A grammar, compiled once there is a copy."""
+    """A grammar, compiled once there is a lexer."""
 
-    copies: tuple[_Copy, ...] = ()
+    lexers: tuple[Lexer, ...] = ()
     seconds: float = 0.0  # of processor time for one
     users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
 
@@ -84,14 +99,10 @@ class _Compiled:
         return min(count, most)
 
 
-class GrammarCompiler:
-    """Matchers of one vocabulary. May be called from any thread.
+class GrammarLibrary:
+    """The library with one vocabulary."""
 
-    A grammar stays compiled for as long as somebody holds the future that `prepare` gave him, and some time longer. `own_lexers`: each of its users gets a lexer, so
-    that nobody waits for another's. Else some share one: each finds out its states once, so fewer lexers take less time together.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = (), *, own_lexers: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
         known = [i for i in dict.fromkeys((tokenizer.eos_token_id, *stop_ids)) if i is not None and 0 <= i < vocab_size]
         ends = known or sorted(i for i in tokenizer.special_ids if i < vocab_size)[-1:]
         if not ends:
@@ -100,21 +111,39 @@ class GrammarCompiler:
         special = frozenset(i for i in tokenizer.special_ids if i < vocab_size)
         self._special = SpecialTokens(_Splitter(tokenizer, special), special - frozenset(ends))
         vocabulary: Any = _Vocabulary(tokenizer, vocab_size, self.eos_token_id, special)  # stands in for the library's TokenizerWrapper
-        self.ends = StringEnds(vocabulary.tokens)
         self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id, slices=SLICES)
         self._limits = llguidance.LLParserLimits(**LIMITS)
-        self._lexers = itertools.count()
-        self._own_lexers, self._most_more = own_lexers, int(host_free() * LEXERS_SHARE) // LEXER_BYTES
+
+    @classmethod
+    def open(cls: type[_L], folder: Path, vocab_size: int, stop_ids: Iterable[int] = ()) -> _L:
+        """For the tokenizer of a model folder."""
+        return cls(Tokenizer(folder), vocab_size, stop_ids)
+
+    def compile(self, grammar: Grammar) -> Any:
+        """An `LLMatcher` at the start, whose copies share its lexer. Raises RequestError(code='invalid_grammar')."""
+        matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # copies start with what the first mask has found out
+        if matcher.is_error():
+            raise invalid(reason_of(matcher.get_error()))
+        return matcher
+
+
+class GrammarCompiler(GrammarLibrary):
+    """Matchers in this process. May be called from any thread.
+
+    A grammar stays compiled for as long as somebody holds the future that `prepare` gave him, and some time longer. Some of its users share a lexer: each finds out
+    its states once, so fewer lexers take less time together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
+        super().__init__(tokenizer, vocab_size, stop_ids)
+        self._most_more = most_lexers()
         self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, _Compiled] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[Grammar, _Compiled] = weakref.WeakValueDictionary()  # those that anybody holds or waits for
         self._pool = FairPool("a grammar to be compiled")
         self._more = FairPool("another lexer")  # each takes CHEAP_SECONDS at most: who waits for one does not wait for others' grammars
-
-    @classmethod
-    def open(cls, folder: Path, vocab_size: int, stop_ids: Iterable[int] = (), *, own_lexers: bool = False) -> GrammarCompiler:
-        """For the tokenizer of a model folder."""
-        return cls(Tokenizer(folder), vocab_size, stop_ids, own_lexers=own_lexers)
 
     @property
     def num_compiled(self) -> int:
@@ -137,7 +166,7 @@ class GrammarCompiler:
                 self._keep(grammar, compiled)
                 future.set_result(compiled)
                 return future
-            first = not compiled.copies
+            first = not compiled.lexers
         self._submit(first, owner, grammar, compiled, future)
         return future
 
@@ -152,15 +181,15 @@ class GrammarCompiler:
 
     def matcher(self, grammar: Grammar) -> Any:
         """A new `LLMatcher` at the start of the grammar, at once when it is compiled. Raises RequestError(code='invalid_grammar')."""
-        return self.matcher_and_lexer(grammar, {})[0]
+        return self.lexer(grammar, {}).start.deep_copy()
 
-    def matcher_and_lexer(self, grammar: Grammar, users: Mapping[int, int]) -> _Copy:
-        """The same, with the lexer that has fewest users, and the lexer's number."""
+    def lexer(self, grammar: Grammar, users: Mapping[Lexer, int]) -> Lexer:
+        """The one that has fewest users."""
         compiled = self._alive.get(grammar)
-        if compiled is None or not compiled.copies:
+        if compiled is None or not compiled.lexers:
             compiled = self.prepare(grammar).result()
-        matcher, lexer = min(compiled.copies, key=lambda copy: users.get(copy[1], 0))
-        return matcher.deep_copy(), lexer
+        found: Lexer = min(compiled.lexers, key=lambda lexer: users.get(lexer, 0))
+        return found
 
     def _go_on(self, first: bool, owner: str, grammar: Grammar, compiled: _Compiled, whose: weakref.ref[Future[Any]]) -> None:
         """In a pool's thread: compile the grammar (`first`), or one lexer more, if that is still to be done; then it is the others' turn."""
@@ -169,12 +198,12 @@ class GrammarCompiler:
             return
         with self._lock:
             complete = self._is_complete(compiled)
-        if not complete and first != bool(compiled.copies):
+        if not complete and first != bool(compiled.lexers):
             start = time.thread_time()
-            copy = self._compile(grammar)
+            lexer = self._compile(grammar)
             with self._lock:
                 compiled.seconds = compiled.seconds or time.thread_time() - start
-                compiled.copies += (copy,)
+                compiled.lexers += (lexer,)
                 self._keep(grammar, compiled)
                 self._bound_lexers()
                 complete = self._is_complete(compiled)
@@ -185,12 +214,11 @@ class GrammarCompiler:
 
     def _is_complete(self, compiled: _Compiled) -> bool:
         """Whether there are lexers enough for all users, as far as memory allows."""
-        together, most = (1, MOST_LEXERS) if self._own_lexers else (USERS_TOGETHER, MASK_THREADS)
-        wanted = -(-compiled.answers(most * together) // together)
-        if len(compiled.copies) >= max(wanted, 1):
+        wanted = -(-compiled.answers(MASK_THREADS * USERS_TOGETHER) // USERS_TOGETHER)
+        if len(compiled.lexers) >= max(wanted, 1):
             return True
-        others = sum(len(c.copies) - 1 for c in self._alive.values() if c is not compiled and c.copies and c.answers())
-        return len(compiled.copies) > max(self._most_more - others, 0) or bool(compiled.copies and compiled.seconds >= CHEAP_SECONDS)
+        others = sum(len(c.lexers) - 1 for c in self._alive.values() if c is not compiled and c.lexers and c.answers())
+        return len(compiled.lexers) > max(self._most_more - others, 0) or bool(compiled.lexers and compiled.seconds >= CHEAP_SECONDS)
 
     def _keep(self, grammar: Grammar, compiled: _Compiled) -> None:
         self._kept[grammar] = compiled
@@ -200,26 +228,26 @@ class GrammarCompiler:
 
     def _bound_lexers(self) -> None:
         """Where all grammars have too many lexers together, those that nobody uses keep their first, from the one on that was wanted least recently."""
-        more = sum(max(len(compiled.copies) - 1, 0) for compiled in self._alive.values())
+        more = sum(max(len(compiled.lexers) - 1, 0) for compiled in self._alive.values())
         for compiled in self._kept.values():
             if more <= self._most_more:
                 break
             if not compiled.answers():
-                more -= len(compiled.copies) - 1
-                compiled.copies = compiled.copies[:1]
+                more -= len(compiled.lexers) - 1
+                compiled.lexers = compiled.lexers[:1]
 
     def close(self) -> None:
         """End the threads."""
         self._pool.close()
         self._more.close()
 
-    def _compile(self, grammar: Grammar) -> _Copy:
-        matcher = llguidance.LLMatcher(self._tokenizer, compile_text(grammar, self._special), log_level=0, limits=self._limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # copies start with what the first mask has found out
-        if matcher.is_error():
-            raise invalid(reason_of(matcher.get_error()))
-        return matcher, next(self._lexers)
+    def _compile(self, grammar: Grammar) -> Lexer:
+        return Lexer(partial(self.compile, grammar))
+
+
+def most_lexers() -> int:
+    """How many lexers there may be beside the first of each grammar."""
+    return int(host_free() * LEXERS_SHARE) // LEXER_BYTES
 
 
 class _Splitter:

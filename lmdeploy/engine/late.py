@@ -58,11 +58,11 @@ def _places(slots: Ints, among: Ints) -> Ints:
     return found
 
 
-def note_ends(mask: GuidedStep, complete: list[bool], results: Rows) -> None:
+def note_ends(mask: GuidedStep, complete: NDArray[np.bool_], results: Rows) -> None:
     """Say which guided answers are complete, and why some have no token."""
     failed = results.result.tokens[results.places[mask.rows]] == -1
     for place in np.flatnonzero(failed | complete).tolist():
         result = results[mask.rows.item(place)]
-        result.complete = complete[place]
+        result.complete = bool(complete[place])
         if failed[place]:
             result.error, result.error_code = mask.errors.get(place, DEAD_END), "grammar_failed"

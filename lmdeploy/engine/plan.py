@@ -6,7 +6,8 @@ writes the tokens it samples: that is what lets step N+1 be launched before the 
 What every row of a step has is a column, so that a decode step costs a few vector operations however many rows it has.
 
 A sampled row may be `LATE`: its token is not chosen yet (the mask of its grammar is not there), and nobody waits for it. The plan behind, which was submitted
-already, goes on with the same sequence: it chooses this token instead of the one that it was to bring, see `executor.contract`.
+already, goes on with the same sequence: it chooses this token instead of the one that it was to bring, see `executor.contract`. Or its sequence has `ENDED`: with
+the token before, which was taken in by its grammar while this plan was under way.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ class SlotResult(msgspec.Struct):
     error_code: str = "step_failed"
 
 
-#: in place of a token: it comes with the next plan, see above
-LATE = -2
+#: in place of a token: it comes with the next plan, see above; there is none, as the sequence's grammar allows nothing behind the token before
+LATE, ENDED = -2, -3
 #: arrays, as numpy takes longer to make one of a number than to compare or add a few hundred
 ZERO, ONE = np.array(0), np.array(1)
 
@@ -128,7 +129,7 @@ NOTHING_MORE = SlotResult()
 
 
 class StepResult(msgspec.Struct):
-    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or for which none could be chosen, or LATE), and of few rows more."""
+    """Results in the order of the plan's items: a token each (-1 of an item that is not sampled or for which none could be chosen, or LATE, or ENDED), and of few rows more."""
 
     step: int
     tokens: Ints

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.mask_pool import MaskPool
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineOutput, EngineRequest
@@ -40,7 +41,7 @@ class Ready:
 class Preparing:
     """Used by the engine's thread only."""
 
-    def __init__(self, grammars: GrammarCompiler | None) -> None:
+    def __init__(self, grammars: GrammarCompiler | MaskPool | None) -> None:
         self._grammars = grammars
         self._waiting: dict[int, _Waiting] = {}
         self._always = None if grammars is None else grammars.prepare(Grammar("json_object"), answers=0)  # held: the commonest one is always compiled

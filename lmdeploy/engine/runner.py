@@ -21,10 +21,11 @@ from lmdeploy.engine.graphs import Ran, StepGraphs, device_turn
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
 from lmdeploy.engine.kv_cache import PLAIN_LAYOUT, KVCache, KVLayout
 from lmdeploy.engine.late import Held, join_in_time, note_ends
+from lmdeploy.engine.mask_pool import MaskPool
 from lmdeploy.engine.memory import PoolShape, free_bytes, make_bill, trim
 from lmdeploy.engine.model import Model
 from lmdeploy.engine.pictures import PictureSlots
-from lmdeploy.engine.plan import LATE, Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
+from lmdeploy.engine.plan import ENDED, LATE, Ints, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.engine.repeat import REPEATS, GuidedRows, Repeat
 from lmdeploy.engine.sampler import Sampler, SamplingTable
 from lmdeploy.engine.scores import all_logits, part_of, pooled, prompt_logprobs, rows_per_chunk, token_logprobs
@@ -56,7 +57,7 @@ class ModelRunner:
         kv_layout: KVLayout = PLAIN_LAYOUT,
         pads_rows: bool = False,
         vision: VisionEncoder | None = None,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCompiler | MaskPool | None = None,
         graphed: bool = False,
     ) -> None:
         assert config.max_batch_size is not None
@@ -74,7 +75,7 @@ class ModelRunner:
         self.graphed = graphed
         spare, reserved, graphs = int(self.graphed), 0, 0  # a slot and a block more than are used
         self.chunk = rows_per_chunk(model.spec.vocab_size)
-        self.guided = GuidedSlots(grammars, config.max_batch_size, device) if grammars is not None else None
+        self.guided = GuidedSlots.of(grammars, config.max_batch_size, device) if grammars is not None else None
         with torch.inference_mode():
             self.kv = KVCache(model.spec, 1, pool.block_size, dtype, device, kv_layout)
             self._make_tables(min(pool.session_len, self.max_tokens + 1), spare)  # the largest step needs no longer sequence
@@ -380,9 +381,9 @@ class ModelRunner:
         if mask is not None and mask.paced and mask.busy is not None:
             mask.waited = mask.busy()
         arrived = host()
-        if mask is not None and mask.late.any():
+        if mask is not None and (mask.late.any() or mask.ended.any()):
             arrived = arrived.copy()
-            arrived[mask.rows[mask.late]] = LATE
+            arrived[mask.rows[mask.late]], arrived[mask.rows[mask.ended]] = LATE, ENDED
         results.note_tokens(arrived)
         if mask is not None:
             assert self.guided is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdeploy.engine.plan import LATE, ONE, ZERO, Ints, Items, StepResult
+from lmdeploy.engine.plan import ENDED, LATE, ONE, ZERO, Ints, Items, StepResult
 from lmdeploy.engine.sequence import BLOCKS, COMPUTED, DONE, INDEX, KNOWN, LIMIT, PENDING, PROMPT, PUBLISHED, REQUEST, SAMPLES, Sequence, TokenLog
 from lmdeploy.messages import StepOutputs
 
@@ -80,7 +80,7 @@ class Running:
         self._log = TokenLog(LOGGED, num_slots)
         self._order: Ints | None = None  # slots in order of arrival; None = to be made again
         self._stops: Counter[int] = Counter()  # how many sequences a token ends
-        self._special = {-1, LATE}  # these tokens, and what stands for none
+        self._special = {-1, LATE, ENDED}  # these tokens, and what stands for none
         self._steady: _Steady | None = None  # holds while `_order` is its order
 
     def __len__(self) -> int:
@@ -329,7 +329,7 @@ class Running:
         self._check_flights(flights)
         assert [s.arrival for s in self] == sorted(s.arrival for s in self)
         assert sorted([s.slot for s in self] + self._free_slots) == list(range(self._table.shape[1])), "slots are lost or doubled"
-        assert self._stops == Counter(token for s in self for token in s.stop_ids) and self._special == {-1, LATE, *self._stops}
+        assert self._stops == Counter(token for s in self for token in s.stop_ids) and self._special == {-1, LATE, ENDED, *self._stops}
         assert {s.slot: s for s in self} == self._holders and self._taken.nonzero()[0].tolist() == sorted(self._holders)
         assert [s.slot for s in self] == self._standing().tolist()
         if (steady := self._steady) is not None and steady.order is self._order and steady.left:

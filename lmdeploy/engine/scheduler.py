@@ -20,7 +20,7 @@ import numpy as np
 
 from lmdeploy.engine.blocks import BlockPool
 from lmdeploy.engine.outputs import final_output, step_output
-from lmdeploy.engine.plan import NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
+from lmdeploy.engine.plan import ENDED, NOTHING_MORE, Items, NewSequence, PlanItem, SlotResult, StepPlan, StepResult
 from lmdeploy.engine.prefix_cache import PrefixCache, RootKey
 from lmdeploy.engine.running import Running, Stamp
 from lmdeploy.engine.sequence import Sequence
@@ -329,6 +329,8 @@ class Scheduler:
         return outputs
 
     def _take_result(self, seq: Sequence, item: PlanItem, token: int, more: SlotResult) -> EngineOutput | None:
+        if token == ENDED:
+            return self._finish_without_token(seq)
         if more.error is not None or (item.sample and token < 0):
             return self._fail(seq, more.error or NO_TOKEN, more.error_code)
         assert item.sample or token < 0, f"slot {item.slot}: token {token}, though it was not to be sampled"
@@ -346,6 +348,13 @@ class Scheduler:
             self.counts.finished += 1
             self._end(seq)
         return output
+
+    def _finish_without_token(self, seq: Sequence) -> EngineOutput:
+        """The token before was its last one."""
+        assert seq.num_generated, "an answer of a grammar has one token at least"
+        self.counts.finished += 1
+        self._end(seq)
+        return final_output(seq, "stop")
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         if token_id in seq.stop_ids and seq.num_generated > seq.sampling.min_new_tokens:

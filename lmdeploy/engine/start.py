@@ -23,6 +23,7 @@ from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.kv_cache import KVLayout
+from lmdeploy.engine.mask_pool import MaskPool
 from lmdeploy.engine.memory import free_bytes, hold_steady
 from lmdeploy.engine.quality import examine, judge
 from lmdeploy.engine.runner import ModelRunner
@@ -138,7 +139,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         spec, dtype, device, kernels, Parallel(), formats if encoder is None else dataclasses.replace(formats, unused=(*formats.unused, *UNREAD))
     )
     with ThreadPoolExecutor(1) as opener:  # the vocabulary is made ready for grammars while the weights are read
-        opening = opener.submit(GrammarCompiler.open, model_path, spec.vocab_size, spec.eos_token_ids, own_lexers=device.type == "cuda")
+        opening = opener.submit(_open_grammars, model_path, spec, device)
         _load(model, encoder, model_path, config)
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     examined = examine(model, model_path, resolved, kv_format, device, dtype)
@@ -146,9 +147,14 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         judge(examined.quality, resolved.strict_quality)
     pool, grammars = pool_request(config, resolved), _grammars(opening)
     graphed = not resolved.eager_mode and can_be_captured(kernels, device.type, spec) and not model.waits_for_device()
-    runner = ModelRunner(
-        model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars, graphed=graphed
-    )
+    try:
+        runner = ModelRunner(
+            model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars, graphed=graphed
+        )
+    except BaseException:
+        if grammars is not None:
+            grammars.close()
+        raise
     shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
     for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
         logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
@@ -179,7 +185,16 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     )
 
 
-def _grammars(opening: Future[GrammarCompiler]) -> GrammarCompiler | None:
+def _open_grammars(model_path: Path, spec: ModelSpec, device: torch.device) -> GrammarCompiler | MaskPool:
+    """Beside a GPU in processes of their own."""
+    if device.type != "cuda":
+        return GrammarCompiler.open(model_path, spec.vocab_size, spec.eos_token_ids)
+    pool = MaskPool(model_path, spec.vocab_size, spec.eos_token_ids)
+    pool.opened()
+    return pool
+
+
+def _grammars(opening: Future[GrammarCompiler | MaskPool]) -> GrammarCompiler | MaskPool | None:
     """None for a folder whose tokenizer cannot be used: such an engine answers token ids, without grammars."""
     try:
         return opening.result()

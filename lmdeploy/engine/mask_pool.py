@@ -1,0 +1,473 @@
+"""`MaskPool`: grammars compiled and masks filled in processes of their own (`mask_worker.py`), so that a step of an engine on a GPU waits for none of it.
+
+The library is Python's guest: while it takes in a token, nothing else of the process runs. With 64 answers that was a quarter of a millisecond a step of one and a half.
+Here a step writes one message to each process that has answers, and looks at an array to see whose masks are there.
+A process that ends, or from which nothing comes, is replaced; the answers that it had fail, and no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmdeploy.engine.grammar_compiler import MAX_KEPT, most_lexers
+from lmdeploy.engine.grammar_text import invalid
+from lmdeploy.engine.mask_wire import (
+    BROKEN,
+    STATE_BITS,
+    STOPPED,
+    Advance,
+    Broken,
+    Compile,
+    Compiled,
+    Forget,
+    Forked,
+    FromRoot,
+    FromWorker,
+    Inbox,
+    Leave,
+    Opened,
+    Table,
+    Take,
+    frame,
+)
+from lmdeploy.engine.mask_worker import FORK
+from lmdeploy.engine.masks import Flags, Ints, Tensor, width_of
+from lmdeploy.errors import EngineError, RequestError
+from lmdeploy.grammar import Grammar
+from lmdeploy.log import get_logger
+
+logger = get_logger(__name__)
+
+#: answers that a process is to have before another one is used, and processes at most; of many processors some are others'
+ROWS_EACH, MOST_PROCESSES = 8, max(1, min(8, (os.cpu_count() or 1) // 2))
+#: seconds of processor time to compile a grammar from which on one process has all of its answers
+CHEAP_SECONDS = 0.05
+#: seconds after which a process that takes no message, or brings no mask, is killed
+PATIENCE = 30.0
+#: seconds in which a process has told why there is no mask, which it does before it says that there is none
+TELL_SECONDS = 1.0
+START_SECONDS, STOP_SECONDS = 60.0, 2.0
+ENDED, CLOSED = "the process that followed its grammar ended", "the engine is closed"
+
+
+class _Process:
+    """One of them, as it is seen from here."""
+
+    def __init__(self, number: int, sock: socket.socket) -> None:
+        self.number, self.sock, self.pid = number, sock, 0
+        self.alive = True
+        self.slots = 0  # that it has
+        self.num_grammars = 0
+        self._sending = threading.Lock()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(PATIENCE), 0))
+
+    def send(self, message: bytes) -> None:
+        """Where it is gone, whoever reads from it finds out."""
+        try:
+            with self._sending:
+                self.sock.sendall(message)
+        except OSError:
+            self.kill()
+
+    def kill(self) -> None:
+        """Whoever reads from it finds out."""
+        if self.alive and self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """It has ended."""
+        self.alive = False
+        with self._sending:
+            self.sock.close()
+
+
+@dataclass(eq=False)
+class _Grammar:
+    """A grammar that somebody wants, or that was wanted."""
+
+    number: int
+    grammar: Grammar
+    at: list[_Process] = field(default_factory=list)  # that have compiled it
+    asked: list[_Process] = field(default_factory=list)  # that are about to
+    seconds: float = 0.0  # of processor time, for one
+    deaths: int = 0  # processes that ended while they compiled it
+    users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
+
+    def answers(self, most: int) -> int:
+        """Of all users, counted up to so many: thousands may wait for one grammar."""
+        count = 0
+        for answers in self.users.values():
+            count += answers
+            if count >= most:
+                break
+        return min(count, most)
+
+
+class MaskPool:
+    """See `masks.Masks`, and `GrammarCompiler.prepare`. What is about slots may be called from one thread only, once there are `slots`."""
+
+    def __init__(self, folder: Path, vocab_size: int, stop_ids: Iterable[int] = (), *, most: int = MOST_PROCESSES) -> None:
+        """Starts the first process, which makes the vocabulary ready: see `opened`."""
+        self.vocab_size, self.eos_token_id, self._most = vocab_size, -1, most
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = ["--folder", str(folder), "--vocab-size", str(vocab_size), "--stop-ids", ",".join(map(str, stop_ids)), "--fd", str(theirs.fileno())]
+        root = str(Path(__file__).resolve().parents[2])
+        # the child imports the same package as we do, and nothing from the current folder
+        code = f"import sys; r = {root!r}; sys.path[:1] = [] if r in sys.path[1:] else [r]; from lmdeploy.engine.mask_worker import main; main()"
+        try:
+            self._root = subprocess.Popen(
+                [sys.executable, "-c", code, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        except BaseException:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+        self._from_root: Inbox[FromRoot] = Inbox(self._control, FromRoot)
+        self._lock = threading.RLock()
+        self._processes: list[_Process] = []  # all that ever were
+        self._numbers = itertools.count()
+        self._by_grammar: weakref.WeakValueDictionary[Grammar, _Grammar] = weakref.WeakValueDictionary()
+        self._by_number: weakref.WeakValueDictionary[int, _Grammar] = weakref.WeakValueDictionary()
+        self._kept: OrderedDict[Grammar, _Grammar] = OrderedDict()
+        self._busy: set[_Grammar] = set()  # that some process is about to have compiled
+        self._gone: deque[int] = deque()  # numbers of grammars that nobody knows any more
+        self._most_more = most_lexers()
+        self._failure = ""  # why no grammar can be compiled any more
+        self._pinned = 0  # where memory is that was registered with the driver
+
+    def opened(self) -> None:
+        """Wait until the vocabulary is ready. Raises RequestError or EngineError when it cannot be used."""
+        if self.eos_token_id >= 0:
+            return
+        said = self._ask_root(START_SECONDS)
+        assert isinstance(said, Opened)
+        if said.problem is not None:
+            self.close()
+            raise RequestError(said.problem, param="response_format", code="unsupported")
+        self.eos_token_id = said.eos_token_id
+
+    def _ask_root(self, seconds: float) -> FromRoot:
+        if select.select([self._control], [], [], seconds)[0]:
+            try:
+                return self._from_root.read(block=True)[0]
+            except EOFError:
+                pass
+        raise EngineError("the process that makes grammars ready ended, or did not answer")
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def begin(self, num_slots: int, device: torch.device) -> MaskPool:
+        """So many slots, for steps on this device; itself."""
+        self.opened()
+        width = width_of(self.vocab_size)
+        self._shape = num_slots, width
+        self._file = os.memfd_create("lmdeploy-masks")
+        os.ftruncate(self._file, Table.size(num_slots, width))
+        self._notified = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._table = Table(self._file, num_slots, width)
+        self._status: Ints = np.frombuffer(self._table.memory, dtype=np.int64, count=num_slots)
+        words = np.frombuffer(self._table.memory, dtype=np.int32, count=num_slots * width, offset=self._table.words_at)
+        self.words: Tensor = torch.from_numpy(words).view(num_slots, width)
+        if device.type == "cuda":
+            self._pin()
+        self._expected: Ints = np.zeros(num_slots, dtype=np.int64)  # the turn that each slot's status is to be of
+        self._process_of: Ints = np.zeros(num_slots, dtype=np.int64)
+        self._lost = np.zeros(64, dtype=bool)  # by number of a process
+        self._any_lost = False
+        self._deferred: dict[int, tuple[_Grammar, _Process, bytes]] = {}  # slots in which who had them before may still be written to
+        self._reasons: dict[int, str] = {}
+        self._since = np.zeros(num_slots)  # when that was asked for
+        self._next_look = 0.0
+        self._turn = 0
+        with self._lock:
+            for _ in range(max(1, min(self._most, -(-num_slots // ROWS_EACH)))):
+                self._fork()
+        return self
+
+    def _pin(self) -> None:
+        """Copies to the device need not go through other memory, and do not wait."""
+        error = torch.cuda.cudart().cudaHostRegister(self.words.data_ptr(), self.words.nbytes, 0)  # type: ignore[no-untyped-call]
+        if int(error):
+            logger.warning("masks are copied more slowly: their memory could not be registered with the driver (error %d)", int(error))
+        else:
+            self._pinned = self.words.data_ptr()
+
+    def _fork(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [FORK.pack(*self._shape)], [theirs.fileno(), self._file, self._notified])
+            except OSError as e:
+                ours.close()
+                raise EngineError("the process that makes grammars ready has ended") from e
+        process = _Process(len(self._processes), ours)
+        said = self._ask_root(START_SECONDS)
+        assert isinstance(said, Forked)
+        process.pid = said.pid
+        self._processes.append(process)
+        if process.number >= self._lost.size:
+            self._lost = np.pad(self._lost, (0, self._lost.size))
+        threading.Thread(target=self._read, args=(process,), name="masks-reader", daemon=True).start()
+
+    def _read(self, process: _Process) -> None:
+        """Thread: what a process has to say beside masks."""
+        inbox: Inbox[FromWorker] = Inbox(process.sock, FromWorker)
+        try:
+            while True:
+                for message in inbox.read(block=True):
+                    if isinstance(message, Broken):
+                        self._reasons[message.slot] = message.reason
+                    else:
+                        self._compiled(process, message)
+        except EOFError:
+            pass
+        self._end(process)
+
+    def _end(self, process: _Process) -> None:
+        with self._lock:
+            process.close()
+            if self._failure == CLOSED:
+                return
+            self._lost[process.number] = self._any_lost = True
+            os.eventfd_write(self._notified, 1)
+            logger.warning("process %d, which followed grammars for %d answers, ended; another one takes its place", process.pid, process.slots)
+            try:
+                self._fork()
+            except EngineError as e:
+                self._failure = str(e)
+            for compiled in list(self._by_number.values()):
+                if process in compiled.at:
+                    compiled.at.remove(process)
+                if process in compiled.asked:
+                    compiled.asked.remove(process)
+                    compiled.deaths += 1
+                    if compiled.deaths > 1:
+                        self._refuse(compiled, invalid("it cannot be compiled within the limits of memory and depth"))
+                    else:
+                        self._spread(compiled, "")
+
+    # -- grammars ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_compiled(self) -> int:
+        """Grammars that are compiled or are about to be."""
+        return len(self._by_grammar)
+
+    def prepare(self, grammar: Grammar, owner: str = "", answers: int = 1) -> Future[Any]:
+        """Compile, the grammars of each owner in turn, in as many processes as so many more answers are worth; it stays compiled for as long as the future is held, and
+        some time longer. Its exception is a RequestError(code='invalid_grammar')."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._failure:
+                raise EngineError(self._failure)
+            compiled = self._by_grammar.get(grammar)
+            if compiled is None:
+                compiled = self._by_grammar[grammar] = _Grammar(next(self._numbers), grammar)
+                self._by_number[compiled.number] = compiled
+                weakref.finalize(compiled, self._gone.append, compiled.number)
+            compiled.users[future] = answers
+            self._keep(compiled)
+            self._spread(compiled, owner)
+            self._resolve(compiled)
+        return future
+
+    def _spread(self, compiled: _Grammar, owner: str) -> None:
+        """Have it compiled where it is worth it: once, and where that was cheap, once more for some answers each, as far as memory allows."""
+        self._forget_gone()
+        running = [p for p in self._processes if p.alive]
+        if not running:
+            self._refuse(compiled, EngineError(self._failure))
+            return
+        wanted, have = 1, len(compiled.at) + len(compiled.asked)
+        if compiled.at and compiled.seconds < CHEAP_SECONDS:
+            others = sum(len(c.at) + len(c.asked) - 1 for c in self._by_number.values() if c is not compiled and (c.at or c.asked))
+            wanted = min(-(-compiled.answers(len(running) * ROWS_EACH) // ROWS_EACH), 1 + max(self._most_more - others, 0))
+        free = sorted((p for p in running if p not in compiled.at and p not in compiled.asked), key=lambda p: (p.slots, p.num_grammars))
+        for process in free[: max(wanted - have, 0)]:
+            compiled.asked.append(process)
+            self._busy.add(compiled)
+            process.num_grammars += 1
+            process.send(frame(Compile(compiled.number, compiled.grammar, owner)))
+
+    def _compiled(self, process: _Process, message: Compiled) -> None:
+        with self._lock:
+            compiled = self._by_number.get(message.number)
+            if compiled is None or process not in compiled.asked:
+                return
+            compiled.asked.remove(process)
+            if message.problem is not None:
+                self._refuse(compiled, RequestError(message.problem, param="response_format", code="invalid_grammar"))
+                return
+            compiled.at.append(process)
+            compiled.seconds = compiled.seconds or message.seconds
+            self._spread(compiled, "")
+            self._resolve(compiled)
+
+    def _resolve(self, compiled: _Grammar) -> None:
+        if compiled.at and not compiled.asked:
+            self._busy.discard(compiled)
+            for future in list(compiled.users):
+                if not future.done():
+                    future.set_result(compiled)
+
+    def _refuse(self, compiled: _Grammar, error: Exception) -> None:
+        self._kept.pop(compiled.grammar, None)
+        self._by_grammar.pop(compiled.grammar, None)
+        self._busy.discard(compiled)
+        for future in list(compiled.users):
+            if not future.done():
+                future.set_exception(error)
+
+    def _keep(self, compiled: _Grammar) -> None:
+        """Those that were wanted last are kept, though nobody may want them any more; fewer where they are compiled often."""
+        self._kept[compiled.grammar] = compiled
+        self._kept.move_to_end(compiled.grammar)
+        more = sum(max(len(c.at) - 1, 0) for c in self._by_number.values())
+        for other in list(self._kept.values()):
+            if len(self._kept) <= MAX_KEPT and more <= self._most_more:
+                break
+            if len(self._kept) > MAX_KEPT or not other.users:
+                del self._kept[other.grammar]
+                more -= max(len(other.at) - 1, 0)
+
+    def _forget_gone(self) -> None:
+        while self._gone:
+            message = frame(Forget(self._gone.popleft()))
+            for process in self._processes:
+                if process.alive:
+                    process.send(message)
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+
+    def take(self, slot: int, grammar: Grammar, generated: list[int]) -> None:
+        """See `Masks`."""
+        with self._lock:
+            compiled = self._by_grammar.get(grammar)
+            at = [p for p in compiled.at if p.alive] if compiled is not None else []
+        if compiled is None or not at:  # nobody prepared it, or the process that had it has ended
+            try:
+                compiled = self.prepare(grammar).result(PATIENCE)
+            except TimeoutError as e:
+                raise ValueError(f"the grammar was not compiled within {PATIENCE:g} s") from e
+            at = compiled.at
+        process = min(at, key=lambda p: p.slots)
+        process.slots += 1
+        self._reasons.pop(slot, None)
+        self._deferred[slot] = compiled, process, np.array(generated, dtype=np.int32).tobytes()
+        self._begin_deferred()
+
+    def _begin_deferred(self) -> None:
+        for slot, (compiled, process, generated) in list(self._deferred.items()):
+            former = self._processes[self._process_of[slot]]
+            if former is process or not former.alive or self._status[slot] >> STATE_BITS == self._expected[slot]:
+                del self._deferred[slot]
+                self._turn += 1
+                self._process_of[slot], self._expected[slot], self._since[slot] = process.number, self._turn, time.monotonic()
+                process.send(frame(Take(self._turn, slot, compiled.number, generated)))
+
+    def leave(self, slot: int) -> None:
+        """See `Masks`."""
+        deferred = self._deferred.pop(slot, None)
+        if deferred is not None:  # its process has never heard of it, and who had it before has left
+            deferred[1].slots -= 1
+            return
+        process = self._processes[self._process_of[slot]]
+        process.slots -= 1
+        self._turn += 1
+        self._expected[slot] = self._turn
+        process.send(frame(Leave(self._turn, slot)))
+
+    def advance(self, slots: Ints, tokens: Ints) -> None:
+        """See `Masks`."""
+        self._turn += 1
+        self._expected[slots], self._since[slots] = self._turn, time.monotonic()
+        message = frame(Advance(self._turn, slots.astype(np.int32).tobytes(), tokens.astype(np.int32).tobytes()))
+        for number in set(self._process_of[slots].tolist()):
+            self._processes[number].send(message)
+
+    def there(self, slots: Ints) -> Flags:
+        """See `Masks`."""
+        if self._deferred:
+            self._begin_deferred()
+        found: Flags = self._status[slots] >> STATE_BITS == self._expected[slots]
+        if self._any_lost:
+            found |= self._lost[self._process_of[slots]]
+        if self._deferred:
+            found[[slot in self._deferred for slot in slots.tolist()]] = False
+        return found
+
+    def states(self, slots: Ints) -> Ints:
+        """See `Masks`."""
+        found: Ints = self._status[slots] & ((1 << STATE_BITS) - 1)
+        if self._any_lost:
+            found[self._lost[self._process_of[slots]]] = BROKEN
+        return found
+
+    def ended(self, slots: Ints) -> Flags:
+        """See `Masks`."""
+        while not self.there(slots).all():
+            self.wait(1.0)
+        found: Flags = self.states(slots) == STOPPED
+        return found
+
+    def reason(self, slot: int) -> str:
+        """See `Masks`."""
+        if not self._lost[self._process_of[slot]]:
+            until = time.monotonic() + TELL_SECONDS
+            while slot not in self._reasons and time.monotonic() < until:
+                time.sleep(0.001)
+        return self._reasons.get(slot, ENDED)
+
+    def wait(self, seconds: float) -> None:
+        """See `Masks`."""
+        if select.select([self._notified], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._notified)
+        elif (now := time.monotonic()) > self._next_look:
+            self._next_look = now + 1.0
+            hangs = (self._status >> STATE_BITS != self._expected) & (now - self._since > PATIENCE)
+            for number in set(self._process_of[hangs].tolist()):
+                if self._processes[number].alive:
+                    logger.warning("process %d has brought no mask for %g s", self._processes[number].pid, PATIENCE)
+                    self._processes[number].kill()
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End all processes; whoever waits for a grammar hears of it."""
+        with self._lock:
+            if self._failure == CLOSED:
+                return
+            self._failure = CLOSED
+            for compiled in list(self._by_number.values()):
+                self._refuse(compiled, EngineError(CLOSED))
+            self._control.close()  # then the root ends all others, and itself
+            if self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(self._pinned)  # type: ignore[no-untyped-call]
+        try:
+            self._root.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._root.kill()
+            self._root.wait()
