@@ -20,10 +20,11 @@ class Follower:
         self._start, self.matcher = start, start.deep_copy()
         self.fits: bool = not self._tokens or self.matcher.consume_tokens(self._tokens)
 
-    def advance(self, token: int) -> None:
-        """Take in a token."""
+    def advance(self, token: int) -> bool:
+        """Take in a token; whether nothing may come behind it."""
         self._tokens.append(token)
         self.fits = self.matcher.consume_token(token)
+        return self.fits and self.stopped
 
     @property
     def stopped(self) -> bool:

@@ -164,16 +164,15 @@ class GuidedSlots:
         Of answers that the step behind goes on with, `GuidedStep.ended` of that one says it: nobody waits until a token is taken in.
         """
         self._pace.begins(mask.waited)
-        chosen, complete = tokens[mask.rows], mask.only_stops.copy()
+        chosen = tokens[mask.rows]
+        complete: Flags = mask.only_stops.copy()
         if self._open is mask:
             self._open = None
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.epochs == self._epochs[mask.slots]) & (mask.stops != chosen[:, None]).all(axis=1)
         slots = mask.slots[goes_on]
         if slots.size:
-            self._masks.advance(slots, chosen[goes_on])
-            last = goes_on if self._open is None else goes_on & ~is_among(mask.slots, self._open.slots)
-            if last.any():
-                complete[last] = self._masks.ended(mask.slots[last])
+            last = np.ones(slots.size, dtype=bool) if self._open is None else ~is_among(slots, self._open.slots)
+            complete[goes_on] = self._masks.advance(slots, chosen[goes_on], last)
         return complete
 
     # -- waiting for masks -------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ from lmdeploy.log import get_logger
 logger = get_logger(__name__)
 
 #: answers that a process is to have before another one is used, and processes at most; of many processors some are others'
-ROWS_EACH, MOST_PROCESSES = 8, max(1, min(8, (os.cpu_count() or 1) // 2))
+ROWS_EACH, MOST_PROCESSES = 4, max(1, min(12, (os.cpu_count() or 1) * 3 // 4))
 #: seconds of processor time to compile a grammar from which on one process has all of its answers
 CHEAP_SECONDS = 0.05
 #: seconds after which a process that takes no message, or brings no mask, is killed
@@ -381,7 +381,7 @@ class MaskPool:
     def _begin_deferred(self) -> None:
         for slot, (compiled, process, generated) in list(self._deferred.items()):
             former = self._processes[self._process_of[slot]]
-            if former is process or not former.alive or self._status[slot] >> STATE_BITS == self._expected[slot]:
+            if former is process or not former.alive or self._status[slot] >> STATE_BITS >= self._expected[slot]:
                 del self._deferred[slot]
                 self._turn += 1
                 self._process_of[slot], self._expected[slot], self._since[slot] = process.number, self._turn, time.monotonic()
@@ -399,19 +399,27 @@ class MaskPool:
         self._expected[slot] = self._turn
         process.send(frame(Leave(self._turn, slot)))
 
-    def advance(self, slots: Ints, tokens: Ints) -> None:
+    def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
         """See `Masks`."""
-        self._turn += 1
-        self._expected[slots], self._since[slots] = self._turn, time.monotonic()
-        message = frame(Advance(self._turn, slots.astype(np.int32).tobytes(), tokens.astype(np.int32).tobytes()))
+        turn, self._turn = self._turn + 1, self._turn + 2
+        self._expected[slots], self._since[slots] = turn, time.monotonic()
+        message = frame(Advance(turn, slots.astype(np.int32).tobytes(), np.where(last, ~tokens, tokens).astype(np.int32).tobytes()))
         for number in set(self._process_of[slots].tolist()):
             self._processes[number].send(message)
+        complete: Flags = np.zeros(slots.size, dtype=bool)
+        if last.any():
+            ends = slots[last]
+            while not self.there(ends).all():
+                self.wait(1.0)
+            complete[last] = self.states(ends) == STOPPED
+            self._expected[ends] = turn + 1
+        return complete
 
     def there(self, slots: Ints) -> Flags:
         """See `Masks`."""
         if self._deferred:
             self._begin_deferred()
-        found: Flags = self._status[slots] >> STATE_BITS == self._expected[slots]
+        found: Flags = self._status[slots] >> STATE_BITS >= self._expected[slots]
         if self._any_lost:
             found |= self._lost[self._process_of[slots]]
         if self._deferred:
@@ -423,13 +431,6 @@ class MaskPool:
         found: Ints = self._status[slots] & ((1 << STATE_BITS) - 1)
         if self._any_lost:
             found[self._lost[self._process_of[slots]]] = BROKEN
-        return found
-
-    def ended(self, slots: Ints) -> Flags:
-        """See `Masks`."""
-        while not self.there(slots).all():
-            self.wait(1.0)
-        found: Flags = self.states(slots) == STOPPED
         return found
 
     def reason(self, slot: int) -> str:
@@ -447,7 +448,7 @@ class MaskPool:
                 os.eventfd_read(self._notified)
         elif (now := time.monotonic()) > self._next_look:
             self._next_look = now + 1.0
-            hangs = (self._status >> STATE_BITS != self._expected) & (now - self._since > PATIENCE)
+            hangs = (self._status >> STATE_BITS < self._expected) & (now - self._since > PATIENCE)
             for number in set(self._process_of[hangs].tolist()):
                 if self._processes[number].alive:
                     logger.warning("process %d has brought no mask for %g s", self._processes[number].pid, PATIENCE)

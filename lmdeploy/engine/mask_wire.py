@@ -50,7 +50,8 @@ class Take(msgspec.Struct, tag=True, frozen=True):
 
 
 class Advance(msgspec.Struct, tag=True, frozen=True):
-    """Take in a token each of some slots (int32), of which the reader need not have all, and make the masks of the next ones."""
+    """Take in a token each of some slots (int32), of which the reader need not have all, and make the masks of the next ones. Where it is ~token, say first of all
+    whether anything may come behind it; the mask is of the turn after."""
 
     turn: int
     slots: bytes

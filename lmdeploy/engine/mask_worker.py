@@ -29,6 +29,7 @@ from lmdeploy.engine.mask_wire import (
     BROKEN,
     GOES_ON,
     STATE_BITS,
+    STOPPED,
     Advance,
     Broken,
     Compile,
@@ -68,7 +69,7 @@ class Worker:
         self._forgotten: set[int] = set()  # before they were compiled
         self._slots: dict[int, Follower | None] = {}  # None: about to begin
         self._seconds: dict[int, float] = {}  # that the next mask of a slot may take
-        self._todo: dict[int, tuple[int, int | Callable[[], Follower]]] = {}  # slot -> turn; its token, or how it begins
+        self._todo: dict[int, tuple[int, int | Callable[[], Follower] | None]] = {}  # slot -> turn; its token, how it begins, or nothing new
         self._pool = FairPool("a grammar to be compiled")
         self._sending, self._naming, self._fence = threading.Lock(), threading.Lock(), threading.Lock()
 
@@ -87,7 +88,13 @@ class Worker:
     def _obey(self, message: ToWorker) -> None:
         if isinstance(message, Advance):
             slots, tokens = array("i", message.slots), array("i", message.tokens)
-            self._todo |= {slot: (message.turn, token) for slot, token in zip(slots, tokens, strict=True) if slot in self._slots}
+            mine = [(slot, token) for slot, token in zip(slots, tokens, strict=True) if slot in self._slots]
+            self._todo |= {slot: (message.turn, token) for slot, token in mine if token >= 0}
+            for slot, token in mine:
+                if token < 0:
+                    self._say(slot, message.turn, self._take_in(slot, ~token))
+                    self._todo[slot] = message.turn + 1, None
+                    os.eventfd_write(self._notify, 1)
         elif isinstance(message, Take):
             lexer, generated = self._grammars[message.number], array("i", message.generated).tolist()
             assert lexer is not None
@@ -115,14 +122,23 @@ class Worker:
                 break
         os.eventfd_write(self._notify, 1)
 
-    def _fill(self, slot: int, given: int | Callable[[], Follower]) -> int:
+    def _take_in(self, slot: int, token: int) -> int:
+        try:
+            follower = self._slots[slot]
+            assert follower is not None
+            return STOPPED if follower.advance(token) else GOES_ON
+        except BaseException:  # see `_fill`, which meets it again
+            return BROKEN
+
+    def _fill(self, slot: int, given: int | Callable[[], Follower] | None) -> int:
         address = self._words + slot * self._table.row_bytes
         try:
             follower = self._slots[slot]
-            if not isinstance(given, int):
-                follower = self._slots[slot] = given()
-            elif follower is not None:
+            if isinstance(given, int):
+                assert follower is not None
                 follower.advance(given)
+            elif given is not None:
+                follower = self._slots[slot] = given()
             assert follower is not None
             state = follower.fill(address, self._table.row_bytes)
             if state == BROKEN:

@@ -41,8 +41,8 @@ class Masks(Protocol):
         """Forget a slot that was taken."""
         ...
 
-    def advance(self, slots: Ints, tokens: Ints) -> None:
-        """Take in a token each of slots whose masks are there."""
+    def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
+        """Take in a token each of slots whose masks are there. True where nothing may come behind it: of all that are `last`, of others if it is known."""
         ...
 
     def there(self, slots: Ints) -> Flags:
@@ -51,10 +51,6 @@ class Masks(Protocol):
 
     def states(self, slots: Ints) -> Ints:
         """GOES_ON, STOPPED or BROKEN, of slots that are `there`."""
-        ...
-
-    def ended(self, slots: Ints) -> Flags:
-        """Wait until it is known of slots that have had a token, and say whether nothing may come behind it."""
         ...
 
     def reason(self, slot: int) -> str:
@@ -102,11 +98,10 @@ class MasksHere:
         del self._followers[slot]
         self._missing[slot] = False
 
-    def advance(self, slots: Ints, tokens: Ints) -> None:
+    def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
         """See `Masks`."""
-        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-            self._followers[slot].advance(token)
         self._missing[slots] = True
+        return np.array([self._followers[slot].advance(token) for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True)])
 
     def there(self, slots: Ints) -> Flags:
         """See `Masks`."""
@@ -126,10 +121,6 @@ class MasksHere:
         """See `Masks`."""
         found: Ints = self._states[slots]
         return found
-
-    def ended(self, slots: Ints) -> Flags:
-        """See `Masks`."""
-        return np.array([self._followers[slot].stopped for slot in slots.tolist()])
 
     def reason(self, slot: int) -> str:
         """See `Masks`."""
