@@ -111,6 +111,7 @@ class GrammarLibrary:
         special = frozenset(i for i in tokenizer.special_ids if i < vocab_size)
         self._special = SpecialTokens(_Splitter(tokenizer, special), special - frozenset(ends))
         vocabulary: Any = _Vocabulary(tokenizer, vocab_size, self.eos_token_id, special)  # stands in for the library's TokenizerWrapper
+        self.pieces: list[bytes] = vocabulary.tokens
         self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=self.eos_token_id, slices=SLICES)
         self._limits = llguidance.LLParserLimits(**LIMITS)
 

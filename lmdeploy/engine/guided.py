@@ -156,7 +156,7 @@ class GuidedSlots:
 
     def launched(self, mask: GuidedStep) -> None:
         """What waited for these masks has been launched, in a step that is `paced`."""
-        self._pace.launched(mask.busy is not None and mask.busy())
+        self._pace.launched(mask.busy is not None and mask.busy(), bool(mask.late.any()))
 
     def follow(self, mask: GuidedStep, tokens: Ints) -> Flags:
         """Take in a token for each sampled row (negative: none); True where the answer of a guided row is complete and ends now.

@@ -21,6 +21,11 @@ class Held:
     def __init__(self, slots: Ints, logits: Tensor) -> None:
         self._slots, self._logits = slots, logits  # [L], and [L, V] of any floating type
 
+    @classmethod
+    def of(cls, mask: GuidedStep, kept: NDArray[np.bool_], logits: Tensor) -> Held | None:
+        """Of these rows [G], if there are any, of logits [S, V]."""
+        return cls(mask.slots[kept], logits.index_select(0, upload(mask.rows[kept], logits.device))) if kept.any() else None
+
     def lengths(self, lengths: Ints, slots: Ints) -> Ints:
         """How many tokens of each row of the step behind are known: one less than its plan says where the last one was late."""
         found: Ints = lengths.copy()
@@ -32,8 +37,8 @@ class Held:
         logits.index_copy_(0, upload(_places(self._slots, slots), logits.device), self._logits)
 
 
-def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArray[np.bool_]) -> Held | None:
-    """Join the masks that are there; of rows that have to wait for theirs what is kept of the logits [S, V].
+def join_in_time(mask: GuidedStep, plan: StepPlan, plain: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Join the masks that are there; [G] rows that have to wait for theirs, and whose logits are to be kept.
 
     A row may be late if `plan`, which is launched next, goes on with its sequence by one token, or has nothing of it, or forgets it. `plain` [G]: rows that bring
     nothing but a token and its log-probabilities, now or next time.
@@ -47,8 +52,8 @@ def join_in_time(mask: GuidedStep, logits: Tensor, plan: StepPlan, plain: NDArra
     mask.gone = gone
     mask.late = gone | further | (plain & ~is_among(mask.slots, items.slots))
     mask.join()
-    kept = mask.late & further
-    return Held(mask.slots[kept], logits.index_select(0, upload(mask.rows[kept], logits.device))) if kept.any() else None
+    kept: NDArray[np.bool_] = mask.late & further
+    return kept
 
 
 def _places(slots: Ints, among: Ints) -> Ints:

@@ -43,6 +43,7 @@ from lmdeploy.engine.mask_wire import (
     ToWorker,
     frame,
 )
+from lmdeploy.engine.string_ends import StringEnds
 from lmdeploy.errors import RequestError
 
 #: num_slots, width: what a process is told when it is forked, beside three files: its socket, the table, and what it writes to when masks are there
@@ -53,22 +54,25 @@ LOOK = 1e-4
 SWITCH_INTERVAL = 2e-4
 #: seconds to take in a token once more
 TOKEN_SECONDS = 5e-6
-#: how much a mask counts for the guess how long the next one of its answer takes
-WEIGHT = 0.25
+#: that a mask near the end of a string may take
+NEAR_SECONDS = 5e-4
 
 
 class Worker:
     """One process."""
 
-    def __init__(self, library: GrammarLibrary, sock: socket.socket, table: Table, notify: int) -> None:
-        self._library, self._sock, self._table, self._notify = library, sock, table, notify
+    def __init__(self, library: GrammarLibrary, ends: StringEnds, sock: socket.socket, table: Table, notify: int) -> None:
+        self._library, self._ends, self._sock, self._table, self._notify = library, ends, sock, table, notify
         self._inbox: Inbox[ToWorker] = Inbox(sock, ToWorker)
         self._status = memoryview(table.memory)[: table.words_at].cast("q")
-        self._words = ctypes.addressof(ctypes.c_char.from_buffer(table.memory)) + table.words_at
+        self._words = memoryview(table.memory)[table.words_at :].cast("I")
+        self._words_at = ctypes.addressof(ctypes.c_char.from_buffer(table.memory)) + table.words_at
         self._grammars: dict[int, Lexer | None] = {}  # by number; None: cannot be compiled
         self._forgotten: set[int] = set()  # before they were compiled
+        self._width = table.row_bytes // 4
         self._slots: dict[int, Follower | None] = {}  # None: about to begin
         self._seconds: dict[int, float] = {}  # that the next mask of a slot may take
+        self._left: dict[int, int] = {}  # characters that a slot's string may still have, as its last mask tells
         self._todo: dict[int, tuple[int, int | Callable[[], Follower] | None]] = {}  # slot -> turn; its token, how it begins, or nothing new
         self._pool = FairPool("a grammar to be compiled")
         self._sending, self._naming, self._fence = threading.Lock(), threading.Lock(), threading.Lock()
@@ -89,16 +93,18 @@ class Worker:
         if isinstance(message, Advance):
             slots, tokens = array("i", message.slots), array("i", message.tokens)
             mine = [(slot, token) for slot, token in zip(slots, tokens, strict=True) if slot in self._slots]
-            self._todo |= {slot: (message.turn, token) for slot, token in mine if token >= 0}
             for slot, token in mine:
+                self._todo[slot] = message.turn, token
                 if token < 0:
                     self._say(slot, message.turn, self._take_in(slot, ~token))
                     self._todo[slot] = message.turn + 1, None
                     os.eventfd_write(self._notify, 1)
+                elif self._ends.near(self._left[slot], token):
+                    self._seconds[slot] += NEAR_SECONDS
         elif isinstance(message, Take):
             lexer, generated = self._grammars[message.number], array("i", message.generated).tolist()
             assert lexer is not None
-            self._slots[message.slot], self._seconds[message.slot] = None, len(generated) * TOKEN_SECONDS
+            self._slots[message.slot], self._seconds[message.slot], self._left[message.slot] = None, len(generated) * TOKEN_SECONDS, 0
             self._todo[message.slot] = message.turn, partial(Follower, lexer, generated)
         elif isinstance(message, Leave):
             self._slots.pop(message.slot, None)
@@ -117,7 +123,8 @@ class Worker:
             begun = time.perf_counter()
             self._say(slot, turn, self._fill(slot, given))
             now = time.perf_counter()
-            seconds[slot] += (now - begun - seconds[slot]) * WEIGHT
+            seconds[slot] = now - begun
+            self._left[slot] = self._ends.left(self._words[slot * self._width : (slot + 1) * self._width])
             if now - start > LOOK:
                 break
         os.eventfd_write(self._notify, 1)
@@ -131,7 +138,7 @@ class Worker:
             return BROKEN
 
     def _fill(self, slot: int, given: int | Callable[[], Follower] | None) -> int:
-        address = self._words + slot * self._table.row_bytes
+        address = self._words_at + slot * self._table.row_bytes
         try:
             follower = self._slots[slot]
             if isinstance(given, int):
@@ -191,7 +198,7 @@ class Root:
     """The process that all others are forked from."""
 
     def __init__(self, library: GrammarLibrary, control: socket.socket) -> None:
-        self._library, self._control = library, control
+        self._library, self._control, self._ends = library, control, StringEnds(library.pieces)
         self._children: set[int] = set()
 
     def run(self) -> None:
@@ -219,7 +226,7 @@ class Root:
             self._control.close()
             sys.setswitchinterval(SWITCH_INTERVAL)
             sock, table, notify = files
-            Worker(self._library, socket.socket(fileno=sock), Table(table, *FORK.unpack(told)), notify).run()
+            Worker(self._library, self._ends, socket.socket(fileno=sock), Table(table, *FORK.unpack(told)), notify).run()
         finally:
             os._exit(0)
 
@@ -239,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as e:
         control.send(frame(Opened(problem=str(e) if isinstance(e, RequestError) else f"{type(e).__name__}: {e}")))
         return
-    control.send(frame(Opened(library.eos_token_id)))
+    root = Root(library, control)
     gc.collect()
     gc.freeze()  # forked processes leave it where it is
-    Root(library, control).run()
+    control.send(frame(Opened(library.eos_token_id)))
+    root.run()

@@ -322,7 +322,7 @@ class ModelRunner:
             return bring(choose())
         # the grammars do not know the tokens of the step before yet
         mask.busy = partial(self.arrivals.is_due, self.arrivals.follow())
-        self._owed = Owed(partial(self._choose_owed, lambda: bring(choose()), logits, results, mask), self.device)
+        self._owed = Owed(partial(self._choose_owed, lambda: bring(choose()), True, logits, results, mask), self.device)
         return self._owed.finish
 
     def _owe(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep, line: int) -> Finish:
@@ -339,7 +339,7 @@ class ModelRunner:
             mark()
             return told
 
-        self._owed = Owed(partial(self._choose_owed, launch, logits, results, mask), self.device)
+        self._owed = Owed(partial(self._choose_owed, launch, False, logits, results, mask), self.device)
         return self._owed.finish
 
     def _put_back(self, logits: Tensor, slots: Ints) -> None:
@@ -363,14 +363,16 @@ class ModelRunner:
         if owed is not None:
             owed.settle(plan)
 
-    def _choose_owed(self, choose: Callable[[], Finish], logits: Tensor, results: Rows, mask: GuidedStep, plan: StepPlan | None) -> Finish:
-        """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`."""
-        if plan is not None:
-            plain = ~self._wanting[mask.slots]
-            if results.result.more:
-                plain &= ~np.isin(results.places[mask.rows], list(results.result.more))
-            self._held = join_in_time(mask, logits, plan, plain)
-        return choose()
+    def _choose_owed(self, choose: Callable[[], Finish], edits: bool, logits: Tensor, results: Rows, mask: GuidedStep, plan: StepPlan | None) -> Finish:
+        """Choose the tokens of a step, but of rows whose masks are not there, if these can have their tokens from the next step, which is `plan`. `edits`: this
+        may overwrite the logits; else what is kept of them need not be before the device has something to do."""
+        if plan is None:
+            return choose()
+        plain = ~self._wanting[mask.slots] & ~np.isin(results.places[mask.rows], list(results.result.more))
+        kept = join_in_time(mask, plan, plain)
+        finish = None if edits else choose()
+        self._held = Held.of(mask, kept, logits)
+        return finish or choose()
 
     def _fetch(self, tokens: Tensor, results: Rows, mask: GuidedStep | None) -> Finish:
         """Begin to copy tokens to the host; the returned function waits for them and tells results and grammars."""
