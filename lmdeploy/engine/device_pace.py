@@ -9,61 +9,54 @@ from time import perf_counter
 WEIGHT = 0.25
 #: seconds; what takes longer was no step of answers
 LONGEST = 0.1
-#: mean deviations that the host may take longer than it did on average, without the device waiting
-SPREADS = 2
-
-
-class _Seconds:
-    """A mean of what was measured last, and how far from it that is on average."""
-
-    def __init__(self) -> None:
-        self.mean = self.spread = 0.0
-
-    def add(self, seconds: float) -> None:
-        if self.mean:
-            self.spread += (abs(seconds - self.mean) - self.spread) * WEIGHT
-            self.mean += (seconds - self.mean) * WEIGHT
-        else:
-            self.mean = seconds
+#: seconds by which masks are given up earlier after they were given up too late, and later after they were not: a tenth of such steps is on the wrong side
+EARLIER, LATER = 4e-5, 4e-6
+#: seconds that must have been waited for masks, for the next wait to end earlier or later
+AT_LEAST = 5e-5
 
 
 class DevicePace:
-    """Seconds that the device takes from the tokens of a step to the logits of the next one, and the host from masks to what is launched with them."""
+    """Seconds that the device takes from the tokens of a step to those of the next one, and the host from masks to what is launched with them."""
 
     def __init__(self) -> None:
         self._since = 0.0  # when the device began with the step whose masks are waited for, as far as anybody knows; 0: nobody does
-        self._there = 0.0  # when the wait for masks ended
-        self._launched = 0.0  # when what was launched with them was
-        self._device = _Seconds()  # from tokens to tokens, where it never waited for the host
-        self._choice = _Seconds()  # from the launch of the choice to its tokens, where it had waited for that
-        self._host = _Seconds(), _Seconds()  # where all masks were there; where some were late, whose logits are kept
-        self._exact = False  # the host had waited for the tokens then, so that they were not there long since
+        self._exact = False  # and it is known by more than a guess
+        self._begun = 0.0  # when the next step was launched
+        self._asked = self._there = 0.0  # when the wait for masks began, and ended
+        self._device = self._host = 0.0
+        self._lead = 0.0  # by which the logits are there before tokens would be, and whatever else there is
         self._own = False  # the device was still at work when the choice was launched: the time to its tokens is its own
 
     def forget(self) -> None:
         """The step whose masks are asked for is behind one without."""
-        self._since, self._exact, self._launched = 0.0, False, 0.0
+        self._since, self._exact = 0.0, False
+
+    def goes_on(self) -> None:
+        """The step behind the one whose tokens come next is launched."""
+        self._begun = perf_counter()
 
     def begins(self, waited: bool) -> None:
-        """The tokens of a step are there, for which the host `waited` or not, and the device goes on with the next one."""
+        """The tokens of a step are there, for which the host `waited` or not, and the device goes on with the next one, or has done so before."""
         now = perf_counter()
-        if waited and self._own and self._exact and now - self._since < LONGEST:
-            self._device.add(now - self._since)
-        elif waited and not self._own and self._launched and now - self._launched < LONGEST:
-            self._choice.add(now - self._launched)
-        self._since, self._exact, self._own, self._launched = now, waited, False, 0.0
+        if waited:
+            if self._own and self._exact and now - self._since < LONGEST:
+                self._device += (now - self._since - self._device) * (WEIGHT if self._device else 1)
+            self._since, self._exact = now, True
+        elif not self._own:  # it had waited for the host, and then begun with what was launched at once
+            self._since, self._exact = self._begun, True
+        else:
+            self._since, self._exact = min(self._since + self._device, now), False
+        self._own = False
 
     def end(self) -> float:
-        """Until when masks are waited for; infinity where there is no guess. What is not there by then is late."""
-        host = max(self._host, key=lambda host: host.mean)
-        if not (self._since and self._device.mean):
-            return inf
-        return self._since + self._device.mean - self._choice.mean - host.mean - SPREADS * host.spread
+        """Until when masks are waited for, now; infinity where there is no guess."""
+        self._asked = perf_counter()
+        return self._since + self._device - self._host - self._lead if self._since and self._device else inf
 
     def idle(self) -> None:
         """The device has ended already, but for the choice."""
         if self._exact:
-            self._device.mean = min(self._device.mean, perf_counter() - self._since + self._choice.mean)
+            self._device = min(self._device, perf_counter() - self._since)
         self._exact = False
 
     def ends_wait(self) -> None:
@@ -71,6 +64,8 @@ class DevicePace:
         self._there = perf_counter()
 
     def launched(self, busy: bool, late: bool) -> None:
-        """What the masks were for has been launched; whether the device was still `busy`, and some were `late`."""
-        self._launched, self._own = perf_counter(), busy
-        self._host[late].add(min(self._launched - self._there, LONGEST))
+        """What the masks were for has been launched; whether the device was still `busy`, and some were given up, as `late`."""
+        seconds, self._own = perf_counter() - self._there, busy
+        self._host += (min(seconds, LONGEST) - self._host) * (WEIGHT if self._host else 1)
+        if late and self._there - self._asked > AT_LEAST:
+            self._lead = max(self._lead - LATER, 0.0) if busy else min(self._lead + EARLIER, self._device)

@@ -151,6 +151,7 @@ class GuidedSlots:
         step.fill = partial(self._fill, step)
         if self._open is None:
             self._pace.forget()
+        self._pace.goes_on()
         self._open = step
         return step
 
