@@ -9,9 +9,9 @@ from time import perf_counter
 WEIGHT = 0.25
 #: seconds; what takes longer was no step of answers
 LONGEST = 0.1
-#: seconds by which masks are given up earlier after they were given up too late, and later after they were not: a tenth of such steps is on the wrong side
-EARLIER, LATER = 4e-5, 4e-6
-#: seconds that must have been waited for masks, for the next wait to end earlier or later
+#: seconds by which masks are given up earlier after they were given up too late; what of that is taken back after each step that did not wait for the host
+EARLIER, TAKEN_BACK = 4e-5, 1 / 64
+#: seconds that there must have been to wait for masks, if it is to be their fault that the device waited
 AT_LEAST = 5e-5
 
 
@@ -22,7 +22,8 @@ class DevicePace:
         self._since = 0.0  # when the device began with the step whose masks are waited for, as far as anybody knows; 0: nobody does
         self._exact = False  # and it is known by more than a guess
         self._begun = 0.0  # when the next step was launched
-        self._asked = self._there = 0.0  # when the wait for masks began, and ended
+        self._room = 0.0  # seconds that masks could be waited for, as it was thought
+        self._there = 0.0  # when the wait for masks ended
         self._device = self._host = 0.0
         self._lead = 0.0  # by which the logits are there before tokens would be, and whatever else there is
         self._own = False  # the device was still at work when the choice was launched: the time to its tokens is its own
@@ -50,8 +51,9 @@ class DevicePace:
 
     def end(self) -> float:
         """Until when masks are waited for, now; infinity where there is no guess."""
-        self._asked = perf_counter()
-        return self._since + self._device - self._host - self._lead if self._since and self._device else inf
+        end = self._since + self._device - self._host - self._lead if self._since and self._device else inf
+        self._room = end - perf_counter()
+        return end
 
     def idle(self) -> None:
         """The device has ended already, but for the choice."""
@@ -67,5 +69,7 @@ class DevicePace:
         """What the masks were for has been launched; whether the device was still `busy`, and some were given up, as `late`."""
         seconds, self._own = perf_counter() - self._there, busy
         self._host += (min(seconds, LONGEST) - self._host) * (WEIGHT if self._host else 1)
-        if late and self._there - self._asked > AT_LEAST:
-            self._lead = max(self._lead - LATER, 0.0) if busy else min(self._lead + EARLIER, self._device)
+        if busy:
+            self._lead -= self._lead * TAKEN_BACK
+        elif late and self._room > AT_LEAST:
+            self._lead = min(self._lead + EARLIER, self._device / 2)
