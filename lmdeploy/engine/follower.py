@@ -23,7 +23,10 @@ class Follower:
     def advance(self, token: int) -> bool:
         """Take in a token; whether nothing may come behind it."""
         self._tokens.append(token)
+        self.fits = False  # whatever happens in the library
         self.fits = self.matcher.consume_token(token)
+        if not self.fits:
+            self._begin(self._lexer.other_start(self._start))
         return self.fits and self.stopped
 
     @property

@@ -68,6 +68,7 @@ class GuidedStep(StepMask):
     late: Flags = field(kw_only=True)  # [G] before `join`: those that may be late; after it: those that are
     fill: Callable[[], None] | None = None  # what `join` has to do
     gone: Flags | None = None  # [G] before `join`: those that nobody wants any more
+    further: Flags | None = None  # [G] those that the step behind goes on with, of which it can say that they have ended; None: there is none
     busy: Callable[[], bool] | None = None  # whether the device is still at work on what the masks are for, so that nothing waits for them yet
     paced: bool = False  # it takes as long as such steps before; `busy` is about the choice once it is launched
     waited: bool = False  # after the choice: its tokens were waited for
@@ -172,7 +173,7 @@ class GuidedSlots:
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.epochs == self._epochs[mask.slots]) & (mask.stops != chosen[:, None]).all(axis=1)
         slots = mask.slots[goes_on]
         if slots.size:
-            last = np.ones(slots.size, dtype=bool) if self._open is None else ~is_among(slots, self._open.slots)
+            last = np.ones(slots.size, dtype=bool) if mask.further is None else ~mask.further[goes_on]
             complete[goes_on] = self._masks.advance(slots, chosen[goes_on], last)
         return complete
 

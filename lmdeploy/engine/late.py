@@ -45,14 +45,13 @@ def join_in_time(mask: GuidedStep, plan: StepPlan, plain: NDArray[np.bool_]) -> 
     """
     items = plan.items
     gone = is_among(mask.slots, np.array(plan.released, dtype=np.int64))
-    plain = plain & ~gone
+    stays = ~gone
     if plan.new:
-        plain &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
-    further = plain & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
-    mask.gone = gone
-    mask.late = gone | further | (plain & ~is_among(mask.slots, items.slots))
+        stays &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
+    mask.gone, mask.further = gone, stays & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
+    mask.late = gone | (plain & stays & (mask.further | ~is_among(mask.slots, items.slots)))
     mask.join()
-    kept: NDArray[np.bool_] = mask.late & further
+    kept: NDArray[np.bool_] = mask.late & mask.further
     return kept
 
 

@@ -11,15 +11,10 @@ import contextlib
 import itertools
 import os
 import select
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -31,6 +26,7 @@ import torch
 
 from lmdeploy.engine.grammar_compiler import MAX_KEPT, most_lexers
 from lmdeploy.engine.grammar_text import invalid
+from lmdeploy.engine.mask_process import Process, RootProcess
 from lmdeploy.engine.mask_wire import (
     BROKEN,
     STATE_BITS,
@@ -39,18 +35,15 @@ from lmdeploy.engine.mask_wire import (
     Broken,
     Compile,
     Compiled,
+    Compiling,
     Forget,
-    Forked,
-    FromRoot,
     FromWorker,
     Inbox,
     Leave,
-    Opened,
     Table,
     Take,
     frame,
 )
-from lmdeploy.engine.mask_worker import FORK
 from lmdeploy.engine.masks import Flags, Ints, Tensor, width_of
 from lmdeploy.errors import EngineError, RequestError
 from lmdeploy.grammar import Grammar
@@ -66,40 +59,9 @@ CHEAP_SECONDS = 0.05
 PATIENCE = 30.0
 #: seconds in which a process has told why there is no mask, which it does before it says that there is none
 TELL_SECONDS = 1.0
-START_SECONDS, STOP_SECONDS = 60.0, 2.0
+#: seconds; a process that ends so soon is replaced as much later
+QUICKLY = 1.0
 ENDED, CLOSED = "the process that followed its grammar ended", "the engine is closed"
-
-
-class _Process:
-    """One of them, as it is seen from here."""
-
-    def __init__(self, number: int, sock: socket.socket) -> None:
-        self.number, self.sock, self.pid = number, sock, 0
-        self.alive = True
-        self.slots = 0  # that it has
-        self.num_grammars = 0
-        self._sending = threading.Lock()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(PATIENCE), 0))
-
-    def send(self, message: bytes) -> None:
-        """Where it is gone, whoever reads from it finds out."""
-        try:
-            with self._sending:
-                self.sock.sendall(message)
-        except OSError:
-            self.kill()
-
-    def kill(self) -> None:
-        """Whoever reads from it finds out."""
-        if self.alive and self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """It has ended."""
-        self.alive = False
-        with self._sending:
-            self.sock.close()
 
 
 @dataclass(eq=False)
@@ -108,8 +70,8 @@ class _Grammar:
 
     number: int
     grammar: Grammar
-    at: list[_Process] = field(default_factory=list)  # that have compiled it
-    asked: list[_Process] = field(default_factory=list)  # that are about to
+    at: list[Process] = field(default_factory=list)  # that have compiled it
+    asked: list[Process] = field(default_factory=list)  # that are about to
     seconds: float = 0.0  # of processor time, for one
     deaths: int = 0  # processes that ended while they compiled it
     users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
@@ -130,23 +92,9 @@ class MaskPool:
     def __init__(self, folder: Path, vocab_size: int, stop_ids: Iterable[int] = (), *, most: int = MOST_PROCESSES) -> None:
         """Starts the first process, which makes the vocabulary ready: see `opened`."""
         self.vocab_size, self.eos_token_id, self._most = vocab_size, -1, most
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = ["--folder", str(folder), "--vocab-size", str(vocab_size), "--stop-ids", ",".join(map(str, stop_ids)), "--fd", str(theirs.fileno())]
-        root = str(Path(__file__).resolve().parents[2])
-        # the child imports the same package as we do, and nothing from the current folder
-        code = f"import sys; r = {root!r}; sys.path[:1] = [] if r in sys.path[1:] else [r]; from lmdeploy.engine.mask_worker import main; main()"
-        try:
-            self._root = subprocess.Popen(
-                [sys.executable, "-c", code, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        except BaseException:
-            self._control.close()
-            raise
-        finally:
-            theirs.close()
-        self._from_root: Inbox[FromRoot] = Inbox(self._control, FromRoot)
+        self._root = RootProcess(folder, vocab_size, stop_ids)
         self._lock = threading.RLock()
-        self._processes: list[_Process] = []  # all that ever were
+        self._processes: list[Process] = []  # all that ever were
         self._numbers = itertools.count()
         self._by_grammar: weakref.WeakValueDictionary[Grammar, _Grammar] = weakref.WeakValueDictionary()
         self._by_number: weakref.WeakValueDictionary[int, _Grammar] = weakref.WeakValueDictionary()
@@ -154,27 +102,18 @@ class MaskPool:
         self._busy: set[_Grammar] = set()  # that some process is about to have compiled
         self._gone: deque[int] = deque()  # numbers of grammars that nobody knows any more
         self._most_more = most_lexers()
+        self._files: list[int] = []  # to be closed
         self._failure = ""  # why no grammar can be compiled any more
         self._pinned = 0  # where memory is that was registered with the driver
 
     def opened(self) -> None:
         """Wait until the vocabulary is ready. Raises RequestError or EngineError when it cannot be used."""
-        if self.eos_token_id >= 0:
-            return
-        said = self._ask_root(START_SECONDS)
-        assert isinstance(said, Opened)
-        if said.problem is not None:
-            self.close()
-            raise RequestError(said.problem, param="response_format", code="unsupported")
-        self.eos_token_id = said.eos_token_id
-
-    def _ask_root(self, seconds: float) -> FromRoot:
-        if select.select([self._control], [], [], seconds)[0]:
+        if self.eos_token_id < 0:
             try:
-                return self._from_root.read(block=True)[0]
-            except EOFError:
-                pass
-        raise EngineError("the process that makes grammars ready ended, or did not answer")
+                self.eos_token_id = self._root.opened()
+            except BaseException:
+                self.close()
+                raise
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -186,6 +125,7 @@ class MaskPool:
         self._file = os.memfd_create("lmdeploy-masks")
         os.ftruncate(self._file, Table.size(num_slots, width))
         self._notified = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._files = [self._file, self._notified]
         self._table = Table(self._file, num_slots, width)
         self._status: Ints = np.frombuffer(self._table.memory, dtype=np.int64, count=num_slots)
         words = np.frombuffer(self._table.memory, dtype=np.int32, count=num_slots * width, offset=self._table.words_at)
@@ -196,8 +136,8 @@ class MaskPool:
         self._process_of: Ints = np.zeros(num_slots, dtype=np.int64)
         self._lost = np.zeros(64, dtype=bool)  # by number of a process
         self._any_lost = False
-        self._deferred: dict[int, tuple[_Grammar, _Process, bytes]] = {}  # slots in which who had them before may still be written to
-        self._reasons: dict[int, str] = {}
+        self._deferred: dict[int, tuple[_Grammar, Process, bytes]] = {}  # slots in which who had them before may still be written to
+        self._reasons: dict[int, tuple[int, str]] = {}  # by slot: of a turn
         self._since = np.zeros(num_slots)  # when that was asked for
         self._next_look = 0.0
         self._turn = 0
@@ -215,37 +155,32 @@ class MaskPool:
             self._pinned = self.words.data_ptr()
 
     def _fork(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                socket.send_fds(self._control, [FORK.pack(*self._shape)], [theirs.fileno(), self._file, self._notified])
-            except OSError as e:
-                ours.close()
-                raise EngineError("the process that makes grammars ready has ended") from e
-        process = _Process(len(self._processes), ours)
-        said = self._ask_root(START_SECONDS)
-        assert isinstance(said, Forked)
-        process.pid = said.pid
+        process = self._root.fork(len(self._processes), self._shape, (self._file, self._notified))
         self._processes.append(process)
         if process.number >= self._lost.size:
             self._lost = np.pad(self._lost, (0, self._lost.size))
         threading.Thread(target=self._read, args=(process,), name="masks-reader", daemon=True).start()
 
-    def _read(self, process: _Process) -> None:
+    def _read(self, process: Process) -> None:
         """Thread: what a process has to say beside masks."""
         inbox: Inbox[FromWorker] = Inbox(process.sock, FromWorker)
         try:
             while True:
                 for message in inbox.read(block=True):
                     if isinstance(message, Broken):
-                        self._reasons[message.slot] = message.reason
+                        self._reasons[message.slot] = message.turn, message.reason
+                    elif isinstance(message, Compiling):
+                        process.compiling = message.number
                     else:
                         self._compiled(process, message)
         except EOFError:
             pass
+        except Exception:
+            logger.exception("process %d, which follows grammars, cannot be understood", process.pid)
+            process.kill()
         self._end(process)
 
-    def _end(self, process: _Process) -> None:
+    def _end(self, process: Process) -> None:
         with self._lock:
             process.close()
             if self._failure == CLOSED:
@@ -253,20 +188,35 @@ class MaskPool:
             self._lost[process.number] = self._any_lost = True
             os.eventfd_write(self._notified, 1)
             logger.warning("process %d, which followed grammars for %d answers, ended; another one takes its place", process.pid, process.slots)
+            for compiled in list(self._by_number.values()):
+                self._end_of(process, compiled)
+        if time.monotonic() - process.born < QUICKLY:  # it may be so again
+            time.sleep(QUICKLY)
+        with self._lock:
+            if self._failure == CLOSED:
+                return
             try:
                 self._fork()
             except EngineError as e:
-                self._failure = str(e)
-            for compiled in list(self._by_number.values()):
-                if process in compiled.at:
-                    compiled.at.remove(process)
-                if process in compiled.asked:
-                    compiled.asked.remove(process)
-                    compiled.deaths += 1
-                    if compiled.deaths > 1:
-                        self._refuse(compiled, invalid("it cannot be compiled within the limits of memory and depth"))
-                    else:
-                        self._spread(compiled, "")
+                logger.error("%s", e)
+                if not any(p.alive for p in self._processes):
+                    self._failure = str(e)
+            for compiled in list(self._busy):
+                if not compiled.asked:  # nobody was there to compile it
+                    self._spread(compiled, "")
+
+    def _end_of(self, process: Process, compiled: _Grammar) -> None:
+        """What the end of a process is to a grammar."""
+        if process in compiled.at:
+            compiled.at.remove(process)
+        if process in compiled.asked:
+            compiled.asked.remove(process)
+            compiled.deaths += process.compiling == compiled.number
+            if compiled.deaths > 1 and not compiled.at:
+                self._refuse(compiled, invalid("it cannot be compiled within the limits of memory and depth"))
+                return
+            self._spread(compiled, "")
+            self._resolve(compiled)
 
     # -- grammars ----------------------------------------------------------------------------------------------------
 
@@ -298,20 +248,22 @@ class MaskPool:
         self._forget_gone()
         running = [p for p in self._processes if p.alive]
         if not running:
-            self._refuse(compiled, EngineError(self._failure))
+            self._busy.add(compiled)  # until there is one
+            if self._failure:
+                self._refuse(compiled, EngineError(self._failure))
             return
         wanted, have = 1, len(compiled.at) + len(compiled.asked)
         if compiled.at and compiled.seconds < CHEAP_SECONDS:
-            others = sum(len(c.at) + len(c.asked) - 1 for c in self._by_number.values() if c is not compiled and (c.at or c.asked))
+            others = sum(len(c.at) + len(c.asked) - 1 for c in self._by_number.values() if c is not compiled and c.users and (c.at or c.asked))
             wanted = min(-(-compiled.answers(len(running) * ROWS_EACH) // ROWS_EACH), 1 + max(self._most_more - others, 0))
-        free = sorted((p for p in running if p not in compiled.at and p not in compiled.asked), key=lambda p: (p.slots, p.num_grammars))
+        grammars = Counter(p for c in self._by_number.values() for p in (*c.at, *c.asked))
+        free = sorted((p for p in running if p not in compiled.at and p not in compiled.asked), key=lambda p: (p.slots, grammars[p]))
         for process in free[: max(wanted - have, 0)]:
             compiled.asked.append(process)
             self._busy.add(compiled)
-            process.num_grammars += 1
             process.send(frame(Compile(compiled.number, compiled.grammar, owner)))
 
-    def _compiled(self, process: _Process, message: Compiled) -> None:
+    def _compiled(self, process: Process, message: Compiled) -> None:
         with self._lock:
             compiled = self._by_number.get(message.number)
             if compiled is None or process not in compiled.asked:
@@ -371,10 +323,11 @@ class MaskPool:
                 compiled = self.prepare(grammar).result(PATIENCE)
             except TimeoutError as e:
                 raise ValueError(f"the grammar was not compiled within {PATIENCE:g} s") from e
-            at = compiled.at
+            at = [p for p in compiled.at if p.alive]
+            if not at:
+                raise ValueError(ENDED)
         process = min(at, key=lambda p: p.slots)
         process.slots += 1
-        self._reasons.pop(slot, None)
         self._deferred[slot] = compiled, process, np.array(generated, dtype=np.int32).tobytes()
         self._begin_deferred()
 
@@ -396,7 +349,7 @@ class MaskPool:
         process = self._processes[self._process_of[slot]]
         process.slots -= 1
         self._turn += 1
-        self._expected[slot] = self._turn
+        self._expected[slot], self._since[slot] = self._turn, time.monotonic()
         process.send(frame(Leave(self._turn, slot)))
 
     def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
@@ -412,7 +365,7 @@ class MaskPool:
             while not self.there(ends).all():
                 self.wait(1.0)
             complete[last] = self.states(ends) == STOPPED
-            self._expected[ends] = turn + 1
+            self._expected[ends[~complete[last]]] = turn + 1
         return complete
 
     def there(self, slots: Ints) -> Flags:
@@ -435,11 +388,15 @@ class MaskPool:
 
     def reason(self, slot: int) -> str:
         """See `Masks`."""
-        if not self._lost[self._process_of[slot]]:
-            until = time.monotonic() + TELL_SECONDS
-            while slot not in self._reasons and time.monotonic() < until:
-                time.sleep(0.001)
-        return self._reasons.get(slot, ENDED)
+        until = time.monotonic() + TELL_SECONDS
+        while not self._lost[self._process_of[slot]]:
+            turn, reason = self._reasons.get(slot, (-1, ""))
+            if turn == self._status[slot] >> STATE_BITS:
+                return reason
+            if time.monotonic() > until:
+                break
+            time.sleep(0.001)
+        return ENDED
 
     def wait(self, seconds: float) -> None:
         """See `Masks`."""
@@ -464,11 +421,10 @@ class MaskPool:
             self._failure = CLOSED
             for compiled in list(self._by_number.values()):
                 self._refuse(compiled, EngineError(CLOSED))
-            self._control.close()  # then the root ends all others, and itself
+            for process in self._processes:
+                process.kill()
             if self._pinned:
                 torch.cuda.cudart().cudaHostUnregister(self._pinned)  # type: ignore[no-untyped-call]
-        try:
-            self._root.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._root.kill()
-            self._root.wait()
+        self._root.end()
+        for file in self._files:
+            os.close(file)

@@ -73,9 +73,16 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
 
 
 class Forked(msgspec.Struct, tag=True, frozen=True):
-    """There is one process more."""
+    """There is one process more; or why there is none."""
 
     pid: int
+    problem: str | None = None
+
+
+class Compiling(msgspec.Struct, tag=True, frozen=True):
+    """It is this grammar's turn."""
+
+    number: int
 
 
 class Compiled(msgspec.Struct, tag=True, frozen=True):
@@ -87,14 +94,15 @@ class Compiled(msgspec.Struct, tag=True, frozen=True):
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):
-    """Why there is no mask; comes before the status says that."""
+    """Why there is no mask of a turn; comes before the status says that."""
 
+    turn: int
     slot: int
     reason: str
 
 
 ToWorker = Compile | Forget | Take | Advance | Leave
-FromWorker = Compiled | Broken
+FromWorker = Compiling | Compiled | Broken
 FromRoot = Opened | Forked
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -2,7 +2,7 @@
 
 The first of them, the root, makes the vocabulary ready once and is forked for each of the others, which so share that memory. A process has one lexer a grammar: what
 one answer finds out about it, the others need not. Masks that were quick to fill are filled first, and after each that takes long it is looked whether others are wanted.
-Grammars are compiled in a thread of their own. A process whose parent is gone exits at once.
+Grammars are compiled in a thread of their own. A process whose engine is gone exits as soon as it looks for messages.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from array import array
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +35,9 @@ from lmdeploy.engine.mask_wire import (
     Broken,
     Compile,
     Compiled,
+    Compiling,
     Forked,
+    FromWorker,
     Inbox,
     Leave,
     Opened,
@@ -68,7 +71,7 @@ class Worker:
         self._words = memoryview(table.memory)[table.words_at :].cast("I")
         self._words_at = ctypes.addressof(ctypes.c_char.from_buffer(table.memory)) + table.words_at
         self._grammars: dict[int, Lexer | None] = {}  # by number; None: cannot be compiled
-        self._forgotten: set[int] = set()  # before they were compiled
+        self._waiting: set[int] = set()  # numbers of those that are to be compiled
         self._width = table.row_bytes // 4
         self._slots: dict[int, Follower | None] = {}  # None: about to begin
         self._seconds: dict[int, float] = {}  # that the next mask of a slot may take
@@ -94,13 +97,16 @@ class Worker:
             slots, tokens = array("i", message.slots), array("i", message.tokens)
             mine = [(slot, token) for slot, token in zip(slots, tokens, strict=True) if slot in self._slots]
             for slot, token in mine:
-                self._todo[slot] = message.turn, token
                 if token < 0:
-                    self._say(slot, message.turn, self._take_in(slot, ~token))
-                    self._todo[slot] = message.turn + 1, None
+                    state = self._take_in(slot, ~token)
+                    self._say(slot, message.turn, state)
                     os.eventfd_write(self._notify, 1)
-                elif self._ends.near(self._left[slot], token):
-                    self._seconds[slot] += NEAR_SECONDS
+                    if state != STOPPED:
+                        self._todo[slot] = message.turn + 1, None
+                else:
+                    self._todo[slot] = message.turn, token
+                    if self._ends.near(self._left[slot], token):
+                        self._seconds[slot] += NEAR_SECONDS
         elif isinstance(message, Take):
             lexer, generated = self._grammars[message.number], array("i", message.generated).tolist()
             assert lexer is not None
@@ -111,6 +117,7 @@ class Worker:
             self._todo.pop(message.slot, None)
             self._say(message.slot, message.turn, GOES_ON)
         elif isinstance(message, Compile):
+            self._waiting.add(message.number)
             self._pool.submit(message.owner, partial(self._compile, message))
         else:
             self._forget(message.number)
@@ -121,7 +128,7 @@ class Worker:
         for slot in sorted(self._todo, key=seconds.__getitem__) if len(self._todo) > 1 else list(self._todo):
             turn, given = self._todo.pop(slot)
             begun = time.perf_counter()
-            self._say(slot, turn, self._fill(slot, given))
+            self._say(slot, turn, self._fill(slot, turn, given))
             now = time.perf_counter()
             seconds[slot] = now - begun
             self._left[slot] = self._ends.left(self._words[slot * self._width : (slot + 1) * self._width])
@@ -134,10 +141,10 @@ class Worker:
             follower = self._slots[slot]
             assert follower is not None
             return STOPPED if follower.advance(token) else GOES_ON
-        except BaseException:  # see `_fill`, which meets it again
-            return BROKEN
+        except BaseException:  # of the library; `fill` begins anew, and says why if that fails, too
+            return GOES_ON
 
-    def _fill(self, slot: int, given: int | Callable[[], Follower] | None) -> int:
+    def _fill(self, slot: int, turn: int, given: int | Callable[[], Follower] | None) -> int:
         address = self._words_at + slot * self._table.row_bytes
         try:
             follower = self._slots[slot]
@@ -149,10 +156,10 @@ class Worker:
             assert follower is not None
             state = follower.fill(address, self._table.row_bytes)
             if state == BROKEN:
-                self._send(Broken(slot, follower.reason))
+                self._send(Broken(turn, slot, follower.reason))
             return state
         except BaseException as e:  # a panic of the library is no Exception
-            self._send(Broken(slot, f"the grammar library failed: {type(e).__name__}: {e}"))
+            self._send(Broken(turn, slot, f"the grammar library failed: {type(e).__name__}: {e}"))
             return BROKEN
 
     def _say(self, slot: int, turn: int, state: int) -> None:
@@ -162,16 +169,14 @@ class Worker:
 
     def _forget(self, number: int) -> None:
         with self._naming:
-            if number in self._grammars:
-                del self._grammars[number]
-            else:
-                self._forgotten.add(number)
+            self._waiting.discard(number)
+            self._grammars.pop(number, None)  # not all are compiled here
 
     def _compile(self, message: Compile) -> None:
         """In the pool's thread."""
-        if message.number in self._forgotten:
-            self._forgotten.discard(message.number)
+        if message.number not in self._waiting:
             return
+        self._send(Compiling(message.number))
         start, lexer, problem = time.thread_time(), None, None
         try:
             lexer = Lexer(partial(self._library.compile, message.grammar))
@@ -180,13 +185,13 @@ class Worker:
         except BaseException as e:
             problem = f"the grammar library failed: {type(e).__name__}: {e}"
         with self._naming:
-            if message.number in self._forgotten:
-                self._forgotten.discard(message.number)
+            if message.number not in self._waiting:  # forgotten meanwhile
                 return
+            self._waiting.discard(message.number)
             self._grammars[message.number] = lexer
         self._send(Compiled(message.number, time.thread_time() - start, problem))
 
-    def _send(self, message: Compiled | Broken) -> None:
+    def _send(self, message: FromWorker) -> None:
         with self._sending:
             try:
                 self._sock.sendall(frame(message))
@@ -215,7 +220,11 @@ class Root:
             os.waitpid(pid, 0)
 
     def _fork(self, told: bytes, files: list[int]) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as e:
+            self._control.send(frame(Forked(0, str(e))))
+            return
         if pid:
             self._children.add(pid)
             for file in files:
@@ -227,8 +236,10 @@ class Root:
             sys.setswitchinterval(SWITCH_INTERVAL)
             sock, table, notify = files
             Worker(self._library, self._ends, socket.socket(fileno=sock), Table(table, *FORK.unpack(told)), notify).run()
-        finally:
-            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
 
 
 def main(arguments: list[str] | None = None) -> None:

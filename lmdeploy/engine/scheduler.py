@@ -330,7 +330,7 @@ class Scheduler:
 
     def _take_result(self, seq: Sequence, item: PlanItem, token: int, more: SlotResult) -> EngineOutput | None:
         if token == ENDED:
-            return self._finish_without_token(seq)
+            return self._finish(seq)
         if more.error is not None or (item.sample and token < 0):
             return self._fail(seq, more.error or NO_TOKEN, more.error_code)
         assert item.sample or token < 0, f"slot {item.slot}: token {token}, though it was not to be sampled"
@@ -349,9 +349,8 @@ class Scheduler:
             self._end(seq)
         return output
 
-    def _finish_without_token(self, seq: Sequence) -> EngineOutput:
-        """The token before was its last one."""
-        assert seq.num_generated, "an answer of a grammar has one token at least"
+    def _finish(self, seq: Sequence) -> EngineOutput:
+        """With the token before."""
         self.counts.finished += 1
         self._end(seq)
         return final_output(seq, "stop")

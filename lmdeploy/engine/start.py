@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -118,6 +119,14 @@ def _check_room(spec: ModelSpec, vision: VisionSpec | None, config: EngineConfig
 
 def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     """Load the model of a folder and start an engine for it. Raises ConfigError or CheckpointError before any request is accepted."""
+    with contextlib.ExitStack() as failed:
+        engine = _build(model_path, config, failed)
+        failed.pop_all()  # it is the engine's now
+        return engine
+
+
+def _build(model_path: Path, config: EngineConfig, failed: contextlib.ExitStack) -> Engine:
+    """`failed` gets what is to be closed if nothing comes of it."""
     start = time.perf_counter()
     device = choose_device(config)
     spec = adapt_spec(language_spec(model_path, config.hf_overrides), config)
@@ -140,6 +149,7 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
     )
     with ThreadPoolExecutor(1) as opener:  # the vocabulary is made ready for grammars while the weights are read
         opening = opener.submit(_open_grammars, model_path, spec, device)
+        failed.callback(_close, opening)
         _load(model, encoder, model_path, config)
     logger.info("%s: %s of weights in %.1f s", spec.architecture, gib(model.weight_bytes), time.perf_counter() - start)
     examined = examine(model, model_path, resolved, kv_format, device, dtype)
@@ -147,17 +157,10 @@ def build_engine(model_path: Path, config: EngineConfig) -> Engine:
         judge(examined.quality, resolved.strict_quality)
     pool, grammars = pool_request(config, resolved), _grammars(opening)
     graphed = not resolved.eager_mode and can_be_captured(kernels, device.type, spec) and not model.waits_for_device()
-    try:
-        runner = ModelRunner(
-            model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars, graphed=graphed
-        )
-    except BaseException:
-        if grammars is not None:
-            grammars.close()
-        raise
-    shortened = config.session_len is None and runner.session_len < (resolved.session_len or 0)
-    for note in runner.memory.note.splitlines():  # the bill shows them too; a shorter session must not pass unseen in Python either
-        logger.log(logging.WARNING if shortened else logging.INFO, "%s", note)
+    runner = ModelRunner(
+        model, resolved, pool, device, dtype, kv_layout=examined.layout, pads_rows=pads_rows(kernels), vision=encoder, grammars=grammars, graphed=graphed
+    )
+    _tell(runner, logging.WARNING if config.session_len is None and runner.session_len < (resolved.session_len or 0) else logging.INFO)
     info = EngineInfo(
         session_len=runner.session_len,
         vocab_size=spec.vocab_size,
@@ -201,6 +204,18 @@ def _grammars(opening: Future[GrammarCompiler | MaskPool]) -> GrammarCompiler | 
     except Exception as e:
         logger.info("no grammars: %s", e)
         return None
+
+
+def _tell(runner: ModelRunner, level: int) -> None:
+    """The bill shows it, too; a shorter session must not pass unseen in Python either."""
+    for note in runner.memory.note.splitlines():
+        logger.log(level, "%s", note)
+
+
+def _close(opening: Future[GrammarCompiler | MaskPool]) -> None:
+    grammars = _grammars(opening)
+    if grammars is not None:
+        grammars.close()
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from math import inf
 import pytest
 
 from lmdeploy.engine import device_pace
-from lmdeploy.engine.device_pace import DevicePace
+from lmdeploy.engine.device_pace import EARLIER, DevicePace
 
 DEVICE, HOST = 0.002, 0.0003
 
@@ -29,14 +29,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def step(pace: DevicePace, clock: Clock, device: float = DEVICE, wait: float = 0.001, host: float = HOST, waited: bool = True) -> None:
-    """Tokens come, masks are there after `wait`, the choice is launched after `host`; tokens come again when the device is done with both."""
+def step(pace: DevicePace, clock: Clock, device: float = DEVICE, wait: float = 0.001, host: float = HOST, waited: bool = True, late: bool = False) -> None:
+    """Tokens come, masks are there after `wait`, the choice is launched after `host`, and the next step at once; tokens come when the device is done with both."""
     pace.begins(waited)
     begun = clock.now
+    pace.end()
     clock.now += wait
     pace.ends_wait()
     clock.now += host
-    pace.launched(clock.now < begun + device)
+    pace.launched(clock.now < begun + device, late)
+    pace.goes_on()
     clock.now = max(clock.now, begun + device)
 
 
@@ -73,17 +75,52 @@ def test_where_the_device_waited_for_the_host_the_time_of_a_step_tells_nothing(c
     assert guess(pace, clock) == pytest.approx(DEVICE - HOST, rel=0.01)
 
 
-def test_tokens_that_were_there_long_since_tell_nothing_of_the_device(clock: Clock) -> None:
+def test_a_device_that_waited_for_the_host_begins_with_what_is_launched_then_and_not_when_its_tokens_are_looked_at(clock: Clock) -> None:
     pace = learnt(clock)
+    step(pace, clock, wait=0.03)
+    launched = clock.now
+    clock.now += 0.0007  # the tokens of the step before are there long since when somebody asks for them
+    pace.begins(False)
+    assert pace.end() == pytest.approx(launched + DEVICE - HOST, abs=1e-4)
+
+
+def test_tokens_that_came_while_the_host_was_elsewhere_came_when_it_was_thought_that_they_would(clock: Clock) -> None:
+    pace = learnt(clock)
+    pace.begins(True)
+    begun = clock.now
+    clock.now += 0.001
+    pace.ends_wait()
+    pace.launched(True, False)  # the device was at work
+    pace.goes_on()
+    clock.now += 0.0015  # for half a millisecond nobody has asked
+    pace.begins(False)
+    assert pace.end() == pytest.approx(begun + DEVICE + DEVICE - HOST, abs=2e-4)
     for _ in range(20):
-        step(pace, clock, device=0.0005, wait=0.0001, host=HOST, waited=False)
-        pace.begins(False)
-        pace.idle()
-    for _ in range(20):
+        step(pace, clock, device=0.0004, wait=0.0001, waited=False)  # of which nothing is learnt
+    assert guess(pace, clock) == pytest.approx(DEVICE - HOST, rel=0.01)
+
+
+def test_the_wait_ends_earlier_after_masks_were_given_up_too_late_and_takes_it_back_bit_by_bit(clock: Clock) -> None:
+    pace = learnt(clock)
+    for number in range(1, 6):
+        step(pace, clock, wait=DEVICE - HOST + 0.00002, late=True)  # a moment too long: the device has waited
+        assert guess(pace, clock) == pytest.approx(DEVICE - HOST - number * EARLIER, abs=1e-5)
+    for _ in range(400):
         step(pace, clock)
-        clock.now += 0.01  # the host is elsewhere
-        pace.begins(False)
-    step(pace, clock, device=0.0005, wait=0.0001, waited=False)  # the host waits for its tokens, but had not for those before
+    assert guess(pace, clock) == pytest.approx(DEVICE - HOST, rel=0.01)
+
+
+def test_a_host_that_comes_too_late_for_any_wait_does_not_shorten_the_next_ones(clock: Clock) -> None:
+    pace = learnt(clock)
+    for _ in range(10):
+        pace.begins(True)
+        clock.now += DEVICE  # the host is elsewhere
+        pace.end()
+        clock.now += 0.00003
+        pace.ends_wait()
+        clock.now += HOST
+        pace.launched(False, True)
+        pace.goes_on()
     assert guess(pace, clock) == pytest.approx(DEVICE - HOST, rel=0.01)
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from lmdeploy.engine import grammar_compiler
-from lmdeploy.engine.grammar_compiler import MASK_THREADS, MOST_LEXERS, USERS_TOGETHER, GrammarCompiler
+from lmdeploy.engine.grammar_compiler import MASK_THREADS, USERS_TOGETHER, GrammarCompiler, Lexer
 from lmdeploy.engine.guided import GuidedSlots, forbid
-from lmdeploy.engine.mask_calls import Callers, MaskCall
+from lmdeploy.engine.masks import MasksHere
 from lmdeploy.errors import EngineError
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import SamplingParams
@@ -92,7 +92,7 @@ def test_tags_name_special_tokens_by_id(compiler: tuple[GrammarCompiler, Tokeniz
 
 def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
     grammars, tokenizer = compiler
-    slots = GuidedSlots(grammars, 4, torch.device("cpu"))
+    slots = GuidedSlots.of(grammars, 4, torch.device("cpu"))
     size = grammars.vocab_size
     for slot, grammar in ((0, Grammar("regex", "[0-9]+")), (2, None), (3, Grammar("choice", '["a"]'))):
         slots.set(slot, SamplingParams(max_new_tokens=9, grammar=grammar, stop_token_ids=(1,)), [])
@@ -104,19 +104,19 @@ def test_the_masks_of_a_step_forbid_what_the_grammars_do_not_allow(compiler: tup
     assert torch.isfinite(logits[1]).all()
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size)
     a, seven = (min(by_bytes(tokenizer, lambda b, t=t: b == t, size)) for t in (b"a", b"7"))
-    assert slots.follow(mask, np.array([a, 0, seven])) == [True, False]
+    assert slots.follow(mask, np.array([a, 0, seven])).tolist() == [True, False]
     mask = slots.masks(np.array([3, 2, 0]), np.zeros(3, dtype=bool))
     assert mask is not None
     forbid(logits.zero_(), mask)
-    assert mask.only_stops.tolist() == [True, False]
+    assert mask.ended.tolist() == [True, False] and mask.only_stops.tolist() == [False, False]
     stops = {1, grammars.eos_token_id}
-    assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == stops
+    assert set(torch.isfinite(logits[0]).nonzero().flatten().tolist()) == {grammars.eos_token_id}
     assert set(torch.isfinite(logits[2]).nonzero().flatten().tolist()) == by_bytes(tokenizer, bytes.isdigit, size) | stops
     assert slots.masks(np.array([1, 2]), np.zeros(2, dtype=bool)) is None
 
 
 def lexers(grammars: GrammarCompiler, grammar: Grammar) -> int:
-    return len(grammars._alive[grammar].copies)
+    return len(grammars._alive[grammar].lexers)
 
 
 def held_up(grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, only: Grammar | None = None) -> threading.Event:
@@ -132,30 +132,26 @@ def held_up(grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, only: Gr
 
 
 def test_many_users_of_a_cheap_grammar_do_not_share_one_lexer(compiler: tuple[GrammarCompiler, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
-    grammars, tokenizer = compiler
+    grammars, _ = compiler
     digits = Grammar("regex", "[0-9]{1,30}")
     users = (MASK_THREADS + 1) * USERS_TOGETHER
     monkeypatch.setattr(grammars, "_most_more", 64)
-    slots, held = GuidedSlots(grammars, users, torch.device("cpu")), []
+    masks, held, slots = MasksHere(grammars, users), [], np.arange(users)
     for slot in range(users):
         held.append(grammars.prepare(digits))
         held[-1].result()
-        slots.set(slot, SamplingParams(max_new_tokens=9, grammar=digits), [])
+        masks.take(slot, digits, [])
         assert lexers(grammars, digits) == min(slot // USERS_TOGETHER + 1, MASK_THREADS)
-    counts = np.unique(slots._lexers, return_counts=True)[1]
-    assert len(counts) == MASK_THREADS and counts.max() <= 2 * USERS_TOGETHER
-    mask = slots.masks(np.arange(users), np.zeros(users, dtype=bool))
-    assert mask is not None
-    _, words, at = mask.join()
-    assert (words[at] == words[at[0]]).all()  # whichever lexer
-    slots.release(5)
-    numbers, counts = np.unique(np.delete(slots._lexers, 5), return_counts=True)
-    slots.set(5, SamplingParams(max_new_tokens=9, grammar=digits), [])
-    assert slots._lexers[5] in numbers[counts == counts.min()]
+    counts = masks._users[digits]
+    assert len(counts) == MASK_THREADS and max(counts.values()) <= 2 * USERS_TOGETHER
+    assert masks.there(slots).all() and (masks.words == masks.words[0]).all()  # whichever lexer
+    masks.leave(5)
+    fewest = min(counts.values())
+    masks.take(5, digits, [])
+    assert counts[masks._lexers[5][1]] == fewest + 1
     for slot in range(users - 1):
-        slots.release(slot)
-    assert list(slots._users[digits].values()) == [1]
-    slots.close()
+        masks.leave(slot)
+    assert list(masks._users[digits].values()) == [1]
 
 
 def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_there(
@@ -173,8 +169,16 @@ def test_those_who_waited_for_a_grammar_together_have_lexers_enough_when_it_is_t
     assert grammars.prepare(letters).done(), "who comes later does not wait"
 
 
+@pytest.fixture
+def a_lexer_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with many threads."""
+    monkeypatch.setattr(grammar_compiler, "USERS_TOGETHER", 1)
+    monkeypatch.setattr(grammar_compiler, "MASK_THREADS", 40)
+
+
+@pytest.mark.usefixtures("a_lexer_each")
 def test_nobody_waits_for_the_grammars_of_others_to_get_a_lexer(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
+    grammars = GrammarCompiler.open(model_folder, 5120)
     monkeypatch.setattr(grammars, "_most_more", 64)
     warm, slow = Grammar("json_object"), Grammar("regex", "a*")
     held = [grammars.prepare(warm, answers=0)]
@@ -187,12 +191,13 @@ def test_nobody_waits_for_the_grammars_of_others_to_get_a_lexer(model_folder: Pa
     assert all(future.result(30) is held[0].result() for future in held) and lexers(grammars, warm) == 3
     assert not others.done()
     go_on.set()
-    assert others.result(30).copies
+    assert others.result(30).lexers
     grammars.close()
 
 
+@pytest.mark.usefixtures("a_lexer_each")
 def test_nothing_is_compiled_for_those_who_have_left(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
+    grammars = GrammarCompiler.open(model_folder, 5120)
     monkeypatch.setattr(grammars, "_most_more", 64)
     compiled: list[Grammar] = []
     go_on = held_up(grammars, monkeypatch)
@@ -212,19 +217,20 @@ def test_nothing_is_compiled_for_those_who_have_left(model_folder: Path, monkeyp
         time.sleep(0.001)
     del held[1]  # before it was its turn
     go_on.set()
-    assert held[1].result(30).copies
+    assert held[1].result(30).lexers
     held += [grammars.prepare(digits, answers=30)]
     while compiled.count(digits) < 2:
         time.sleep(0.001)
     del held[2]  # while it was
     left.set()
-    assert grammars.prepare(Grammar("regex", "x+"), answers=2).result(30).copies
+    assert grammars.prepare(Grammar("regex", "x+"), answers=2).result(30).lexers
     assert compiled.count(stays) == 1 and compiled.count(leaves) == 0 and compiled.count(letters) == 30 and compiled.count(digits) <= 3
     grammars.close()
 
 
+@pytest.mark.usefixtures("a_lexer_each")
 def test_whoever_waits_when_a_compiler_is_closed_hears_of_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grammars = GrammarCompiler.open(model_folder, 5120, own_lexers=True)
+    grammars = GrammarCompiler.open(model_folder, 5120)
     monkeypatch.setattr(grammars, "_most_more", 64)
     go_on = held_up(grammars, monkeypatch)
     waiting = [grammars.prepare(Grammar("regex", text), answers=3) for text in ("a*", "b*")]
@@ -233,19 +239,6 @@ def test_whoever_waits_when_a_compiler_is_closed_hears_of_it(model_folder: Path,
     for future in waiting:
         with pytest.raises(EngineError, match="closed"):
             future.result(30)
-
-
-def test_each_user_has_a_lexer_where_they_are_to_have_their_own(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grammars, letters = GrammarCompiler.open(model_folder, 5120, own_lexers=True), Grammar("regex", "[l-s]{1,30}")
-    monkeypatch.setattr(grammars, "_most_more", 70)
-    held = [grammars.prepare(letters, answers=answers) for answers in (1, 4, 2)]
-    assert [len(future.result().copies) for future in held] == [7, 7, 7]
-    users: Counter[int] = Counter()
-    for _ in range(7):
-        users[grammars.matcher_and_lexer(letters, users)[1]] += 1
-    assert len(users) == 7
-    assert len(grammars.prepare(letters, answers=1000).result().copies) == MOST_LEXERS
-    grammars.close()
 
 
 def test_thousands_who_wait_for_one_grammar_are_not_counted_for_each(compiler: tuple[GrammarCompiler, Tokenizer]) -> None:
@@ -264,9 +257,9 @@ def test_nobody_compiles_where_a_slot_is_set_up(compiler: tuple[GrammarCompiler,
     held = grammars.prepare(letters)
     held.result()
     monkeypatch.setattr(grammars, "_compile", None)
-    users: Counter[int] = Counter()
+    users: Counter[Lexer] = Counter()
     for _ in range(4 * USERS_TOGETHER):
-        users[grammars.matcher_and_lexer(letters, users)[1]] += 1
+        users[grammars.lexer(letters, users)] += 1
     assert len(users) == 1
 
 
@@ -274,7 +267,7 @@ def test_a_grammar_that_takes_long_to_compile_has_one_lexer(compiler: tuple[Gram
     grammars, _ = compiler
     monkeypatch.setattr(grammar_compiler, "CHEAP_SECONDS", 0.0)
     held = grammars.prepare(Grammar("regex", "[a-c]{1,40}"), answers=1000)
-    assert len(held.result().copies) == 1
+    assert len(held.result().lexers) == 1
 
 
 def test_lexers_of_all_grammars_are_bounded_and_nobody_loses_those_that_are_used(
@@ -283,40 +276,23 @@ def test_lexers_of_all_grammars_are_bounded_and_nobody_loses_those_that_are_used
     grammars, _ = compiler
     monkeypatch.setattr(grammar_compiler, "MASK_THREADS", 3)
     first, second, third = (Grammar("regex", f"[{letters}]{{1,30}}") for letters in ("a-f", "g-k", "l-o"))
-    monkeypatch.setattr(grammars, "_most_more", 3 + sum(len(one.copies) - 1 for one in grammars._alive.values() if one.copies and one.answers()))
+    monkeypatch.setattr(grammars, "_most_more", 3 + sum(len(one.lexers) - 1 for one in grammars._alive.values() if one.lexers and one.answers()))
     grammars._kept.clear()  # what other tests have left, and nobody uses
     gc.collect()
     used = grammars.prepare(first, answers=100)
-    assert len(used.result().copies) == 3
-    copies, users = [], Counter[int]()
+    assert len(used.result().lexers) == 3
+    taken, users = [], Counter[Lexer]()
     for _ in range(4):
-        copies.append(grammars.matcher_and_lexer(first, users))
-        users[copies[-1][1]] += 1
+        taken.append(grammars.lexer(first, users))
+        users[taken[-1]] += 1
     assert sorted(users.values()) == [1, 1, 2]
-    assert len(grammars.prepare(second, answers=100).result().copies) == 2, "one is left"
-    assert len(grammars.prepare(third, answers=100).result().copies) == 2 and lexers(grammars, second) == 1, "nobody uses it any more"
+    assert len(grammars.prepare(second, answers=100).result().lexers) == 2, "one is left"
+    assert len(grammars.prepare(third, answers=100).result().lexers) == 2 and lexers(grammars, second) == 1, "nobody uses it any more"
     assert lexers(grammars, first) == 3
     del used
     gc.collect()
-    assert len(grammars.prepare(second, answers=100).result().copies) == 3 and lexers(grammars, first) == 1
-    assert copies[2][0].compute_bitmask() == grammars.matcher(first).compute_bitmask(), "whoever has one goes on with it"
-
-
-def test_a_library_that_panics_leaves_nobody_waiting() -> None:
-    class Panic(BaseException):
-        """As Rust's panics are."""
-
-    def panics() -> None:
-        raise Panic("index out of bounds")
-
-    callers, done = Callers(1), []
-    first, second = MaskCall([0], [], usual=True), MaskCall([0], [], usual=True)
-    assert callers.begin(first, panics)
-    with pytest.raises(RuntimeError, match="Panic: index out of bounds"):
-        first.wait()
-    assert callers.begin(second, lambda: done.append(1)) and second.wait()
-    assert done == [1], "and the thread goes on"
-    callers.close()
+    assert len(grammars.prepare(second, answers=100).result().lexers) == 3 and lexers(grammars, first) == 1
+    assert taken[2].start.deep_copy().compute_bitmask() == grammars.matcher(first).compute_bitmask(), "whoever has one goes on with it"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ import torch
 
 from lmdeploy.config import TurbomindEngineConfig
 from lmdeploy.engine import graphs as graphs_of_steps
-from lmdeploy.engine import guided
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
-from lmdeploy.engine.grammar_compiler import GrammarCompiler
+from lmdeploy.engine.grammar_compiler import GrammarCompiler, GrammarLibrary
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
-from lmdeploy.engine.mask_calls import MaskCall
+from lmdeploy.engine.mask_pool import MaskPool
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.grammar import Grammar
@@ -41,19 +41,37 @@ def no_prompts_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_of_steps, "PROMPT_TOKENS", (1 << 20,))
 
 
-def engine_of(folder: Path, kind: type[ModelRunner] = EagerRunner, *, blocks: int = 128) -> tuple[Engine, GuidedSlots]:
+@pytest.fixture
+def closing() -> Iterator[Callable[[Engine], None]]:
+    """Engines that are closed when the test is over."""
+    engines: list[Engine] = []
+    yield engines.append
+    for engine in engines:
+        engine.close()
+
+
+def engine_of(
+    folder: Path, kind: type[ModelRunner] = EagerRunner, *, blocks: int = 128, grammars: GrammarCompiler | MaskPool | None = None
+) -> tuple[Engine, GuidedSlots]:
     """A rank that computes as on a GPU, a step behind the host's plans."""
     config = TurbomindEngineConfig(dtype="float32", max_batch_size=8, max_prefill_token_num=64)
     model = load_model(folder)
-    grammars = GrammarCompiler.open(folder, model.spec.vocab_size, STOPS)
+    grammars = grammars or GrammarCompiler.open(folder, model.spec.vocab_size, STOPS)
+    runner = kind(model, config, PoolRequest(blocks, 8, 128), CPU, torch.float32, grammars=grammars, graphed=kind is EagerRunner)
     for grammar in (WORD, PERSON, CHOICE):
         grammars.prepare(grammar).result()  # requests begin when they come
-    runner = kind(model, config, PoolRequest(blocks, 8, 128), CPU, torch.float32, grammars=grammars, graphed=kind is EagerRunner)
     info = EngineInfo(session_len=128, vocab_size=model.spec.vocab_size, max_batch_size=8, memory=runner.memory, kernels={}, dtype="float32", start_seconds=0)
     options: dict[str, Any] = {"max_prefill_token_num": 64, "max_waiting": 100, "enable_prefix_caching": True, "rope_depends_on_length": False}
     assert runner.guided is not None
-    runner.guided._overlaps = True
     return Engine(LocalExecutor(runner, info), grammars=grammars, run_ahead=1, **options), runner.guided
+
+
+def beside(folder: Path, closing: Callable[[Engine], None], kind: type[ModelRunner] = EagerRunner, *, blocks: int = 128) -> tuple[Engine, MaskPool]:
+    """The same with processes for its grammars: one for WORD and CHOICE, and one for PERSON."""
+    pool = MaskPool(folder, 5120, STOPS, most=2)
+    engine, _ = engine_of(folder, kind, blocks=blocks, grammars=pool)
+    closing(engine)
+    return engine, pool
 
 
 def request(number: int, grammar: Grammar | None, **options: Any) -> EngineRequest:
@@ -121,14 +139,22 @@ def often_late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return noted
 
 
+@pytest.mark.parametrize("processes", [False, True], ids=["here", "processes"])
 @pytest.mark.parametrize(
     ("seed", "kind", "blocks"), [(1, EagerRunner, 128), (2, EagerRunner, 128), (3, ModelRunner, 128), (4, EagerRunner, 12), (5, ModelRunner, 12)]
 )
 def test_late_tokens_are_those_that_would_have_come_in_time(
-    shallow_folder: Path, often_late: list[int], monkeypatch: pytest.MonkeyPatch, seed: int, kind: type[ModelRunner], blocks: int
+    shallow_folder: Path,
+    often_late: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    closing: Callable[[Engine], None],
+    seed: int,
+    kind: type[ModelRunner],
+    blocks: int,
+    processes: bool,
 ) -> None:
     plan = list(requests(seed))
-    engine, _ = engine_of(shallow_folder, kind, blocks=blocks)
+    engine, _ = beside(shallow_folder, closing, kind, blocks=blocks) if processes else engine_of(shallow_folder, kind, blocks=blocks)
     found = {number: answer(outputs) for number, outputs in run(engine, plan).items()}
     assert sum(often_late) > 30 and max(often_late) > 1
     if blocks < 30:
@@ -149,34 +175,8 @@ def test_log_probabilities_of_one_answer_do_not_have_the_masks_of_others_filled_
         assert together[number][-1].error is None
 
 
-def test_masks_are_begun_as_soon_as_the_grammars_know_all_tokens(shallow_folder: Path) -> None:
-    _, slots = engine_of(shallow_folder)
-    slots.set(0, SamplingParams(max_new_tokens=9, grammar=WORD), [])
-
-    def masks() -> GuidedStep:
-        step = slots.masks(np.array([0]), np.zeros(1, dtype=bool))
-        assert step is not None
-        return step
-
-    def choose(step: GuidedStep) -> int:
-        _, words, at = step.join()
-        return int(np.flatnonzero(np.unpackbits(words[at[0]].numpy().view(np.uint8), bitorder="little"))[0])
-
-    first = masks()
-    assert slots._calls[0] is not None, "nothing is before it"
-    token = choose(first)
-    second = masks()
-    assert slots._calls[0] is None, "the first one's token is not taken in yet"
-    slots.follow(first, np.array([token]))
-    assert slots._calls[0] is not None
-    slots.follow(second, np.array([choose(second)]))
-    masks()
-    assert slots._calls[0] is not None, "a step that was waited for is before it"
-
-
-def test_steps_with_grammars_follow_each_other_without_being_looked_at_whole(shallow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_grammars_follow_each_other_without_being_looked_at_whole(shallow_folder: Path) -> None:
     """Where no mask is late."""
-    monkeypatch.setattr(GuidedSlots, "_wait", lambda self, call, busy, until, least: (call.wait(), until)[1])
     engine, _ = engine_of(shallow_folder)
     plan = [(0, request(number, WORD if number % 3 else None, temperature=1.0, top_k=40, max_new_tokens=30, ignore_eos=number % 3 > 0)) for number in range(6)]
     found = run(engine, plan)
@@ -198,7 +198,7 @@ def test_aborted_while_their_tokens_are_late(shallow_folder: Path, often_late: l
     found = run(engine, plan, abort)
     assert sum(often_late) > 15 and any(outputs[-1].finish_reason == "abort" for outputs in found.values())
     run(engine, [(0, request(99, None))])  # the rank hears of slots that are free when it is told of others
-    assert engine.stats().used_blocks == 0 and not any(slots._matchers) and not any(slots._calls)
+    assert engine.stats().used_blocks == 0 and not slots.used and not slots._masks._followers  # type: ignore[attr-defined]
     engine, _ = engine_of(shallow_folder, ModelRunner)
     for number, outputs in run(engine, [(0, each) for _, each in plan]).items():
         tokens, reason, *_ = answer(found[number])
@@ -224,49 +224,17 @@ def test_steps_that_fail_behind_late_tokens_are_repeated_with_them(shallow_folde
     assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[MaskCall], bool]], threading.Event]]:
-    """Hold up calls, until the event is set."""
-    go_on, fill = threading.Event(), GuidedSlots._fill_words
-
-    def hold_up(which: Callable[[MaskCall], bool]) -> threading.Event:
-        def held_up(self: GuidedSlots, call: MaskCall) -> None:
-            if which(call):
-                go_on.wait(10)
-            fill(self, call)
-
-        monkeypatch.setattr(GuidedSlots, "_fill_words", held_up)
-        return go_on
-
-    yield hold_up
-    go_on.set()
-
-
 @pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"logit_bias": {300: 2.0}}, {"max_new_tokens": 3}], ids=str)
-def test_a_grammar_that_takes_long_holds_up_its_own_answer_only(
-    shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_a_grammar_that_takes_long_holds_up_its_own_answer_only(shallow_folder: Path, closing: Callable[[Engine], None], options: dict[str, Any]) -> None:
     """Whatever it wants beside tokens, and even if all that is missing is its last token."""
-    monkeypatch.setattr(guided, "FORGIVEN", 3)
-    engine, slots = engine_of(shallow_folder)
+    engine, pool = beside(shallow_folder, closing)
     plan = [
         (0, request(0, PERSON, **options)),
         *((0, request(number, WORD, temperature=1.0, top_k=40)) for number in range(1, 4)),
         (0, request(4, None, max_new_tokens=30, ignore_eos=True)),
     ]
     come: dict[int, int] = dict.fromkeys(range(5), 0)
-    most = options.get("max_new_tokens", 12)
-    if most == 3:  # too few to find it out
-        slots._slow[PERSON] = 1000
-
-    def held_up(call: MaskCall) -> bool:
-        if not come[0] or all(slots._grammars[slot] != PERSON for slot in call.slots):
-            return False
-        if PERSON not in slots._slow:  # nobody knows yet: others are in the same call
-            time.sleep(0.02)
-        return PERSON in slots._slow and {slots._grammars[slot] for slot in call.slots} == {PERSON}
-
-    go_on = slow(held_up)
+    most, stopped = options.get("max_new_tokens", 12), 0
     found: dict[int, list[EngineOutput]] = {number: [] for number in range(5)}
     for _, each in plan:
         engine.add(each)
@@ -275,67 +243,76 @@ def test_a_grammar_that_takes_long_holds_up_its_own_answer_only(
             found[output.request_id].append(output)
             come[output.request_id] += len(output.token_ids)
         engine.scheduler.check_integrity()
-        if not go_on.is_set() and all(outputs and outputs[-1].finish_reason for number, outputs in found.items() if number):
+        if come[0] and not stopped:
+            (holder,) = pool.prepare(PERSON).result().at
+            assert holder.slots == 1, "it has a process to itself"
+            stopped = holder.pid
+            os.kill(stopped, signal.SIGSTOP)
+        elif stopped > 0 and all(outputs and outputs[-1].finish_reason for number, outputs in found.items() if number):
             assert come[0] < most, "the others have ended meanwhile"
-            assert PERSON in slots._slow
-            go_on.set()
-    assert go_on.is_set() and found[0][-1].finish_reason == ("length" if "max_new_tokens" in options else "stop")
+            os.kill(stopped, signal.SIGCONT)
+            stopped = -1
+    assert stopped == -1 and found[0][-1].finish_reason == ("length" if "max_new_tokens" in options else "stop")
     assert engine.stats().late_tokens > 5
-    run(engine, [(0, request(99, None, max_new_tokens=2))])
-    assert not slots._slow, "nobody has these grammars any more"
-    monkeypatch.undo()
     expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
     assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
 
 
-def test_a_slot_whose_last_owner_has_a_mask_on_its_way_waits_for_it(
-    shallow_folder: Path, slow: Callable[[Callable[[MaskCall], bool]], threading.Event]
-) -> None:
-    engine, slots = engine_of(shallow_folder)
+def test_a_slot_whose_last_owner_has_a_mask_on_its_way_waits_for_it(shallow_folder: Path, closing: Callable[[Engine], None]) -> None:
+    engine, pool = beside(shallow_folder, closing)
     outputs: list[EngineOutput] = []
-    held: list[MaskCall] = []
-
-    def is_held(call: MaskCall) -> bool:
-        if len(outputs) > 3 and not held:
-            held.append(call)
-        return call in held
-
-    go_on = slow(is_held)
     engine.add(request(0, WORD))
     engine.add(request(9, None, max_new_tokens=60, ignore_eos=True))
     asked, waited = False, False
     while engine.has_work:
         outputs += engine.step()
-        waited |= slots._former.get(held[0].slots[0]) is held[0] if held else False
-        if held and not asked:
+        waited |= bool(pool._deferred)
+        if len(outputs) > 6 and not asked:
             asked = True
+            (holder,) = pool.prepare(WORD).result().at
+            os.kill(holder.pid, signal.SIGSTOP)
             engine.abort(0)
-            engine.add(request(1, CHOICE))
-            threading.Timer(0.2, go_on.set).start()
-    assert waited and go_on.is_set() and not slots._former
+            engine.add(request(1, PERSON))
+            threading.Timer(0.2, os.kill, (holder.pid, signal.SIGCONT)).start()
+    assert waited and not pool._deferred
     texts = answer([output for output in outputs if output.request_id == 1])
     assert texts[1] == "stop"
-    assert texts == answer(run(engine_of(shallow_folder, ModelRunner)[0], [(0, request(1, CHOICE))])[1])
+    assert texts == answer(run(engine_of(shallow_folder, ModelRunner)[0], [(0, request(1, PERSON))])[1])
 
 
-def test_alone_an_answer_waits_for_its_masks(shallow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    late: list[int] = []
-    await_masks = GuidedSlots._await
-
-    def note(self: GuidedSlots, step: GuidedStep, may: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        found = await_masks(self, step, may)
-        late.append(int(found.sum()))
-        return found
-
-    fill = GuidedSlots._fill_words
-
-    def slowly(self: GuidedSlots, call: MaskCall) -> None:
-        threading.Event().wait(0.02)
-        fill(self, call)
-
-    monkeypatch.setattr(GuidedSlots, "_await", note)
-    monkeypatch.setattr(GuidedSlots, "_fill_words", slowly)
-    engine, _ = engine_of(shallow_folder)
+def test_alone_an_answer_waits_for_its_masks(shallow_folder: Path, closing: Callable[[Engine], None]) -> None:
+    engine, _ = beside(shallow_folder, closing)
     outputs = run(engine, [(0, request(0, WORD, max_new_tokens=12))])[0]
-    assert outputs[-1].finish_reason == "length" and sum(late) == 0
+    assert outputs[-1].finish_reason == "length" and engine.stats().late_tokens == 0
     assert engine.stats().steps <= 13, "no step is wasted"
+
+
+@pytest.mark.parametrize("most", [3, 40], ids=["its last token", "not its last token"])
+def test_an_answer_ends_with_the_last_token_of_its_grammar(shallow_folder: Path, closing: Callable[[Engine], None], most: int) -> None:
+    """Also where the step behind is under way by then, and where it would end there anyway."""
+    three = Grammar("regex", "[0-9]{3}")
+    digits = {i for i, piece in enumerate(GrammarLibrary.open(shallow_folder, 5120, STOPS).pieces) if len(piece) == 1 and piece.isdigit()}
+    plan = [(0, request(0, three, logit_bias=dict.fromkeys(digits, 50.0), max_new_tokens=most)), (0, request(1, None, ignore_eos=True))]
+    found = run(beside(shallow_folder, closing)[0], plan)
+    assert [len(answer(outputs)[0]) for outputs in (found[0], found[1])] == [3, 40]
+    assert (found[0][-1].finish_reason, found[0][-1].stop_token_id, found[0][-1].num_generated) == ("stop", None, 3)
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
+    assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
+
+
+def test_answers_of_a_process_that_is_killed_fail_and_others_go_on(shallow_folder: Path, closing: Callable[[Engine], None]) -> None:
+    engine, pool = beside(shallow_folder, closing)
+    plan = [(0, request(0, PERSON, min_new_tokens=10)), (0, request(1, WORD)), (0, request(2, None)), (30, request(3, PERSON))]
+
+    def kill(step: int) -> None:
+        if step == 5:
+            os.kill(pool.prepare(PERSON).result().at[0].pid, signal.SIGKILL)
+        if step == 30:
+            pool.prepare(PERSON).result()  # by the one that has taken its place, or by the other
+
+    found = run(engine, plan, kill)
+    assert (found[0][-1].finish_reason, found[0][-1].error_code) == ("error", "grammar_failed")
+    assert "the process that followed its grammar ended" in (found[0][-1].error or "")
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
+    assert all(answer(found[number]) == answer(expected[number]) for number in (1, 2, 3))
+    assert engine.stats().used_blocks == 0

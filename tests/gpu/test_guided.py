@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lmdeploy.engine.mask_calls import MaskCall
 
 from lmdeploy.config import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.guided import GuidedSlots, StepMask, forbid
-from lmdeploy.engine.mask_calls import MaskCall
 from lmdeploy.engine.start import build_engine
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineRequest, SamplingParams
