@@ -329,8 +329,10 @@ class Scheduler:
         return outputs
 
     def _take_result(self, seq: Sequence, item: PlanItem, token: int, more: SlotResult) -> EngineOutput | None:
-        if token == ENDED:
-            return self._finish(seq)
+        if token == ENDED:  # the one before was its last
+            self.counts.finished += 1
+            self._end(seq)
+            return final_output(seq, "stop")
         if more.error is not None or (item.sample and token < 0):
             return self._fail(seq, more.error or NO_TOKEN, more.error_code)
         assert item.sample or token < 0, f"slot {item.slot}: token {token}, though it was not to be sampled"
@@ -348,12 +350,6 @@ class Scheduler:
             self.counts.finished += 1
             self._end(seq)
         return output
-
-    def _finish(self, seq: Sequence) -> EngineOutput:
-        """With the token before."""
-        self.counts.finished += 1
-        self._end(seq)
-        return final_output(seq, "stop")
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         if token_id in seq.stop_ids and seq.num_generated > seq.sampling.min_new_tokens:
