@@ -397,7 +397,7 @@ def test_an_aborted_answer_leaves_nothing_behind(engine: Engine) -> None:
     assert {found[i][-1].finish_reason for i in (1, 2)} == {"abort"} and tokens(found[0]) and tokens(found[3])
     engine.add(guided(5, grammar=None, max_new_tokens=1))
     run(engine)
-    assert engine.stats().used_blocks == 0 and not any(engine._executor._runner.guided._matchers)  # type: ignore[attr-defined]
+    assert engine.stats().used_blocks == 0 and not engine._executor._runner.guided.used  # type: ignore[attr-defined]
 
 
 def test_requests_wait_for_their_compiler_and_not_in_the_way_of_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
