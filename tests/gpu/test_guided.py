@@ -131,7 +131,7 @@ def test_an_answer_ends_with_the_last_token_of_its_grammar(model_folder: Path) -
     found = answers(engine, params)
     assert {tokenizer.decode(ids) for ids in found[:6]} == {"anything at all"} and len(found[6]) == 50
     count = len(found[0])
-    engine.add(EngineRequest(request_id=0, token_ids=[1, 5119, 300], sampling=SamplingParams(max_new_tokens=count, grammar=word)))
+    engine.add(EngineRequest(request_id=0, token_ids=[1, 5119, *range(300, 320)], sampling=SamplingParams(max_new_tokens=count, grammar=word)))
     outputs = []
     while engine.has_work:
         outputs += list(engine.step())
@@ -144,7 +144,7 @@ def test_answers_of_a_process_that_is_killed_fail_and_others_go_on(model_folder:
     pool = engine._grammars
     assert isinstance(pool, MaskPool) and pool._pinned, "its memory is registered with the driver"
     words = [Grammar("regex", r"([a-z]{1,8} ){30}"), Grammar("regex", r"([a-z]{1,9} ){30}")]
-    held = [pool.prepare(grammar) for grammar in words]
+    held = [pool.prepare(grammar, answers=0) for grammar in words]
     first, second = (future.result(20).at[0] for future in held)
     assert first is not second
     for i in range(8):
