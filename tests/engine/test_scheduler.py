@@ -766,6 +766,16 @@ def test_an_answer_may_end_with_a_token_that_was_late_and_that_it_ended_may_be_l
     assert rank.num_ended == (max_new_tokens > 3)
 
 
+def test_one_answer_may_have_ended_where_the_token_of_another_is_late() -> None:
+    want, others = expected_tokens(PROMPT, 6), expected_tokens([8] * 13, 6)
+    rank = ending(want[2], num_blocks=32)
+    assert want[2] not in others
+    rank.delay((1, 16))
+    found = finish(build(rank, run_ahead=1), request(1, max_new_tokens=6), request(2, [8] * 13, 6))
+    assert tokens(found[1, 0]) == want[:3] and found[1, 0][-1].finish_reason == "stop"
+    assert tokens(found[2, 0]) == others and rank.num_late == rank.num_ended == 1
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_an_answer_that_gave_way_before_its_end_was_said_is_computed_anew_to_hear_it(caching: bool) -> None:
     prompts = [[i] * 6 for i in range(1, 5)]
