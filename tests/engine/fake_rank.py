@@ -5,6 +5,7 @@ and every key that an item may read is compared with what it must be. So a wrong
 block or a stale prefix hit fails at once. The next token is a hash of the keys, hence of all tokens before.
 
 It can be late with tokens, wherever the contract allows that. Meanwhile it leaves keys of no known token where the next plan says: who reads them fails, too.
+As under a grammar, an answer can end with some tokens; where the next plan goes on with it, that is said as late as the contract allows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from lmdeploy.engine.plan import LATE, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
+from lmdeploy.engine.plan import ENDED, LATE, Items, NewSequence, PlanItem, Rows, StepPlan, StepResult
 from lmdeploy.messages import EngineInfo, MemoryBill, TokenLogprobs
 
 MASK = (1 << 61) - 1
@@ -46,7 +47,7 @@ class Slot:
     token_ids: list[int]
     blocks: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)  # the right keys of token_ids[:len(keys)]
-    failed: bool = False
+    over: bool = False  # it was said that it has failed or ended
     owes: bool = False  # the token behind `token_ids`, which was late
 
 
@@ -78,7 +79,8 @@ def draw(key: int, seed: int, number: int, vocab_size: int) -> int:
 class FakeRank:
     """An `Executor` that checks every plan. `poison`: computing this token raises; `bad_draw`: drawing this token is a slot error.
 
-    `late`: whether the token of a slot that goes to a place is late, asked each time that it may be.
+    `late`: whether the token of a slot that goes to a place is late, asked each time that it may be. `ends`: an answer allows nothing behind these tokens; what
+    has such a last token has ended, however often it is computed.
     """
 
     def __init__(
@@ -112,6 +114,8 @@ class FakeRank:
         self.bad_draw: int | None = None
         self.late: Callable[[int, int], bool] = lambda slot, place: False
         self.num_late = 0  # times that a token was
+        self.ends: frozenset[int] = frozenset()
+        self.num_ended = 0  # times that this was said in place of a token
         self.broken = 0  # so many next steps raise, whatever is in them
         self.half_applied = False  # a failing step has set up its slots already
         self.plans: list[StepPlan] = []
@@ -134,11 +138,19 @@ class FakeRank:
 
         self.late = late
 
+    @property
+    def owes_an_end(self) -> bool:
+        """Whether an answer has ended, and that was not said."""
+        return any(self._has_ended(slot) and not slot.over for slot in self.slots.values())
+
     def submit(self, plan: StepPlan) -> None:
         """Remember the plan; it is computed when its result is asked for."""
         check(len(self._queue) < 2, "an executor need not take three plans at once")
         check(plan.step >= self._next_step and len(plan.items) > 0, f"step {plan.step} after {self._next_step}, or without items")
         self._next_step = plan.step + 1
+        forgotten = {slot for earlier, _ in self._queue for slot in earlier.released} | set(plan.released)
+        for number in {item.slot for item in plan.items} - forgotten:
+            check(number not in self.slots or not self.slots[number].over, f"slot {number} goes on, though it was said that it is over")
         seen = msgspec.structs.replace(plan, items=Items.of(list(plan.items)))  # the scheduler may give the plan others
         self.plans.append(seen)
         self._queue.append((seen, plan.items))
@@ -197,8 +209,8 @@ class FakeRank:
 
     def _compute(self, item: PlanItem, rows: Rows, row: int, goes_on: bool, left_out: bool) -> None:
         slot = self.slots[item.slot]
-        if slot.failed:  # launched before the error was seen: nobody will look at the result
-            rows[row].error = "failed before"
+        if slot.over:  # launched before that was seen: nobody will look at the result
+            rows[row].error = "over before"
             return
         end, known = item.start + item.num_tokens, len(slot.token_ids)
         if slot.owes:
@@ -248,14 +260,33 @@ class FakeRank:
             self.num_late += 1
             results.result.tokens[row] = LATE
             return
+        if self._has_ended(slot):
+            self._end(slot, results, row, end)
+            return
         token = draw(slot.keys[end - 1], sampling.seed, end - prompt_len, self._vocab_size)
         if token == self.bad_draw:
-            slot.failed = True
+            slot.over = True
             results[row].error = f"token {token} cannot be drawn"
             return
         slot.token_ids.append(token)
         results.result.tokens[row] = token
+        if self._has_ended(slot) and not goes_on:
+            results[row].complete = slot.over = True
         if sampling.logprobs is not None:
             results[row].logprobs = TokenLogprobs(token, -1.0, [])
         if sampling.output_logits == "generation":
+            results[row].logits = slot.keys[end - 1 : end]
+
+    def _has_ended(self, slot: Slot) -> bool:
+        return len(slot.token_ids) > slot.new.prompt_len and slot.token_ids[-1] in self.ends
+
+    def _end(self, slot: Slot, results: Rows, row: int, end: int) -> None:
+        """In place of a token; what else was computed of the row by then comes with it, and must not count."""
+        self.num_ended += 1
+        slot.over = True
+        results.result.tokens[row] = ENDED
+        if slot.new.sampling.logprobs is not None:
+            results[row].logprobs = TokenLogprobs(0, -1.0, [])
+            results[row].error = "no token is allowed"
+        if slot.new.sampling.output_logits == "generation":
             results[row].logits = slot.keys[end - 1 : end]

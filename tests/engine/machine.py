@@ -1,4 +1,4 @@
-"""Random requests, aborts, failures and late tokens against the whole of scheduler and engine, judged by the fake rank and by arithmetic.
+"""Random requests, aborts, failures, late tokens and ends that are said late against the whole of scheduler and engine, judged by the fake rank and by arithmetic.
 
 The outcome of every answer is computed in advance from its prompt alone. So whatever the pool, the batch, the budget, shared
 prefixes, pre-emption, failed steps of others, running ahead or lateness do, an answer that is not aborted must be exactly that.
@@ -6,6 +6,7 @@ prefixes, pre-emption, failed steps of others, running ahead or lateness do, an 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 from unittest import mock
@@ -23,6 +24,8 @@ from tests.engine.fake_rank import FakeRank, draw, key_chain, next_key
 
 VOCAB = 31
 POISON, BAD_DRAW, STOP = 30, 29, 28
+#: tokens behind which answers of a run allow nothing; none of them is a stop id
+ENDS = (frozenset[int](), frozenset({27}), frozenset({4, 5, 26, 27}), frozenset(range(4, 12)))
 #: prompts are these stems, cut anywhere, and a few more tokens: many share prefixes
 STEMS = ([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 7, 1, 2], [1, 2, 3, 4, 7, 7, 7, 7, 1, 1, 1, 1, 2, 2, 2, 2], [3] * 16)
 
@@ -33,6 +36,7 @@ class Answer:
 
     token_ids: list[int]
     reason: str
+    stop_token_id: int | None = None
     got: list[EngineOutput] = field(default_factory=list)
 
     @property
@@ -41,7 +45,7 @@ class Answer:
         return bool(self.got) and self.got[-1].finish_reason is not None
 
 
-def outcome(request: EngineRequest, index: int, max_tokens: int, rope_depends_on_length: bool) -> Answer:
+def outcome(request: EngineRequest, index: int, max_tokens: int, rope_depends_on_length: bool, ends: frozenset[int]) -> Answer:
     """Tokens and finish reason of an answer, from the prompt alone."""
     prompt, sampling = request.token_ids, request.sampling
     if POISON in prompt:
@@ -56,6 +60,8 @@ def outcome(request: EngineRequest, index: int, max_tokens: int, rope_depends_on
             return Answer(tokens, "error")
         tokens.append(token)
         if token in sampling.stop_token_ids and not sampling.ignore_eos and len(tokens) > sampling.min_new_tokens:
+            return Answer(tokens, "stop", token)
+        if token in ends:
             return Answer(tokens, "stop")
         if len(tokens) == sampling.max_new_tokens or len(prompt) + len(tokens) == max_tokens:
             return Answer(tokens, "length")
@@ -106,6 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
         fill=st.none()
         | st.builds(lambda few, tokens, most: Fill(((few, tokens), (few + 2, 1)), most), st.integers(1, 3), st.integers(1, 6), st.integers(1, 30)),
         late=st.sampled_from([0.0, 0.1, 0.3, 0.3, 0.6]),
+        ends=st.sampled_from(ENDS),
         seed=st.integers(0, 1000),
     )
     def build(
@@ -120,10 +127,11 @@ class EngineMachine(RuleBasedStateMachine):
         rope: bool,
         fill: Fill | None,
         late: float,
+        ends: frozenset[int],
         seed: int,
     ) -> None:
         self.rank = FakeRank(num_blocks, block_size, max_batch_size, session_len, vocab_size=VOCAB, rope_depends_on_length=rope)
-        self.rank.poison, self.rank.bad_draw = POISON, BAD_DRAW
+        self.rank.poison, self.rank.bad_draw, self.rank.ends = POISON, BAD_DRAW, ends
         luck = Random(seed)
         self.rank.late = lambda slot, place: luck.random() < late
         with mock.patch.object(running, "LOGGED", logged):
@@ -142,7 +150,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(request=requests())
     def add(self, request: EngineRequest) -> None:
-        scheduler = self.engine.scheduler
+        scheduler, rank = self.engine.scheduler, self.rank
         request = msgspec.structs.replace(request, request_id=len(self.requests))
         try:
             self.engine.add(request)
@@ -151,7 +159,7 @@ class EngineMachine(RuleBasedStateMachine):
             return
         self.requests[request.request_id] = request
         for index in range(request.n):
-            self.answers[request.request_id, index] = outcome(request, index, scheduler.limits.max_tokens, self.rank.rope_depends_on_length)
+            self.answers[request.request_id, index] = outcome(request, index, scheduler.limits.max_tokens, rank.rope_depends_on_length, rank.ends)
 
     @precondition(lambda self: self.answers)
     @rule(data=st.data(), request=requests())
@@ -174,6 +182,12 @@ class EngineMachine(RuleBasedStateMachine):
     def break_the_next_step(self, half_applied: bool, times: int) -> None:
         """Twice: the step, and the first of its sequences when computed alone, which then ends with an error."""
         self.rank.broken, self.rank.half_applied = times, half_applied
+
+    @precondition(lambda self: self.rank.owes_an_end)
+    @rule(half_applied=st.booleans())
+    def break_the_step_that_says_an_end(self, half_applied: bool) -> None:
+        """The answer is computed anew, alone, and has ended already."""
+        self.rank.broken, self.rank.half_applied = 1, half_applied
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -200,6 +214,9 @@ class EngineMachine(RuleBasedStateMachine):
         stats = self.engine.stats()
         assert stats.used_blocks == stats.running == stats.waiting == 0
         assert stats.finished + stats.failed + stats.aborted == len(self.answers)
+        reasons = Counter(answer.got[-1].finish_reason for answer in self.answers.values())
+        assert (stats.failed, stats.aborted) == (reasons["error"], reasons["abort"])
+        assert stats.generated_tokens == sum(len(output.token_ids) for answer in self.answers.values() for output in answer.got)
 
     def _step(self) -> None:
         running = self.engine.scheduler._running
@@ -224,7 +241,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert token_ids == answer.token_ids[: len(token_ids)]
             return
         assert (token_ids, last.finish_reason) == (answer.token_ids, answer.reason), f"{request} answer {index}"
-        assert (last.stop_token_id is not None) == (answer.reason == "stop")
+        assert last.stop_token_id == answer.stop_token_id
         self._judge_rows(request, answer, token_ids)
 
     def _judge_rows(self, request: EngineRequest, answer: Answer, token_ids: list[int]) -> None:

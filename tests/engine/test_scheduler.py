@@ -682,6 +682,206 @@ def test_steady_steps_end_at_a_late_token_and_begin_anew_behind_it() -> None:
     assert steady == [[again] for again in (False, False, *([True] * 6), False, False, *([True] * 5))]
 
 
+# ------------------------------------------------------------------ answers that a grammar ends
+
+
+def ending(*ends: int, **sizes: Any) -> FakeRank:
+    """A rank whose answers end with these tokens."""
+    rank = FakeRank(**sizes)
+    rank.ends = frozenset(ends)
+    return rank
+
+
+def computed_anew_when_over(rank: FakeRank) -> int:
+    """How many sequences were told to the rank again with the last token of their answers already."""
+    return sum(len(new.token_ids) > new.prompt_len and new.token_ids[-1] in rank.ends for plan in rank.plans for new in plan.new)
+
+
+def test_the_step_behind_says_that_an_answer_ended_with_the_token_before_and_no_other_answer_notices() -> None:
+    first, second, third = ([(i, token) for token in expected_tokens([i + 1] * 13, 6)] for i in range(3))
+    rank = ending(second[2][1], num_blocks=32)
+    assert second[2][1] not in [token for _, token in (*first, *second[:2], *third)]
+    engine = build(rank, run_ahead=1)
+    for i in range(3):
+        engine.add(request(i, [i + 1] * 13, max_new_tokens=6))
+    steps, last = [], None
+    while engine.has_work:
+        outputs = list(engine.step())
+        last = next((output for output in outputs if output.request_id == 1 and output.finish_reason), last)
+        steps.append([(output.request_id, *output.token_ids) for output in outputs])
+        engine.scheduler.check_integrity()
+    assert [sorted(step) for step in steps] == [
+        [],
+        [first[0], second[0], third[0]],
+        [first[1], second[1], third[1]],
+        [first[2], second[2], third[2]],
+        sorted([first[3], (1,), third[3]]),
+        [first[4], third[4]],
+        [first[5], third[5]],
+    ]
+    assert last is not None and (last.finish_reason, last.stop_token_id, last.error) == ("stop", None, None)
+    assert (last.num_prompt, last.num_cached, last.num_generated) == (13, 0, 3)
+    assert rank.num_ended == 1 and starts(rank, 1) == [0, 13, 14, 15, 16], "one step more was launched before that was known"
+    stats = engine.stats()
+    assert (stats.finished, stats.failed, stats.generated_tokens, stats.used_blocks) == (3, 0, 15, 0)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 5, 6])
+def test_the_end_comes_with_the_token_where_no_plan_goes_on_behind_it(max_new_tokens: int, run_ahead: int) -> None:
+    """As behind what is the last token in any case: still it is the grammar that ended the answer."""
+    for place, token in enumerate(want := expected_tokens(PROMPT, max_new_tokens)):
+        rank = ending(token)
+        engine = build(rank, run_ahead=run_ahead)
+        found = finish(engine, request(1, max_new_tokens=max_new_tokens))[1, 0]
+        assert tokens(found) == want[: place + 1] and all(output.finish_reason is None for output in found[:-1])
+        goes_on = run_ahead == 1 and place + 1 < max_new_tokens
+        assert rank.num_ended == goes_on and found[-1].token_ids == ([] if goes_on else [token])
+        assert (found[-1].finish_reason, found[-1].stop_token_id, found[-1].num_generated) == ("stop", None, place + 1)
+        assert engine.stats().generated_tokens == place + 1 and engine.stats().used_blocks == 0
+
+
+def test_a_stop_id_behind_which_a_grammar_allows_nothing_is_a_stop_id() -> None:
+    want = expected_tokens(PROMPT, 6)
+    rank = ending(want[2])
+    engine = build(rank, run_ahead=1)
+    found = finish(engine, request(1, max_new_tokens=6, stop_token_ids=(want[2],)))[1, 0]
+    assert tokens(found) == want[:3] and (found[-1].finish_reason, found[-1].stop_token_id) == ("stop", want[2])
+    assert engine.stats().finished == 1, "what the step behind says comes to nobody"
+
+
+@pytest.mark.parametrize("delayed", [(15,), (16,), (15, 15, 16, 16), (13, 14, 15, 16)])
+@pytest.mark.parametrize("max_new_tokens", [3, 4, 6])
+def test_an_answer_may_end_with_a_token_that_was_late_and_that_it_ended_may_be_late(max_new_tokens: int, delayed: tuple[int, ...]) -> None:
+    """Also where one of these steps was to be the answer's last one, and only another answer goes on."""
+    want, others = expected_tokens(PROMPT, 6), expected_tokens([8] * 11, 20)
+    rank = ending(want[2], num_blocks=32)
+    assert want[2] not in others
+    rank.delay(*((0, place) for place in delayed))
+    engine = build(rank, run_ahead=1)
+    found = finish(engine, request(1, max_new_tokens=max_new_tokens), request(2, [8] * 11, 20))
+    assert tokens(found[1, 0]) == want[:3] and (found[1, 0][-1].finish_reason, found[1, 0][-1].num_generated) == ("stop", 3)
+    assert tokens(found[2, 0]) == others and engine.stats().used_blocks == 0
+    assert rank.num_late == engine.stats().late_tokens == sum(place < 13 + max_new_tokens for place in delayed)
+    assert rank.num_ended == (max_new_tokens > 3)
+
+
+def test_one_answer_may_have_ended_where_the_token_of_another_is_late() -> None:
+    want, others = expected_tokens(PROMPT, 6), expected_tokens([8] * 13, 6)
+    rank = ending(want[2], num_blocks=32)
+    assert want[2] not in others
+    rank.delay((1, 16))
+    found = finish(build(rank, run_ahead=1), request(1, max_new_tokens=6), request(2, [8] * 13, 6))
+    assert tokens(found[1, 0]) == want[:3] and found[1, 0][-1].finish_reason == "stop"
+    assert tokens(found[2, 0]) == others and rank.num_late == rank.num_ended == 1
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_an_answer_that_gave_way_before_its_end_was_said_is_computed_anew_to_hear_it(caching: bool) -> None:
+    prompts = [[i] * 6 for i in range(1, 5)]
+    want = [expected_tokens(p, 14, seed=i) for i, p in enumerate(prompts)]
+    anew = 0
+    for token in {token for answer in want for token in answer}:
+        rank = ending(token, num_blocks=8, max_batch_size=4, session_len=32)
+        engine = build(rank, caching=caching, run_ahead=1)
+        found = finish(engine, *(request(i, p, 14, seed=i) for i, p in enumerate(prompts)))
+        for i, answer in enumerate(want):
+            has_ended = token in answer
+            assert tokens(found[i, 0]) == answer[: answer.index(token) + 1 if has_ended else 14]
+            assert found[i, 0][-1].finish_reason == ("stop" if has_ended else "length")
+        anew += computed_anew_when_over(rank)
+        assert engine.stats().used_blocks == 0 and engine.stats().failed == 0
+    assert anew > 0
+
+
+@pytest.mark.parametrize("half_applied", [True, False])
+def test_when_the_step_that_says_it_fails_the_answer_is_computed_alone_and_ends(half_applied: bool) -> None:
+    want = expected_tokens(PROMPT, 6)
+    rank = ending(want[2], num_blocks=32)
+    engine = build(rank, run_ahead=1)
+    engine.add(request(1, max_new_tokens=6))
+    got: list[EngineOutput] = []
+    while len(got) < 3:
+        got += engine.step()
+    rank.broken, rank.half_applied = 1, half_applied
+    got += finish(engine, request(2, [9] * 11)).pop((1, 0))
+    assert tokens(got) == want[:3] and (got[-1].finish_reason, got[-1].num_generated) == ("stop", 3)
+    assert computed_anew_when_over(rank) == rank.num_ended == 1 and engine.stats().used_blocks == 0
+
+
+def test_an_answer_can_be_given_up_before_its_end_is_said() -> None:
+    want = expected_tokens(PROMPT, 6)
+    rank = ending(want[2], num_blocks=8, max_batch_size=1)
+    engine = build(rank, run_ahead=1)
+    engine.add(request(1, max_new_tokens=6))
+    got: list[EngineOutput] = []
+    while len(got) < 3:
+        got += engine.step()
+    engine.abort(1)
+    assert engine.stats().used_blocks == 0
+    found = finish(engine, request(2, [9] * 11))  # in the same slot, while the end is on its way
+    assert [output.finish_reason for output in found[1, 0]] == ["abort"] and found[1, 0][0].num_generated == 3
+    assert rank.num_ended == 1 and tokens(found[2, 0]) == expected_tokens([9] * 11, 4)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_answers_of_one_prompt_end_each_with_its_own_token(caching: bool) -> None:
+    """The first with its first one, when the others have just begun."""
+    want = [expected_tokens(PROMPT, 6, seed=i) for i in range(3)]
+    rank = ending(want[0][0], want[1][2], num_blocks=32)
+    lengths = [next((place + 1 for place, token in enumerate(answer) if token in rank.ends), 6) for answer in want]
+    assert lengths == [1, 3, 4]
+    engine = build(rank, caching=caching, run_ahead=1)
+    found = finish(engine, request(1, n=3, max_new_tokens=6))
+    assert [tokens(found[1, i]) for i in range(3)] == [answer[:length] for answer, length in zip(want, lengths, strict=True)]
+    assert [found[1, i][-1].finish_reason for i in range(3)] == ["stop"] * 3 and rank.num_ended == 3
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("logits", ["all", "generation"])
+def test_nothing_counts_that_comes_with_the_word_that_an_answer_has_ended(logits: str, caching: bool) -> None:
+    want = expected_tokens(PROMPT, 6)
+    rank = ending(want[2])
+    engine = build(rank, caching=caching, run_ahead=1)
+    found = finish(engine, request(1, max_new_tokens=6, logprobs=0, prompt_logprobs=0, output_logits=logits))[1, 0]
+    keys = key_chain(PROMPT + want[:2])
+    assert tokens(found) == [p.token_id for o in found for p in o.logprobs or []] == want[:3]
+    assert [row for o in found for row in o.logits or []] == (keys if logits == "all" else keys[len(PROMPT) - 1 :])
+    assert rank.num_ended == 1 and (found[-1].finish_reason, found[-1].error) == ("stop", None) and engine.stats().failed == 0
+
+
+def test_the_next_turn_finds_what_an_ended_answer_has_computed_but_its_last_token() -> None:
+    want = expected_tokens(PROMPT, 12)
+    rank = ending(want[10], num_blocks=32)
+    engine = build(rank, run_ahead=1)
+    assert tokens(finish(engine, request(1, max_new_tokens=12))[1, 0]) == want[:11] and rank.num_ended == 1
+    follow_up = [*PROMPT, *want[:11], 9, 9]
+    found = finish(engine, request(2, follow_up))[2, 0]
+    assert found[-1].num_cached == 20, "of 24 tokens: that the last one's block was filled came with the word that the answer had ended, and does not count"
+    assert tokens(found) == expected_tokens(follow_up, 4)
+
+
+def test_steady_steps_end_where_an_answer_has_ended_and_begin_anew_without_it() -> None:
+    answers = [expected_tokens([i + 1] * 13, 20) for i in range(3)]
+    rank = ending(answers[1][8], num_blocks=64, block_size=16, session_len=64)
+    assert answers[1].index(answers[1][8]) == 8 and answers[1][8] not in answers[0] + answers[2]
+    engine = build(rank, run_ahead=1)
+    for i in range(3):
+        engine.add(request(i, [i + 1] * 13, max_new_tokens=20))
+    steady: list[list[bool]] = []
+    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    while rank.num_ended == 0 or len(steady) < 17:
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+        steady.append([plan.items.again for plan, _ in engine.scheduler._flights])
+        engine.scheduler.check_integrity()
+    # the eleventh step brings the end, when the eleventh plan was launched; the next one is looked at whole
+    assert steady == [[again] for again in (False, False, *([True] * 9), False, *([True] * 5))]
+    for output in (output for outputs in finish(engine).values() for output in outputs):
+        found[output.request_id] += output.token_ids
+    assert [found[i] for i in range(3)] == [answers[0], answers[1][:9], answers[2]]
+
+
 # ------------------------------------------------------------------ random operations
 
 
