@@ -35,6 +35,8 @@ COMMON = slice(32, 96)
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
 #: seconds that a step waits for masks even where the device has nothing to do
 BRIEF = 3e-5
+#: seconds in which it is found out of an answer's last token whether the answer is complete, as a rule in 0.1 ms; where a process is busy for longer, the answer was too long
+LAST_SECONDS = 2e-3
 #: seconds after which it is looked whether the device still has something to do
 LOOK = 1e-4
 
@@ -173,8 +175,8 @@ class GuidedSlots:
         goes_on = (chosen >= 0) & ~mask.only_stops & (mask.epochs == self._epochs[mask.slots]) & (mask.stops != chosen[:, None]).all(axis=1)
         slots = mask.slots[goes_on]
         if slots.size:
-            last = np.ones(slots.size, dtype=bool) if mask.further is None else ~mask.further[goes_on]
-            complete[goes_on] = self._masks.advance(slots, chosen[goes_on], last)
+            last, seconds = (np.ones(slots.size, dtype=bool), math.inf) if mask.further is None else (~mask.further[goes_on], LAST_SECONDS)
+            complete[goes_on] = self._masks.advance(slots, chosen[goes_on], last, seconds)
         return complete
 
     # -- waiting for masks -------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ from lmdeploy.log import get_logger
 logger = get_logger(__name__)
 
 #: answers that a process is to have before another one is used, and processes at most; of many processors some are others'
-ROWS_EACH, MOST_PROCESSES = 4, max(1, min(12, (os.cpu_count() or 1) * 3 // 4))
+ROWS_EACH, MOST_PROCESSES = 4, max(1, min(12, len(os.sched_getaffinity(0)) * 3 // 4))
 #: seconds of processor time to compile a grammar from which on one process has all of its answers
 CHEAP_SECONDS = 0.05
 #: seconds after which a process that takes no message, or brings no mask, is killed
@@ -240,7 +240,8 @@ class MaskPool:
             compiled.users[future] = answers
             self._keep(compiled)
             self._spread(compiled, owner)
-            self._resolve(compiled)
+            if compiled.at and not compiled.asked:  # others have heard of it: thousands may hold one grammar
+                future.set_result(compiled)
         return future
 
     def _spread(self, compiled: _Grammar, owner: str) -> None:
@@ -254,8 +255,11 @@ class MaskPool:
             return
         wanted, have = 1, len(compiled.at) + len(compiled.asked)
         if compiled.at and compiled.seconds < CHEAP_SECONDS:
-            others = sum(len(c.at) + len(c.asked) - 1 for c in self._by_number.values() if c is not compiled and c.users and (c.at or c.asked))
-            wanted = min(-(-compiled.answers(len(running) * ROWS_EACH) // ROWS_EACH), 1 + max(self._most_more - others, 0))
+            wanted = -(-compiled.answers(len(running) * ROWS_EACH) // ROWS_EACH)
+        if wanted <= have:
+            return
+        others = sum(len(c.at) + len(c.asked) - 1 for c in self._by_number.values() if c is not compiled and c.users and (c.at or c.asked))
+        wanted = min(wanted, 1 + max(self._most_more - others, 0))
         grammars = Counter(p for c in self._by_number.values() for p in (*c.at, *c.asked))
         free = sorted((p for p in running if p not in compiled.at and p not in compiled.asked), key=lambda p: (p.slots, grammars[p]))
         for process in free[: max(wanted - have, 0)]:
@@ -352,7 +356,7 @@ class MaskPool:
         self._expected[slot], self._since[slot] = self._turn, time.monotonic()
         process.send(frame(Leave(self._turn, slot)))
 
-    def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
+    def advance(self, slots: Ints, tokens: Ints, last: Flags, seconds: float) -> Flags:
         """See `Masks`."""
         turn, self._turn = self._turn + 1, self._turn + 2
         self._expected[slots], self._since[slots] = turn, time.monotonic()
@@ -361,11 +365,11 @@ class MaskPool:
             self._processes[number].send(message)
         complete: Flags = np.zeros(slots.size, dtype=bool)
         if last.any():
-            ends = slots[last]
-            while not self.there(ends).all():
-                self.wait(1.0)
-            complete[last] = self.states(ends) == STOPPED
-            self._expected[ends[~complete[last]]] = turn + 1
+            ends, until = slots[last], time.monotonic() + seconds
+            while not self.there(ends).all() and (left := until - time.monotonic()) > 0:
+                self.wait(min(left, 1.0))
+            complete[last] = self.there(ends) & (self.states(ends) == STOPPED)
+            self._expected[ends] = turn + 1
         return complete
 
     def there(self, slots: Ints) -> Flags:
@@ -424,6 +428,8 @@ class MaskPool:
             for process in self._processes:
                 process.kill()
             if self._pinned:
+                with contextlib.suppress(RuntimeError):  # a device that is lost reads nothing any more
+                    torch.cuda.synchronize()
                 torch.cuda.cudart().cudaHostUnregister(self._pinned)  # type: ignore[no-untyped-call]
         self._root.end()
         for file in self._files:

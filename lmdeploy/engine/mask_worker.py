@@ -98,11 +98,9 @@ class Worker:
             mine = [(slot, token) for slot, token in zip(slots, tokens, strict=True) if slot in self._slots]
             for slot, token in mine:
                 if token < 0:
-                    state = self._take_in(slot, ~token)
-                    self._say(slot, message.turn, state)
+                    self._say(slot, message.turn, self._take_in(slot, ~token))
                     os.eventfd_write(self._notify, 1)
-                    if state != STOPPED:
-                        self._todo[slot] = message.turn + 1, None
+                    self._todo[slot] = message.turn + 1, None
                 else:
                     self._todo[slot] = message.turn, token
                     if self._ends.near(self._left[slot], token):

@@ -41,8 +41,9 @@ class Masks(Protocol):
         """Forget a slot that was taken."""
         ...
 
-    def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
-        """Take in a token each of slots whose masks are there. True where nothing may come behind it: of all that are `last`, of others if it is known."""
+    def advance(self, slots: Ints, tokens: Ints, last: Flags, seconds: float) -> Flags:
+        """Take in a token each of slots whose masks are there. True where nothing may come behind it: of those that are `last`, if it is known within so many seconds,
+        and of others, if it is known at once."""
         ...
 
     def there(self, slots: Ints) -> Flags:
@@ -98,7 +99,7 @@ class MasksHere:
         del self._followers[slot]
         self._missing[slot] = False
 
-    def advance(self, slots: Ints, tokens: Ints, last: Flags) -> Flags:
+    def advance(self, slots: Ints, tokens: Ints, last: Flags, seconds: float) -> Flags:
         """See `Masks`."""
         self._missing[slots] = True
         return np.array([self._followers[slot].advance(token) for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True)])

@@ -122,10 +122,10 @@ def test_strings_of_any_length_are_written_in_a_server_that_runs_for_long(model_
     for _ in range(3):
         for slot in slots.tolist():
             masks.take(slot, grammar, [])
-        masks.advance(slots, np.full(2, quote), none)
+        masks.advance(slots, np.full(2, quote), none, 0)
         for _ in range(320):
             assert masks.there(slots).all() and (masks.states(slots) == GOES_ON).all()
-            masks.advance(slots, draw.choice(letters, size=2), none)
+            masks.advance(slots, draw.choice(letters, size=2), none, 0)
         for slot in slots.tolist():
             masks.leave(slot)
     compiler.close()

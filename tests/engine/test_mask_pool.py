@@ -105,7 +105,7 @@ def test_masks_and_ends_are_those_of_this_process(pool: MaskPool, model_folder: 
         assert (here.words[slots] == pool.words[slots]).all() and (here.states(slots) == pool.states(slots)).all(), step
         slots = slots[pool.states(slots) == GOES_ON]
         tokens, last = tokens_for(pool, slots, draw), draw.random(slots.size) < 0.3
-        complete, expected = pool.advance(slots, tokens, last), here.advance(slots, tokens, last)
+        complete, expected = pool.advance(slots, tokens, last, 20), here.advance(slots, tokens, last, 0)
         assert (complete == (expected & last)).all(), "of those that are last it is known at once"
         for slot, ended in zip(slots.tolist(), expected.tolist(), strict=True):
             if ended:
@@ -124,10 +124,24 @@ def test_an_answer_goes_on_from_the_tokens_that_it_has(pool: MaskPool) -> None:
     for _ in range(6):
         wait_for(pool, slots_of(0))
         tokens += tokens_for(pool, slots_of(0), draw).tolist()
-        pool.advance(slots_of(0), np.array(tokens[-1:]), np.zeros(1, dtype=bool))
+        pool.advance(slots_of(0), np.array(tokens[-1:]), np.zeros(1, dtype=bool), 20)
     pool.take(3, WORDS, tokens)
     wait_for(pool, slots_of(0, 3))
     assert (pool.words[0] == pool.words[3]).all()
+
+
+def test_nobody_waits_for_long_to_hear_whether_an_answer_is_complete(pool: MaskPool) -> None:
+    pool.take(0, Grammar("regex", "[0-9]"), [])
+    wait_for(pool, slots_of(0))
+    holder = pool._processes[pool._process_of[0]]
+    os.kill(holder.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    digit = tokens_for(pool, slots_of(0), np.random.default_rng(0))
+    assert pool.advance(slots_of(0), digit, np.ones(1, dtype=bool), 0.05).tolist() == [False]
+    assert 0.05 <= time.monotonic() - begun < 5
+    os.kill(holder.pid, signal.SIGCONT)
+    wait_for(pool, slots_of(0))
+    assert pool.states(slots_of(0)).tolist() == [STOPPED], "it is known later, should it go on"
 
 
 def test_a_mask_that_cannot_be_made_says_why(pool: MaskPool) -> None:
@@ -148,7 +162,7 @@ def test_a_slot_is_not_written_to_by_two_processes(pool: MaskPool) -> None:
     wait_for(pool, slots_of(0))
     holder, other = (first, second) if first.slots else (second, first)
     os.kill(holder.pid, signal.SIGSTOP)
-    pool.advance(slots_of(0), tokens_for(pool, slots_of(0), np.random.default_rng(0)), np.zeros(1, dtype=bool))
+    pool.advance(slots_of(0), tokens_for(pool, slots_of(0), np.random.default_rng(0)), np.zeros(1, dtype=bool), 20)
     pool.leave(0)
     holder.slots += 1  # so that the other one is to have it
     pool.take(0, WORDS, [])
@@ -273,7 +287,7 @@ def test_only_answers_of_a_process_that_ends_fail_and_another_takes_its_place(po
     draw = np.random.default_rng(0)
     assert pool.there(slots).all() and (pool.states(its) == BROKEN).all() and (pool.states(others) == GOES_ON).all()
     assert "ended" in pool.reason(its.item(0))
-    pool.advance(others, tokens_for(pool, others, draw), np.zeros(others.size, dtype=bool))
+    pool.advance(others, tokens_for(pool, others, draw), np.zeros(others.size, dtype=bool), 20)
     wait_for(pool, others)
     for slot in its.tolist():
         pool.leave(slot)
@@ -327,7 +341,7 @@ def test_a_process_that_brings_no_mask_is_replaced(pool: MaskPool, monkeypatch: 
     pool.take(0, WORDS, [])
     wait_for(pool, slots_of(0))
     os.kill(pool._processes[pool._process_of[0]].pid, signal.SIGSTOP)
-    pool.advance(slots_of(0), tokens_for(pool, slots_of(0), np.random.default_rng(0)), np.zeros(1, dtype=bool))
+    pool.advance(slots_of(0), tokens_for(pool, slots_of(0), np.random.default_rng(0)), np.zeros(1, dtype=bool), 20)
     wait_for(pool, slots_of(0))
     assert pool.states(slots_of(0)).tolist() == [BROKEN]
     pool.leave(0)
