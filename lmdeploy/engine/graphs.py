@@ -260,10 +260,10 @@ class StepGraphs:
             self._tables.append_blocks(new_blocks.items())
         self._before()
 
-    def choice(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int) -> Callable[[], None]:
+    def choice(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int, arrive: Ints) -> Callable[[], None]:
         """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks: what is
-        returned joins them. Rows have these slots and so many known tokens; theirs arrive on this line in order."""
-        prepared = self._masked.prepare(slots, lengths, mask, line)
+        returned joins them. Rows have these slots and so many known tokens; theirs arrive at these places of this line, as those without masks have."""
+        prepared = self._masked.prepare(slots, lengths, mask, arrive + line * self._lines.shape[1])
         graph = self._graphs.get(Choice(prepared.size))
         launch = partial(self._masked.choose, prepared.size) if graph is None else graph.replay
 

@@ -67,20 +67,17 @@ class MaskedChoice:
         self._words = torch.zeros((table.num_slots, table.young_words.shape[1]), dtype=torch.int32, device=logits.device)
         self._beside = _Beside(logits.device) if logits.device.type == "cuda" else None
 
-    def prepare(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int) -> Prepared:
-        """What can be done before masks are there, for rows with these slots and so many known tokens, whose tokens arrive on this line in order. Behind what
-        was launched with what was prepared before."""
+    def prepare(self, slots: Ints, lengths: Ints, mask: GuidedStep, places: Ints) -> Prepared:
+        """What can be done before masks are there, for rows with these slots and so many known tokens, whose tokens arrive at these places of all lines together.
+        Behind what was launched with what was prepared before. Rows without a mask have their tokens already."""
         count, rows = slots.size, mask.rows
         size = self._sizes[bisect_left(self._sizes, count)]
         stage, self._stage = self._stages[self._stage], (self._stage + 1) % STAGES
-        to_slots, to_lengths, where, places = stage.numpy()
-        to_slots[:count], to_lengths[:count] = slots, lengths
-        where[:count] = np.arange(line * self._lines.shape[1], line * self._lines.shape[1] + count)
-        to_slots[count:size], to_lengths[count:size], where[count:size] = self._sampler.table.num_slots, 1, -1  # nobody's
-        place: NDArray[np.int32] = places.view(np.int32)
+        to_slots, to_lengths, where, at = stage.numpy()
+        place: NDArray[np.int32] = at.view(np.int32)
+        to_slots[:size], to_lengths[:size], where[:size], place[:size] = self._sampler.table.num_slots, 1, -1, -1  # nobody's
         guided = slots[rows]
-        place[:size] = -1
-        place[rows] = guided
+        to_slots[rows], to_lengths[rows], where[rows], place[rows] = guided, lengths[rows], places[rows], guided
         self._inputs.copy_(stage, non_blocking=True)
         first, last = int(guided.min()), int(guided.max()) + 1
         return Prepared(size, stage, place, self._words[first:last], mask.words[first:last])

@@ -229,7 +229,7 @@ class ModelRunner:
             known = lengths if self._held is None else self._held.lengths(lengths, rows.slots)
             mask = self.guided.masks(rows.slots, self.sampling.young(rows.slots, known))
             assert mask is not None
-            return self._owe(self.graphs.logits[: repeat.count], rows.slots, known, results.take(rows.order), mask, line)
+            return self._owe(self.graphs.logits[: repeat.count], rows.slots, known, results.take(rows.order), mask, line, rows.order)
 
     def _arrived(self, step: int, line: int, count: int) -> StepResult:
         return StepResult(step, self.arrivals.wait(line, count))
@@ -306,7 +306,7 @@ class ModelRunner:
             if whole and line == self.arrivals.last and self._held is None:
                 self._repeat = Repeat(count, REPEATS, None if mask is None else GuidedRows(slots, batch.lengths, arrive))
             if mask is not None:
-                return self._owe(ran.logits[ran.places], slots, lengths, results, mask, line)
+                return self._owe(ran.logits[ran.places], slots, lengths, results, mask, line, arrive)
             return lambda: results.note_tokens(self.arrivals.wait(line, count)[arrive])
         logits = ran.logits[ran.places] if isinstance(ran.places, slice) else ran.logits.index_select(0, upload(ran.places, self.device))
         return self._sample(logits, slots, lengths, results, mask)
@@ -325,12 +325,13 @@ class ModelRunner:
         self._owed = Owed(partial(self._choose_owed, lambda: bring(choose()), True, logits, results, mask), self.device)
         return self._owed.finish
 
-    def _owe(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep, line: int) -> Finish:
-        """The same of logits that the last graph left, whose rows are chosen from as they are; tokens come on its line."""
+    def _owe(self, logits: Tensor, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep, line: int, arrive: Ints) -> Finish:
+        """The same of logits that the last graph left, whose rows are chosen from as they are; tokens come on its line, where it has left those of other rows."""
         self._put_back(logits, slots)
         mask.busy, mask.paced = partial(self.arrivals.is_due, line), True
         assert self.graphs is not None and self.guided is not None
-        choose, told = self.graphs.choice(slots, lengths, mask, line), partial(self._told, partial(self.arrivals.wait, line, len(slots)), results, mask)
+        choose = self.graphs.choice(slots, lengths, mask, line, arrive)
+        told = partial(self._told, lambda: self.arrivals.wait(line, len(slots))[arrive], results, mask)
         launched, mark = partial(self.guided.launched, mask), partial(self.arrivals.mark, line)
 
         def launch() -> Finish:

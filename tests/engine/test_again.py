@@ -68,16 +68,15 @@ class Rechosen:
         if graphs._sampler.kernel is not None:
             return masked.choose(self.size)
         slots, lengths, where, places = masked._inputs[:, : self.size].numpy().copy()
-        count = int((slots != graphs._filler).sum())
-        assert (where[:count] >= 0).all() and (where[count:] == -1).all()
-        place = places.view(np.int32)[:count]
+        guided = slots != graphs._filler  # others have their tokens already
+        place = places.view(np.int32)[: self.size]
+        assert (where[guided] >= 0).all() and (where[~guided] == -1).all() and (place[~guided] == -1).all()
+        place, slots, lengths, where = place[guided], slots[guided], lengths[guided], where[guided]
         rows = np.flatnonzero(place >= 0)
         mask = StepMask(rows, masked._words[torch.from_numpy(place[rows]).long()])
-        logits = graphs.logits[:count].clone()
-        late = np.flatnonzero((place < 0) & (graphs._sampler.table._young_until[slots[:count]] < 0))
-        logits[torch.from_numpy(late)] = float("nan")  # nothing is chosen without its mask
-        tokens = graphs._sampler._choose(logits, slots[:count], lengths[:count], mask)
-        graphs._lines.view(-1)[torch.from_numpy(where[:count])] = tokens
+        logits = graphs.logits[: self.size][torch.from_numpy(guided)]
+        logits[torch.from_numpy(np.flatnonzero(place < 0))] = float("nan")  # nothing is chosen without its mask
+        graphs._lines.view(-1)[torch.from_numpy(where)] = graphs._sampler._choose(logits, slots, lengths, mask)
         return None
 
     def reset(self) -> None:
