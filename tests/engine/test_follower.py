@@ -84,6 +84,29 @@ def test_answers_that_go_on_share_what_the_first_of_them_has_renewed(library: Gr
     assert 1 < len(compiled) < 10
 
 
+def test_an_answer_whose_last_token_finds_the_lexer_full_has_stopped(library: GrammarLibrary) -> None:
+    limited(library, 700)
+    quote, lexer = library.pieces.index(b'"'), lexer_of(library, STRING)
+    followers = [Follower(lexer, [quote, library.pieces.index(b"a")]) for _ in range(2)]
+    full = lexer.start
+    for seed in range(100):
+        walk(library, lexer, seed)
+        if lexer.start is not full:
+            break
+    assert [follower.advance(quote) for follower in followers] == [True, True]
+    assert all(follower._start is lexer.start for follower in followers), "they have begun anew"
+
+
+def test_who_finds_that_what_others_have_renewed_is_full_too_renews_it_again(library: GrammarLibrary) -> None:
+    limited(library, 700)
+    quote, a, lexer = library.pieces.index(b'"'), library.pieces.index(b"a"), lexer_of(library, STRING)
+    followers, starts = [Follower(lexer, [quote, *[a] * length]) for length in range(190)], [lexer.start]
+    for follower in followers:
+        assert mask_of(follower)[0] == GOES_ON
+        starts += [lexer.start] if lexer.start is not starts[-1] else []
+    assert len(starts) > 3
+
+
 def test_what_no_lexer_has_room_for_is_broken_and_says_why(library: GrammarLibrary) -> None:
     limited(library, 120)
     lexer = lexer_of(library, STRING)

@@ -143,6 +143,12 @@ def test_a_complete_answer_ends_at_once_whatever_min_new_tokens_and_ignore_eos_s
         fits(ask(pipe, response_format=form(PERSON), **options), PERSON)
 
 
+def test_an_answer_that_can_only_be_empty_ends_at_once(pipe: Pipeline) -> None:
+    for options in ({}, {"min_new_tokens": 5}, {"ignore_eos": True}):
+        answer = ask(pipe, response_format={"type": "regex_schema", "regex_schema": "()"}, max_new_tokens=9, **options)
+        assert (answer.text, answer.finish_reason) == ("", "stop") and answer.generate_token_len <= 1
+
+
 def test_a_last_token_that_is_no_stop_token_stays_in_the_answer(pipe: Pipeline) -> None:
     answer = ask(pipe, response_format={"type": "choice", "choice": ["only this"]})
     assert (answer.text, answer.finish_reason, answer.stop_reason) == ("only this", "stop", None)

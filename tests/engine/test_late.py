@@ -22,7 +22,9 @@ from lmdeploy.engine.engine import Engine
 from lmdeploy.engine.executor.local import LocalExecutor
 from lmdeploy.engine.grammar_compiler import GrammarCompiler, GrammarLibrary
 from lmdeploy.engine.guided import GuidedSlots, GuidedStep
+from lmdeploy.engine.late import join_in_time
 from lmdeploy.engine.mask_pool import MaskPool
+from lmdeploy.engine.plan import Items, NewSequence, PlanItem, StepPlan
 from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.sizing import PoolRequest
 from lmdeploy.grammar import Grammar
@@ -278,6 +280,59 @@ def test_a_slot_whose_last_owner_has_a_mask_on_its_way_waits_for_it(shallow_fold
     texts = answer([output for output in outputs if output.request_id == 1])
     assert texts[1] == "stop"
     assert texts == answer(run(engine_of(shallow_folder, ModelRunner)[0], [(0, request(1, PERSON))])[1])
+
+
+@pytest.mark.parametrize(
+    ("may", "gone", "others", "waits"),
+    [
+        ([True, True], [False, False], 0, False),
+        ([True, False], [False, False], 0, True),
+        ([True, True], [True, False], 0, True),
+        ([True, True], [True, False], 1, False),
+        ([True, True], [True, True], 0, False),
+    ],
+    ids=["may be late", "may not be late", "nobody would get a token", "somebody without a grammar gets one", "nobody wants one"],
+)
+def test_which_masks_are_waited_for(shallow_folder: Path, may: list[bool], gone: list[bool], others: int, waits: bool) -> None:
+    """The first of two is there, and the second comes after some time."""
+    pool = MaskPool(shallow_folder, 5120, STOPS, most=2)
+    slots = GuidedSlots.of(pool, 8, CPU)
+    for slot, grammar in enumerate((WORD, PERSON)):
+        pool.prepare(grammar).result(20)
+        slots.set(slot, SamplingParams(max_new_tokens=40, grammar=grammar, stop_token_ids=STOPS), [])
+        while not pool.there(np.array([slot])).all():
+            pool.wait(0.1)
+    holder = pool._processes[pool._process_of[1]]
+    assert holder.slots == 1
+    os.kill(holder.pid, signal.SIGSTOP)
+    pool.advance(np.array([1]), np.array([GrammarLibrary.open(shallow_folder, 5120, STOPS).pieces.index(b"{")]), np.zeros(1, dtype=bool), 0)
+    step = slots.masks(np.arange(2 + others), np.zeros(2 + others, dtype=bool))
+    assert step is not None
+    step.late, step.gone = np.array(may), np.array(gone)
+    timer = threading.Timer(0.2, os.kill, (holder.pid, signal.SIGCONT))
+    timer.start()
+    step.join()
+    timer.join()
+    pool.close()
+    assert step.late.tolist() == [False, not waits]
+
+
+def test_who_has_a_slot_next_is_not_who_goes_on(shallow_folder: Path) -> None:
+    """Though one token of it is computed, as of those who do."""
+    compiler = GrammarCompiler.open(shallow_folder, 5120, STOPS)
+    slots, params = GuidedSlots.of(compiler, 8, CPU), SamplingParams(max_new_tokens=40, grammar=WORD, stop_token_ids=STOPS)
+    for slot in range(4):
+        slots.set(slot, params, [])
+    step = slots.masks(np.arange(5), np.zeros(5, dtype=bool))
+    assert step is not None
+    items = Items.of([PlanItem(0, 20, 1, [], True), PlanItem(1, 0, 1, [], True), PlanItem(2, 0, 1, [], True)])
+    plan = StepPlan(2, [1], [NewSequence(slot, [300], 1, params, 128) for slot in (1, 2)], items)
+    kept = join_in_time(step, plan, np.ones(4, dtype=bool))
+    assert step.gone is not None and step.gone.tolist() == [False, True, False, False]
+    assert step.further is not None and step.further.tolist() == [True, False, False, False]
+    assert not kept.any() and not step.late.any()
+    slots.close()
+    compiler.close()
 
 
 def test_alone_an_answer_waits_for_its_masks(shallow_folder: Path, closing: Callable[[Engine], None]) -> None:

@@ -177,6 +177,23 @@ def test_a_slot_is_not_written_to_by_two_processes(pool: MaskPool) -> None:
     assert [process.slots for process in pool._processes] == [0, 0]
 
 
+def test_a_slot_is_free_when_the_process_that_had_it_has_ended(pool: MaskPool) -> None:
+    held = pool.prepare(WORDS, answers=8 * ROWS_EACH)
+    held.result(20)
+    pool.take(0, WORDS, [])
+    wait_for(pool, slots_of(0))
+    holder = pool._processes[pool._process_of[0]]
+    os.kill(holder.pid, signal.SIGSTOP)
+    pool.leave(0)
+    holder.slots += 1  # so that the other one is to have it
+    pool.take(0, WORDS, [])
+    holder.slots -= 1
+    assert pool._deferred
+    os.kill(holder.pid, signal.SIGKILL)
+    wait_for(pool, slots_of(0))
+    assert not pool._deferred and pool.states(slots_of(0)).tolist() == [GOES_ON]
+
+
 def test_who_leaves_before_he_could_begin_was_never_there(pool: MaskPool) -> None:
     held = pool.prepare(WORDS, answers=8 * ROWS_EACH)
     held.result(20)
@@ -209,6 +226,19 @@ def test_a_grammar_is_compiled_where_its_answers_are(pool: MaskPool) -> None:
     assert pool.prepare(WORDS).done(), "who comes later does not wait"
 
 
+def test_grammars_are_compiled_where_fewest_answers_are_and_among_those_where_fewest_grammars_are(pool: MaskPool) -> None:
+    held = [pool.prepare(WORDS)]
+    (full,) = held[0].result(20).at
+    for slot in range(3):
+        pool.take(slot, WORDS, [])
+    for grammar in (PERSON, CHOICE, Grammar("regex", "[0-9]")):
+        held.append(pool.prepare(grammar))
+        assert full not in held[-1].result(20).at
+    for slot in range(3):
+        pool.leave(slot)
+    assert pool.prepare(Grammar("regex", "[a-f]")).result(20).at == [full]
+
+
 def test_a_grammar_that_takes_long_to_compile_is_compiled_once(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_pool, "CHEAP_SECONDS", 0.0)
     assert len(pool.prepare(WORDS, answers=100).result(20).at) == 1
@@ -222,6 +252,17 @@ def test_lexers_of_all_grammars_are_bounded(pool: MaskPool) -> None:
     gc.collect()
     again = pool.prepare(Grammar("regex", "[a-f]+"), answers=100)
     assert len(again.result(20).at) == 2, "nobody wants the others any more"
+
+
+def test_of_grammars_that_nobody_wants_those_are_kept_that_memory_has_room_for(pool: MaskPool) -> None:
+    wanted, left = pool.prepare(PERSON, answers=100), pool.prepare(WORDS, answers=100)
+    assert [len(future.result(20).at) for future in (wanted, left)] == [2, 2]
+    del left
+    gc.collect()
+    pool._most_more = 1
+    assert pool.prepare(CHOICE).result(20).at
+    gc.collect()
+    assert set(pool._by_grammar) == {PERSON, CHOICE}
 
 
 def test_a_grammar_that_is_none_is_refused_and_others_are_not(pool: MaskPool) -> None:
@@ -248,6 +289,14 @@ def test_whoever_waits_when_it_is_closed_hears_of_it(model_folder: Path) -> None
     with pytest.raises(EngineError, match="closed"):
         pool.prepare(CHOICE)
     until(lambda: not any(map(is_running, running)))
+
+
+def test_closing_ends_those_that_the_first_process_ends_no_more(model_folder: Path) -> None:
+    pool = open_pool(model_folder)
+    running = pids(pool)
+    pool._root.process.kill()
+    pool.close()
+    until(lambda: not any(map(is_running, running)), 5)
 
 
 def test_grammars_that_nobody_wants_any_more_are_forgotten(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +332,7 @@ def test_only_answers_of_a_process_that_ends_fail_and_another_takes_its_place(po
     its = np.flatnonzero(pool._process_of == victim.number)
     others = np.setdiff1d(slots, its)
     os.kill(victim.pid, signal.SIGKILL)
-    until(lambda: not victim.alive)
+    until(lambda: pool._any_lost)
     draw = np.random.default_rng(0)
     assert pool.there(slots).all() and (pool.states(its) == BROKEN).all() and (pool.states(others) == GOES_ON).all()
     assert "ended" in pool.reason(its.item(0))
@@ -301,7 +350,8 @@ def test_only_answers_of_a_process_that_ends_fail_and_another_takes_its_place(po
     assert sorted(process.slots for process in pool._processes if process.alive) == [4, 4]
 
 
-def test_a_process_that_ends_while_it_compiles_is_not_the_end_of_who_waits(pool: MaskPool) -> None:
+def test_a_process_that_ends_while_it_compiles_is_not_the_end_of_who_waits(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_pool, "QUICKLY", 4.0)
     first, second = pool._processes
     for process in (first, second):
         os.kill(process.pid, signal.SIGSTOP)
@@ -310,6 +360,7 @@ def test_a_process_that_ends_while_it_compiles_is_not_the_end_of_who_waits(pool:
     (asked,) = compiled.asked
     other = second if asked is first else first
     os.kill(asked.pid, signal.SIGKILL)
+    until(lambda: compiled.asked == [other], 2)  # before another one takes its place
     os.kill(other.pid, signal.SIGCONT)
     assert waiting.result(20).at
 
@@ -334,6 +385,21 @@ def test_only_the_grammar_that_ends_two_processes_is_refused(pool: MaskPool, mon
         pool.take(slot, grammar, [])
     wait_for(pool, slots_of(0, 1))
     assert pool.states(slots_of(0, 1)).tolist() == [GOES_ON, GOES_ON]
+
+
+def test_a_grammar_that_one_process_has_is_not_refused_whatever_happens_to_others(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_pool, "QUICKLY", 0.01)
+    monkeypatch.setattr(mask_pool, "CHEAP_SECONDS", 1000.0)
+    large = Grammar("json_schema", json.dumps({"type": "object", "properties": {f"k{i}": {"type": "string", "maxLength": 3000 + i} for i in range(150)}}))
+    held = [pool.prepare(large)]
+    compiled = held[0].result(20)
+    for deaths in (1, 2):
+        until(lambda: sum(process.alive for process in pool._processes) == 2)
+        held.append(pool.prepare(large, answers=2 * ROWS_EACH))
+        (asked,) = compiled.asked
+        until(lambda asked=asked: asked.compiling == compiled.number)  # type: ignore[misc]
+        asked.kill()
+        assert held[-1].result(20) is compiled and compiled.deaths == deaths, "it goes on with the one"
 
 
 def test_a_process_that_brings_no_mask_is_replaced(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
