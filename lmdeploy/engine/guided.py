@@ -149,7 +149,7 @@ class GuidedSlots:
         stops, none = self._stops[guided], np.zeros(rows.size, dtype=bool)
         step = GuidedStep(
             rows, words, slots=guided, among=slots.size, epochs=self._epochs[guided], stops=stops, places=guided[:, None] * words.shape[1] + (stops >> 5),
-            flags=np.uint32(1) << (stops & 31).astype(np.uint32), own=self._own[guided], young=young[rows], only_stops=none, ended=none, late=none.copy(),
+            flags=np.uint32(1) << (stops & 31).astype(np.uint32), own=self._own[guided], young=young[rows], only_stops=none, ended=none.copy(), late=none.copy(),
         )  # fmt: skip
         step.fill = partial(self._fill, step)
         if self._open is None:

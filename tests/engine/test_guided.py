@@ -345,6 +345,16 @@ def tokens(outputs: list[EngineOutput]) -> list[int]:
     return [t for o in outputs for t in o.token_ids]
 
 
+def test_a_stop_token_that_nothing_else_may_come_instead_of_is_the_answers_last_token(engine: Engine, model_folder: Path) -> None:
+    """It is said which one it was, whatever other answers of that step do."""
+    end = Tokenizer(model_folder).added_token_id("<|action_end|>")
+    for number in range(3):
+        engine.add(guided(number, grammar=tags("required", parallel=False, end="}<|action_end|>"), stop_token_ids=(2, end)))
+    for outputs in run(engine).values():
+        assert tokens(outputs)[-1] == end and outputs[-1].stop_token_id == end
+        assert outputs[-1].num_generated == len(tokens(outputs))
+
+
 def alone(engine: Engine, requests: list[EngineRequest]) -> dict[int, list[int]]:
     found = {}
     for request in requests:
