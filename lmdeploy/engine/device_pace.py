@@ -30,7 +30,7 @@ class DevicePace:
 
     def forget(self) -> None:
         """The step whose masks are asked for is behind one without."""
-        self._since, self._exact = 0.0, False
+        self._since, self._exact, self._own = 0.0, False, False
 
     def goes_on(self) -> None:
         """The step behind the one whose tokens come next is launched."""
@@ -58,7 +58,8 @@ class DevicePace:
     def idle(self) -> None:
         """The device has ended already, but for the choice."""
         if self._exact:
-            self._device = min(self._device, perf_counter() - self._since)
+            seconds = perf_counter() - self._since
+            self._device = min(self._device, seconds) if self._device else seconds
         self._exact = False
 
     def ends_wait(self) -> None:

@@ -93,7 +93,7 @@ class GuidedSlots:
     def __init__(self, masks: Masks, eos_token_id: int, vocab_size: int, num_slots: int) -> None:
         self._masks, self._eos, self._vocab_size = masks, eos_token_id, vocab_size
         self._guided = np.zeros(num_slots, dtype=bool)
-        self._epochs = np.zeros(num_slots, dtype=np.int64)  # how often a slot was taken or left
+        self._epochs = np.zeros(num_slots, dtype=np.int64)  # how often a slot with a grammar was left
         self._count = 0  # slots that have a grammar
         self._stops = np.full((num_slots, 1), eos_token_id, dtype=np.int64)  # [slots, N]
         self._own = np.zeros((num_slots, 1), dtype=bool)
@@ -167,7 +167,10 @@ class GuidedSlots:
 
         Of answers that the step behind goes on with, `GuidedStep.ended` of that one says it: nobody waits until a token is taken in.
         """
-        self._pace.begins(mask.waited)
+        if mask.paced:
+            self._pace.begins(mask.waited)
+        else:
+            self._pace.forget()
         chosen = tokens[mask.rows]
         complete: Flags = mask.only_stops.copy()
         if self._open is mask:
@@ -209,8 +212,9 @@ class GuidedSlots:
             masks.wait(min(seconds, LOOK) if seconds > 0 else LOOK)
             there = masks.there(slots)
             if seconds > 0 and step.busy is not None and until > least and not step.busy():
-                self._pace.idle()
                 until = least
+                if step.paced:
+                    self._pace.idle()
         wanted = np.ones(may.size, dtype=bool) if step.gone is None else ~step.gone
         if step.rows.size == step.among and wanted.any():  # somebody must get a token from what is launched now
             while not there[wanted].any():

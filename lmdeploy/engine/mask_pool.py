@@ -26,7 +26,7 @@ import torch
 
 from lmdeploy.engine.grammar_compiler import MAX_KEPT, most_lexers
 from lmdeploy.engine.grammar_text import invalid
-from lmdeploy.engine.mask_process import Process, RootProcess
+from lmdeploy.engine.mask_process import PATIENCE, Process, RootProcess
 from lmdeploy.engine.mask_wire import (
     BROKEN,
     STATE_BITS,
@@ -55,8 +55,6 @@ logger = get_logger(__name__)
 ROWS_EACH, MOST_PROCESSES = 4, max(1, min(12, len(os.sched_getaffinity(0)) * 3 // 4))
 #: seconds of processor time to compile a grammar from which on one process has all of its answers
 CHEAP_SECONDS = 0.05
-#: seconds after which a process that takes no message, or brings no mask, is killed
-PATIENCE = 30.0
 #: seconds in which a process has told why there is no mask, which it does before it says that there is none
 TELL_SECONDS = 1.0
 #: seconds; a process that ends so soon is replaced as much later
@@ -142,8 +140,8 @@ class MaskPool:
         self._next_look = 0.0
         self._turn = 0
         with self._lock:
-            for _ in range(max(1, min(self._most, -(-num_slots // ROWS_EACH)))):
-                self._fork()
+            for number in range(max(1, min(self._most, -(-num_slots // ROWS_EACH)))):
+                self._fork(number)
         return self
 
     def _pin(self) -> None:
@@ -154,8 +152,8 @@ class MaskPool:
         else:
             self._pinned = self.words.data_ptr()
 
-    def _fork(self) -> None:
-        process = self._root.fork(len(self._processes), self._shape, (self._file, self._notified))
+    def _fork(self, number: int) -> None:
+        process = self._root.fork(number, self._shape, (self._file, self._notified))
         self._processes.append(process)
         if process.number >= self._lost.size:
             self._lost = np.pad(self._lost, (0, self._lost.size))
@@ -192,18 +190,26 @@ class MaskPool:
                 self._end_of(process, compiled)
         if time.monotonic() - process.born < QUICKLY:  # it may be so again
             time.sleep(QUICKLY)
+        while not self._replaced():
+            time.sleep(QUICKLY)
+
+    def _replaced(self) -> bool:
+        """Whether there is a process more, or never will be."""
         with self._lock:
             if self._failure == CLOSED:
-                return
+                return True
             try:
-                self._fork()
+                self._fork(len(self._processes))
             except EngineError as e:
                 logger.error("%s", e)
+                if self._root.is_running:
+                    return False
                 if not any(p.alive for p in self._processes):
                     self._failure = str(e)
             for compiled in list(self._busy):
                 if not compiled.asked:  # nobody was there to compile it
                     self._spread(compiled, "")
+            return True
 
     def _end_of(self, process: Process, compiled: _Grammar) -> None:
         """What the end of a process is to a grammar."""
@@ -306,7 +312,7 @@ class MaskPool:
                 break
             if len(self._kept) > MAX_KEPT or not other.users:
                 del self._kept[other.grammar]
-                more -= max(len(other.at) - 1, 0)
+                more -= 0 if other.users else max(len(other.at) - 1, 0)
 
     def _forget_gone(self) -> None:
         while self._gone:

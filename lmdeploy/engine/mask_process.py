@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -19,9 +20,9 @@ from lmdeploy.engine.mask_wire import Forked, FromRoot, Inbox, Opened
 from lmdeploy.engine.mask_worker import FORK
 from lmdeploy.errors import EngineError, RequestError
 
-#: seconds in which a process takes a message
+#: seconds after which a process that takes no message, or brings no mask, is killed
 PATIENCE = 30.0
-START_SECONDS, FORK_SECONDS, STOP_SECONDS = 60.0, 10.0, 2.0
+START_SECONDS, FORK_SECONDS, STOP_SECONDS = 60.0, 5.0, 2.0
 
 
 class Process:
@@ -73,6 +74,7 @@ class RootProcess:
             raise
         finally:
             theirs.close()
+        self._asked = itertools.count()
         self._inbox: Inbox[FromRoot] = Inbox(self._control, FromRoot)
 
     def opened(self) -> int:
@@ -88,8 +90,11 @@ class RootProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                socket.send_fds(self._control, [FORK.pack(*shape)], [theirs.fileno(), *files])
+                asked = next(self._asked)
+                socket.send_fds(self._control, [FORK.pack(asked, *shape)], [theirs.fileno(), *files])
                 said = self._wait(FORK_SECONDS)
+                while isinstance(said, Forked) and said.number != asked:  # one that was given up: it ends, as nobody has its socket
+                    said = self._wait(FORK_SECONDS)
             except (OSError, EngineError) as e:
                 ours.close()
                 raise EngineError("the process that makes grammars ready has ended, or does not answer") from e
@@ -104,6 +109,11 @@ class RootProcess:
             with contextlib.suppress(EOFError):
                 return self._inbox.read(block=True)[0]
         raise EngineError("the process that makes grammars ready has ended, or does not answer")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it may still fork others."""
+        return self.process.poll() is None
 
     def end(self) -> None:
         """It ends those that were forked from it first."""

@@ -73,8 +73,9 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
 
 
 class Forked(msgspec.Struct, tag=True, frozen=True):
-    """There is one process more; or why there is none."""
+    """There is one process more, as it was asked for under this number; or why there is none."""
 
+    number: int
     pid: int
     problem: str | None = None
 

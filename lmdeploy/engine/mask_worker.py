@@ -8,6 +8,7 @@ Grammars are compiled in a thread of their own. A process whose engine is gone e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import os
@@ -49,8 +50,8 @@ from lmdeploy.engine.mask_wire import (
 from lmdeploy.engine.string_ends import StringEnds
 from lmdeploy.errors import RequestError
 
-#: num_slots, width: what a process is told when it is forked, beside three files: its socket, the table, and what it writes to when masks are there
-FORK = struct.Struct("!QQ")
+#: a number, num_slots, width: what a process is told when it is forked, beside three files: its socket, the table, and what it writes to when masks are there
+FORK = struct.Struct("!QQQ")
 #: seconds of work after which it is looked for messages, and told what is there
 LOOK = 1e-4
 #: seconds for which the thread that compiles may keep Python's lock while masks are wanted
@@ -145,12 +146,11 @@ class Worker:
     def _fill(self, slot: int, turn: int, given: int | Callable[[], Follower] | None) -> int:
         address = self._words_at + slot * self._table.row_bytes
         try:
-            follower = self._slots[slot]
             if isinstance(given, int):
-                assert follower is not None
-                follower.advance(given)
+                self._take_in(slot, given)
             elif given is not None:
-                follower = self._slots[slot] = given()
+                self._slots[slot] = given()
+            follower = self._slots[slot]
             assert follower is not None
             state = follower.fill(address, self._table.row_bytes)
             if state == BROKEN:
@@ -207,33 +207,37 @@ class Root:
     def run(self) -> None:
         """Fork when told to, until the engine is gone; then nobody wants the others, either."""
         while True:
-            told, files, _, _ = socket.recv_fds(self._control, FORK.size, 3)
+            try:
+                told, files, _, _ = socket.recv_fds(self._control, FORK.size, 3)
+            except ConnectionResetError:  # it did not read all that it was told
+                break
             if not told:
                 break
             self._children -= {pid for pid in self._children if os.waitpid(pid, os.WNOHANG)[0]}
-            self._fork(told, files)
+            with contextlib.suppress(BrokenPipeError):  # it is gone, as the next message says
+                self._fork(files, *FORK.unpack(told))
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
         for pid in self._children:
             os.waitpid(pid, 0)
 
-    def _fork(self, told: bytes, files: list[int]) -> None:
+    def _fork(self, files: list[int], number: int, num_slots: int, width: int) -> None:
         try:
             pid = os.fork()
         except OSError as e:
-            self._control.send(frame(Forked(0, str(e))))
+            self._control.send(frame(Forked(number, 0, str(e))))
             return
         if pid:
             self._children.add(pid)
             for file in files:
                 os.close(file)
-            self._control.send(frame(Forked(pid)))
+            self._control.send(frame(Forked(number, pid)))
             return
         try:
             self._control.close()
             sys.setswitchinterval(SWITCH_INTERVAL)
             sock, table, notify = files
-            Worker(self._library, self._ends, socket.socket(fileno=sock), Table(table, *FORK.unpack(told)), notify).run()
+            Worker(self._library, self._ends, socket.socket(fileno=sock), Table(table, num_slots, width), notify).run()
         except BaseException:
             traceback.print_exc()
             os._exit(1)

@@ -110,7 +110,8 @@ class MasksHere:
         if missing.size:
             size = self.words.shape[1] * 4
             rows = [(follower.matcher, slot) for slot in missing.tolist() if (follower := self._followers[slot]).fits]
-            self._executor.unsafe_compute_mask_ptr(rows, self.words.data_ptr(), size, self.words.shape[0])
+            if rows:
+                self._executor.unsafe_compute_mask_ptr(rows, self.words.data_ptr(), size, self.words.shape[0])
             self._missing[missing] = False
             for slot in missing.tolist():
                 follower = self._followers[slot]

@@ -385,7 +385,7 @@ class ModelRunner:
             mask.waited = mask.busy()
         arrived = host()
         if mask is not None and (mask.late.any() or mask.ended.any()):
-            arrived = arrived.copy()
+            arrived = arrived.copy()  # not all come in memory of their own
             arrived[mask.rows[mask.late]], arrived[mask.rows[mask.ended]] = LATE, ENDED
         results.note_tokens(arrived)
         if mask is not None:

@@ -31,7 +31,7 @@ from lmdeploy.engine.runner import ModelRunner
 from lmdeploy.engine.scheduler import Fill
 from lmdeploy.engine.sizing import SEE_PLAN, choose_format, gib, pool_request, unset_limits
 from lmdeploy.engine.weights import Facts, Weights
-from lmdeploy.errors import ConfigError
+from lmdeploy.errors import ConfigError, EngineError
 from lmdeploy.formats.choose import choose_formats
 from lmdeploy.kernels.select import can_be_captured, pads_rows, select
 from lmdeploy.layers.build import reload
@@ -198,9 +198,11 @@ def _open_grammars(model_path: Path, spec: ModelSpec, device: torch.device) -> G
 
 
 def _grammars(opening: Future[GrammarCompiler | MaskPool]) -> GrammarCompiler | MaskPool | None:
-    """None for a folder whose tokenizer cannot be used: such an engine answers token ids, without grammars."""
+    """None for a folder whose tokenizer cannot be used: such an engine answers token ids, without grammars. Raises EngineError where it can, and they do not start."""
     try:
         return opening.result()
+    except EngineError:
+        raise
     except Exception as e:
         logger.info("no grammars: %s", e)
         return None
@@ -213,9 +215,8 @@ def _tell(runner: ModelRunner, level: int) -> None:
 
 
 def _close(opening: Future[GrammarCompiler | MaskPool]) -> None:
-    grammars = _grammars(opening)
-    if grammars is not None:
-        grammars.close()
+    if opening.exception() is None:
+        opening.result().close()
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -134,6 +134,15 @@ def test_the_guess_follows_a_device_that_takes_longer_and_one_that_is_found_idle
     assert guess(pace, clock) == pytest.approx(0.001 - HOST, rel=0.02)
 
 
+def test_a_device_that_is_found_idle_before_it_was_ever_waited_for_tells_how_long_it_takes(clock: Clock) -> None:
+    """Else steps whose masks take longer than the device would wait for them for ever."""
+    pace = DevicePace()
+    pace.begins(True)
+    clock.now += 0.0015
+    pace.idle()
+    assert guess(pace, clock) == pytest.approx(0.0015)
+
+
 def test_pauses_and_steps_without_grammars_between_are_no_steps(clock: Clock) -> None:
     pace = DevicePace()
     for pause in range(20):

@@ -125,6 +125,16 @@ def test_tokens_that_do_not_fit_are_broken(library: GrammarLibrary) -> None:
     assert mask_of(follower)[0] == BROKEN and "next tokens could not be worked out" in follower.reason
 
 
+def test_alone_too(model_folder: Path) -> None:
+    """The library fills the masks of no rows at all in another way than those of some."""
+    compiler = GrammarCompiler.open(model_folder, 5120, (2, 5118))
+    masks = MasksHere(compiler, 2)
+    masks.take(1, Grammar("regex", "[0-9]{3}"), [compiler.pieces.index(b"a")])
+    assert masks.there(np.array([1])).all() and masks.states(np.array([1])).tolist() == [BROKEN]
+    assert "could not be worked out" in masks.reason(1)
+    compiler.close()
+
+
 def test_an_answer_has_stopped_behind_its_last_token_and_not_before_its_first(library: GrammarLibrary) -> None:
     one = library.pieces.index(b"1")
     follower = Follower(lexer_of(library, Grammar("regex", "1{3}")))

@@ -335,6 +335,19 @@ def test_who_has_a_slot_next_is_not_who_goes_on(shallow_folder: Path) -> None:
     compiler.close()
 
 
+def test_steps_that_are_not_like_those_before_say_nothing_of_how_long_the_device_takes(shallow_folder: Path) -> None:
+    """Prompts among them: what is launched behind such a step begins when it has ended, and not when it is launched."""
+    _, slots = engine_of(shallow_folder)
+    slots.set(0, SamplingParams(max_new_tokens=9, grammar=WORD), [])
+    for paced in (True, False):
+        step = slots.masks(np.array([0]), np.zeros(1, dtype=bool))
+        assert step is not None
+        step.paced = step.waited = paced
+        step.join()
+        slots.follow(step, np.array([300]))
+        assert (slots._pace._since > 0) == paced
+
+
 def test_alone_an_answer_waits_for_its_masks(shallow_folder: Path, closing: Callable[[Engine], None]) -> None:
     engine, _ = beside(shallow_folder, closing)
     outputs = run(engine, [(0, request(0, WORD, max_new_tokens=12))])[0]

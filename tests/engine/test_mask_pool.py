@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy.engine import mask_pool
+from lmdeploy.engine import mask_pool, mask_process
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
 from lmdeploy.engine.mask_pool import ROWS_EACH, MaskPool
 from lmdeploy.engine.mask_wire import BROKEN, GOES_ON, STOPPED
@@ -452,6 +452,22 @@ def test_without_the_first_process_none_can_be_replaced_and_the_engine_hears_of_
     with pytest.raises(EngineError, match="ended"):
         pool.prepare(PERSON)
     until(waiting.done)
+
+
+def test_a_first_process_that_answers_late_is_asked_again_and_not_taken_at_an_old_word(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_process, "FORK_SECONDS", 0.2)
+    monkeypatch.setattr(mask_pool, "QUICKLY", 0.1)
+    first = pool._processes[0]
+    os.kill(pool._root.process.pid, signal.SIGSTOP)
+    first.kill()
+    until(lambda: pool._any_lost)
+    time.sleep(0.6)
+    os.kill(pool._root.process.pid, signal.SIGCONT)
+    until(lambda: len(pool._processes) == 3)
+    new = pool._processes[2]
+    new.kill()
+    until(lambda: not new.alive)
+    assert pool._processes[1].alive
 
 
 def test_who_is_killed_leaves_no_process_behind(model_folder: Path) -> None:

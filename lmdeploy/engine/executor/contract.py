@@ -28,8 +28,9 @@ class Executor(Protocol):
     and are written again by the item behind it. As the scheduler puts the items right in the plan itself, a rank keeps those that were submitted. LATE may also
     be said where the next plan has no item of the slot, and it is neither released nor new there: a later plan then asks once more, with the same last token.
 
-    Answers that have ended: that a grammar allows nothing behind a token is said with it (`SlotResult.complete`) where the next plan has no item of the slot; else it
-    may be said by the result of that item, whose token is ENDED. Then there is no token more, and nothing else that the result brings of it counts.
+    Answers that have ended: that a grammar allows nothing behind a token is said with it (`SlotResult.complete`), or by the result of the slot's next item, whose token is
+    ENDED. Then there is no token more, and nothing else that the result brings of it counts. Where the next plan has no item of the slot, it is said with the token if
+    it is known soon.
     """
 
     @property
