@@ -320,7 +320,7 @@ def beside_steps(pool: MaskPool, slots: GuidedSlots, response_format: dict[str, 
         if before is not None and chosen is not None:
             step.late[:] = True  # all of them may be
             start = time.perf_counter()
-            step.busy = lambda end=start + seconds: time.perf_counter() < end  # type: ignore[misc]
+            step.busy, step.paced = lambda end=start + seconds: time.perf_counter() < end, True  # type: ignore[misc]
             complete = slots.follow(before, chosen)
             followed = time.perf_counter()
             while time.perf_counter() < followed + plans:
