@@ -45,8 +45,8 @@ class DevicePace:
             self._since, self._exact = now, True
         elif not self._own:  # it had waited for the host, and then begun with what was launched at once
             self._since, self._exact = self._begun, True
-        else:
-            self._since, self._exact = min(self._since + self._device, now), False
+        else:  # it went on without waiting for anybody, when it had chosen, and when there was something to go on with; where that is not known, neither is this
+            self._since, self._exact = min(max(self._since + self._device, self._begun), now) if self._since else 0.0, False
         self._own = False
 
     def end(self) -> float:

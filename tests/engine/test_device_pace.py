@@ -100,6 +100,34 @@ def test_tokens_that_came_while_the_host_was_elsewhere_came_when_it_was_thought_
     assert guess(pace, clock) == pytest.approx(DEVICE - HOST, rel=0.01)
 
 
+def test_a_host_that_always_comes_after_the_tokens_does_not_take_the_device_for_quicker_than_it_is(clock: Clock) -> None:
+    """The device takes a quarter longer than it did: nothing says so, but the time when each step was launched."""
+    pace = learnt(clock)
+    for _ in range(40):
+        pace.begins(False)
+        begun = clock.now
+        pace.end()
+        clock.now += 0.001
+        pace.ends_wait()
+        clock.now += HOST
+        pace.launched(True, False)
+        pace.goes_on()
+        clock.now = begun + DEVICE * 1.25
+    pace.begins(False)
+    assert DEVICE / 5 < pace.end() - clock.now <= DEVICE - HOST
+
+
+def test_behind_a_step_of_which_nothing_is_known_nothing_is_guessed(clock: Clock) -> None:
+    pace = learnt(clock)
+    pace.forget()
+    pace.ends_wait()
+    pace.launched(True, False)
+    pace.goes_on()
+    clock.now += 0.0004
+    pace.begins(False)  # its tokens came before anybody asked
+    assert pace.end() == inf
+
+
 def test_the_wait_ends_earlier_after_masks_were_given_up_too_late_and_takes_it_back_bit_by_bit(clock: Clock) -> None:
     pace = learnt(clock)
     for number in range(1, 6):
