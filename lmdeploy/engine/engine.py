@@ -14,10 +14,8 @@ import numpy as np
 
 from lmdeploy.config import MAX_LOGPROBS, MAX_N
 from lmdeploy.engine.executor.contract import Executor
-from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.mask_pool import MaskPool
 from lmdeploy.engine.plan import StepPlan, StepResult
-from lmdeploy.engine.preparing import Preparing
+from lmdeploy.engine.preparing import Grammars, Preparing
 from lmdeploy.engine.scheduler import Fill, Scheduler, SchedulerLimits
 from lmdeploy.errors import EngineError, OverloadedError, RequestError
 from lmdeploy.log import get_logger
@@ -40,7 +38,7 @@ class Engine:
         enable_prefix_caching: bool,
         rope_depends_on_length: bool,
         run_ahead: int = 0,
-        grammars: GrammarCompiler | MaskPool | None = None,
+        grammars: Grammars | None = None,
         fill: Fill | None = None,
     ) -> None:
         assert run_ahead in (0, 1), f"run_ahead={run_ahead}"

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.mask_pool import MaskPool
 from lmdeploy.errors import RequestError
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineOutput, EngineRequest
@@ -20,6 +18,23 @@ from lmdeploy.messages import EngineOutput, EngineRequest
 IDLE_SECONDS = 0.01
 #: compiled grammars in memory from which on further ones wait until requests have ended; more than a compiler keeps for nobody
 MAX_COMPILED = 256
+
+
+class Grammars(Protocol):
+    """What compiles them: `GrammarCompiler` in this process, `MaskPool` in others."""
+
+    @property
+    def num_compiled(self) -> int:
+        """Grammars that are compiled or are about to be."""
+        ...
+
+    def prepare(self, grammar: Grammar, owner: str = "", answers: int = 1) -> Future[Any]:
+        """Compile one for so many answers, those of each owner in turn; it stays compiled for as long as the future is held."""
+        ...
+
+    def close(self) -> None:
+        """End what was begun; may be called twice."""
+        ...
 
 
 @dataclass(slots=True)
@@ -41,7 +56,7 @@ class Ready:
 class Preparing:
     """Used by the engine's thread only."""
 
-    def __init__(self, grammars: GrammarCompiler | MaskPool | None) -> None:
+    def __init__(self, grammars: Grammars | None) -> None:
         self._grammars = grammars
         self._waiting: dict[int, _Waiting] = {}
         self._always = None if grammars is None else grammars.prepare(Grammar("json_object"), answers=0)  # held: the commonest one is always compiled
