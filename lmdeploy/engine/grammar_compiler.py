@@ -82,11 +82,10 @@ class Lexer:
 
 
 @dataclass(eq=False)
-class _Compiled:
-    """A grammar, compiled once there is a lexer."""
+class Wanted:
+    """A grammar, as far as it matters who wants it."""
 
-    lexers: tuple[Lexer, ...] = ()
-    seconds: float = 0.0  # of processor time for one
+    seconds: float = 0.0  # of processor time to compile it once
     users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
 
     def answers(self, most: int = 1) -> int:
@@ -97,6 +96,13 @@ class _Compiled:
             if count >= most:
                 break
         return min(count, most)
+
+
+@dataclass(eq=False)
+class _Compiled(Wanted):
+    """Compiled once there is a lexer."""
+
+    lexers: tuple[Lexer, ...] = ()
 
 
 class GrammarLibrary:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmdeploy.engine.grammar_compiler import MAX_KEPT, most_lexers
+from lmdeploy.engine.grammar_compiler import MAX_KEPT, Wanted, most_lexers
 from lmdeploy.engine.grammar_text import invalid
 from lmdeploy.engine.mask_process import PATIENCE, Process, RootProcess
 from lmdeploy.engine.mask_wire import (
@@ -63,25 +63,14 @@ ENDED, CLOSED = "the process that followed its grammar ended", "the engine is cl
 
 
 @dataclass(eq=False)
-class _Grammar:
-    """A grammar that somebody wants, or that was wanted."""
+class _Grammar(Wanted):
+    """One that somebody wants, or that was wanted."""
 
-    number: int
-    grammar: Grammar
+    number: int = field(kw_only=True)
+    grammar: Grammar = field(kw_only=True)
     at: list[Process] = field(default_factory=list)  # that have compiled it
     asked: list[Process] = field(default_factory=list)  # that are about to
-    seconds: float = 0.0  # of processor time, for one
     deaths: int = 0  # processes that ended while they compiled it
-    users: weakref.WeakKeyDictionary[Future[Any], int] = field(default_factory=weakref.WeakKeyDictionary)  # futures that are held -> answers
-
-    def answers(self, most: int) -> int:
-        """Of all users, counted up to so many: thousands may wait for one grammar."""
-        count = 0
-        for answers in self.users.values():
-            count += answers
-            if count >= most:
-                break
-        return min(count, most)
 
 
 class MaskPool:
@@ -240,7 +229,7 @@ class MaskPool:
                 raise EngineError(self._failure)
             compiled = self._by_grammar.get(grammar)
             if compiled is None:
-                compiled = self._by_grammar[grammar] = _Grammar(next(self._numbers), grammar)
+                compiled = self._by_grammar[grammar] = _Grammar(number=next(self._numbers), grammar=grammar)
                 self._by_number[compiled.number] = compiled
                 weakref.finalize(compiled, self._gone.append, compiled.number)
             compiled.users[future] = answers

@@ -470,6 +470,19 @@ def test_a_first_process_that_answers_late_is_asked_again_and_not_taken_at_an_ol
     assert pool._processes[1].alive
 
 
+def test_two_engines_of_one_process_have_nothing_to_do_with_each_other(pool: MaskPool, model_folder: Path) -> None:
+    other = open_pool(model_folder)
+    for each in (pool, other):
+        each.take(0, WORDS, [])
+        wait_for(each, slots_of(0))
+    ended = pids(other)
+    other.close()
+    until(lambda: not any(map(is_running, ended)))
+    pool.advance(slots_of(0), tokens_for(pool, slots_of(0), np.random.default_rng(0)), np.zeros(1, dtype=bool), 20)
+    wait_for(pool, slots_of(0))
+    assert pool.states(slots_of(0)).tolist() == [GOES_ON] and all(map(is_running, pids(pool)))
+
+
 def test_who_is_killed_leaves_no_process_behind(model_folder: Path) -> None:
     """The engine, while a process of it fills masks."""
     program = (
