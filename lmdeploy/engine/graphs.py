@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, StepLayout
+from lmdeploy.engine.batch import MOST_PROMPTS, STAGES, BatchBuilder, Places, StepLayout, upload
 from lmdeploy.engine.guided import GuidedStep
 from lmdeploy.engine.masked_choice import MaskedChoice
 from lmdeploy.engine.model import Model
@@ -115,6 +115,13 @@ class Choice:
     """A graph of the choice among the logits of so many sequences with one token, with masks: see `MaskedChoice`."""
 
     rows: int
+
+
+@cache
+def _counted(shape: Shape) -> Ints:
+    """Where the parts of a step's input begin that are one more in the next one: positions, ends, places of tokens."""
+    starts = list(accumulate(shape.lengths(), initial=0))
+    return np.array([[starts[0]], [starts[3]], [starts[7]]])
 
 
 def parts_of(shape: Shape, flat: Ints) -> list[Ints]:
@@ -221,6 +228,8 @@ class StepGraphs:
         self._stage = 0
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
         self._before: Callable[[], None] | None = None  # launches the step before, where that can be done `again`
+        self._shape_before: Shape | None = None
+        self._minus = torch.full((1,), -1, dtype=torch.int64, device=tables.device)
         self.logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
         self._ahead: Iterator[Shape | Choice] = iter([*sorted(shapes, key=lambda shape: (shape.decodes, shape.tokens)), *map(Choice, self._sizes)])
@@ -249,7 +258,7 @@ class StepGraphs:
         replay = self._graphs[shape].replay
         replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
-        self._before = replay if every else None
+        self._before, self._shape_before = replay if every else None, shape
         return Ran(self.logits[: shape.sequences], slice(0, layout.num_decode) if every else in_shape(layout, shape), line)
 
     def again(self, new_blocks: dict[int, list[int]]) -> None:
@@ -259,6 +268,13 @@ class StepGraphs:
         if new_blocks:
             self._tables.append_blocks(new_blocks.items())
         self._before()
+
+    def stay(self, rows: Ints) -> None:
+        """These rows of the step that was launched last are no further in the next one, if that is launched `again`: their tokens were not known, so that nothing
+        which it brings of them counts."""
+        assert self._before is not None and self._shape_before is not None
+        places = (_counted(self._shape_before) + rows).reshape(-1)
+        self._inputs.index_add_(0, upload(places, self._inputs.device), self._minus.expand(places.size))
 
     def choice(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int, arrive: Ints) -> Callable[[], None]:
         """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks: what is

@@ -29,12 +29,16 @@ class Held:
     def lengths(self, lengths: Ints, slots: Ints) -> Ints:
         """How many tokens of each row of the step behind are known: one less than its plan says where the last one was late."""
         found: Ints = lengths.copy()
-        found[_places(self._slots, slots)] -= 1
+        found[self.rows(slots)] -= 1
         return found
+
+    def rows(self, slots: Ints) -> Ints:
+        """Which rows of the step behind these are, among those with these slots."""
+        return _places(self._slots, slots)
 
     def put_back(self, logits: Tensor, slots: Ints) -> None:
         """Into the logits [S, V] of the step behind, whose rows have these slots."""
-        logits.index_copy_(0, upload(_places(self._slots, slots), logits.device), self._logits)
+        logits.index_copy_(0, upload(self.rows(slots), logits.device), self._logits)
 
 
 def join_in_time(mask: GuidedStep, plan: StepPlan, plain: NDArray[np.bool_]) -> NDArray[np.bool_]:

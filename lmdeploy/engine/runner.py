@@ -173,7 +173,7 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Begin to compute a plan; the returned function waits for its results, which come in the order of the items. Call it once, before the one after next."""
-        if plan.items.again and self._repeat is not None:
+        if self._repeat is not None and self._repeat.is_before(plan):
             return self._launch_again(plan)
         result = StepResult.of(plan)
         return partial(after, self._launch(plan, result), result)
@@ -210,8 +210,7 @@ class ModelRunner:
         with self._turn:
             self.graphs.again(plan.items.new_blocks)
             line = self.arrivals.follow()
-        repeat.left -= 1
-        self._repeat = repeat if repeat.left else None
+        self._repeat = Repeat.of(repeat.count, repeat.left - 1)
         return partial(self._arrived, plan.step, line, repeat.count)
 
     @torch.inference_mode()
@@ -223,10 +222,8 @@ class ModelRunner:
             self._settle(plan)
             self.graphs.again(plan.items.new_blocks)
             line = self.arrivals.follow()
-            lengths = rows.lengths + 1
-            if self._held is None and repeat.left > 1:
-                self._repeat = Repeat(repeat.count, repeat.left - 1, GuidedRows(rows.slots, lengths, rows.order))
-            known = lengths if self._held is None else self._held.lengths(lengths, rows.slots)
+            known = rows.lengths + 1 if self._held is None else self._held.lengths(rows.lengths + 1, rows.slots)
+            self._repeat = Repeat.of(repeat.count, repeat.left - 1, GuidedRows(rows.slots, known, rows.order), self._held, self.graphs.stay)
             mask = self.guided.masks(rows.slots, self.sampling.young(rows.slots, known))
             assert mask is not None
             return self._owe(self.graphs.logits[: repeat.count], rows.slots, known, results.take(rows.order), mask, line, rows.order)
@@ -297,14 +294,16 @@ class ModelRunner:
 
     def _take(self, ran: Ran, batch: StepBatch, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited otherwise, masked or handed on."""
+        assert self.graphs is not None
         slots, arrive, line = batch.slots, batch.layout.arrive, ran.line
         if not self.sampling.apart[slots].any() and (mask is None or isinstance(ran.places, slice)):
             count = len(results)
             self.arrivals.mark(line)
             # each token of the plan comes, in its order, and the next step's go to the next line
             whole = isinstance(ran.places, slice) and count == len(results.result.tokens) and np.array_equal(arrive, results.places)
-            if whole and line == self.arrivals.last and self._held is None:
-                self._repeat = Repeat(count, REPEATS, None if mask is None else GuidedRows(slots, batch.lengths, arrive))
+            if whole and line == self.arrivals.last:
+                guided = None if mask is None else GuidedRows(slots, lengths, arrive)
+                self._repeat = Repeat.of(count, REPEATS, guided, self._held, self.graphs.stay)
             if mask is not None:
                 return self._owe(ran.logits[ran.places], slots, lengths, results, mask, line, arrive)
             return lambda: results.note_tokens(self.arrivals.wait(line, count)[arrive])

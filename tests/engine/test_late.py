@@ -188,6 +188,16 @@ def test_steps_with_grammars_follow_each_other_without_being_looked_at_whole(sha
     assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
 
 
+def test_steps_follow_each_other_so_where_tokens_are_late_too(shallow_folder: Path, often_late: list[int]) -> None:
+    engine, _ = engine_of(shallow_folder)
+    plan = [(0, request(number, WORD if number % 3 else None, temperature=1.0, top_k=40, max_new_tokens=30, ignore_eos=number % 3 > 0)) for number in range(6)]
+    found = run(engine, plan)
+    graphs = engine._executor._runner.graphs  # type: ignore[attr-defined]
+    assert sum(often_late) > 60 and len(graphs.noted) > len(often_late) * 3 // 4
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], plan)
+    assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
+
+
 def test_aborted_while_their_tokens_are_late(shallow_folder: Path, often_late: list[int]) -> None:
     plan = list(requests(8))
     engine, slots = engine_of(shallow_folder)
