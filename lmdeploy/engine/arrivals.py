@@ -85,9 +85,8 @@ class Owed:
         self._device = device
         self._finish: Finish | Exception | None = None
 
-    @torch.inference_mode()
     def settle(self, plan: StepPlan | None = None) -> None:
-        """Launch it, once; what goes wrong is raised by `finish`. `plan`: what is about to be launched behind it."""
+        """Launch it, once, in inference mode; what goes wrong is raised by `finish`. `plan`: what is about to be launched behind it."""
         choose, self._choose = self._choose, None
         if choose is not None:
             try:
@@ -98,7 +97,9 @@ class Owed:
 
     def finish(self) -> None:
         """Wait for it."""
-        self.settle()
+        if self._choose is not None:
+            with torch.inference_mode():
+                self.settle()
         if isinstance(self._finish, Exception):
             raise self._finish
         assert self._finish is not None

@@ -87,6 +87,20 @@ class GuidedStep(StepMask):
         return self.rows[there], self.words, self.slots[there]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows with grammars among some slots, for as long as nobody takes or leaves a slot; see `GuidedStep`."""
+
+    among: Ints  # the slots [S]
+    rows: Ints
+    slots: Ints
+    epochs: Ints
+    stops: Ints
+    places: Ints
+    flags: NDArray[np.uint32]
+    own: Flags
+
+
 class GuidedSlots:
     """The grammars of a rank's slots."""
 
@@ -97,6 +111,7 @@ class GuidedSlots:
         self._count = 0  # slots that have a grammar
         self._stops = np.full((num_slots, 1), eos_token_id, dtype=np.int64)  # [slots, N]
         self._own = np.zeros((num_slots, 1), dtype=bool)
+        self._rows: _Rows | None = None  # of the step before
         self._open: GuidedStep | None = None  # the last one of all, until its tokens are taken in
         self._pace = DevicePace()
 
@@ -116,6 +131,7 @@ class GuidedSlots:
         self.release(slot)
         if params.grammar is None:
             return
+        self._rows = None
         self._masks.take(slot, params.grammar, generated)
         self._set_stops(slot, [t for t in params.stop_token_ids if t < self._vocab_size])
         self._guided[slot] = True
@@ -125,7 +141,7 @@ class GuidedSlots:
         """Forget the grammar of a slot, if there is one."""
         if self._guided[slot]:
             self._masks.leave(slot)
-            self._guided[slot] = False
+            self._guided[slot], self._rows = False, None
             self._epochs[slot] += 1
             self._count -= 1
 
@@ -141,15 +157,17 @@ class GuidedSlots:
 
         `young` [S]: answers that have not reached `min_new_tokens`.
         """
-        rows = np.flatnonzero(self._guided[slots])
+        found = self._rows
+        if found is None or found.among is not slots:  # steps that follow each other have the same
+            found = self._rows = self._look_up(slots)
+        rows = found.rows
         if not rows.size:
             self._open = None
             return None
-        guided, words = slots[rows], self._masks.words
-        stops, none = self._stops[guided], np.zeros(rows.size, dtype=bool)
+        none = np.zeros(rows.size, dtype=bool)
         step = GuidedStep(
-            rows, words, slots=guided, among=slots.size, epochs=self._epochs[guided], stops=stops, places=guided[:, None] * words.shape[1] + (stops >> 5),
-            flags=np.uint32(1) << (stops & 31).astype(np.uint32), own=self._own[guided], young=young[rows], only_stops=none, ended=none.copy(), late=none.copy(),
+            rows, self._masks.words, slots=found.slots, among=slots.size, epochs=found.epochs, stops=found.stops, places=found.places, flags=found.flags,
+            own=found.own, young=young if rows.size == slots.size else young[rows], only_stops=none, ended=none.copy(), late=none.copy(),
         )  # fmt: skip
         step.fill = partial(self._fill, step)
         if self._open is None:
@@ -157,6 +175,13 @@ class GuidedSlots:
         self._pace.goes_on()
         self._open = step
         return step
+
+    def _look_up(self, slots: Ints) -> _Rows:
+        rows = np.flatnonzero(self._guided[slots])
+        guided = slots[rows]
+        stops = self._stops[guided]
+        places, flags = guided[:, None] * self._masks.words.shape[1] + (stops >> 5), np.uint32(1) << (stops & 31).astype(np.uint32)
+        return _Rows(slots, rows, guided, self._epochs[guided], stops, places, flags, self._own[guided])
 
     def launched(self, mask: GuidedStep) -> None:
         """What waited for these masks has been launched, in a step that is `paced`."""
@@ -225,8 +250,8 @@ class GuidedSlots:
 
     def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], there: Ints) -> None:
         """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [slots, W]; there [R]."""
-        flat = bits.reshape(-1)
-        named = flat.take(mask.places[there]) & mask.flags[there] != 0  # [R, N] some grammars name a stop token themselves
+        flat, part = bits.reshape(-1), there if there.size < mask.rows.size else slice(None)
+        named = flat.take(mask.places[part]) & mask.flags[part] != 0  # [R, N] some grammars name a stop token themselves
         ends = np.flatnonzero(named.any(axis=1))  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
         if not ends.size:
             return

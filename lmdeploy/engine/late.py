@@ -48,12 +48,15 @@ def join_in_time(mask: GuidedStep, plan: StepPlan, plain: NDArray[np.bool_]) -> 
     nothing but a token and its log-probabilities, now or next time.
     """
     items = plan.items
-    gone = is_among(mask.slots, np.array(plan.released, dtype=np.int64))
-    stays = ~gone
-    if plan.new:
-        stays &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
-    mask.gone, mask.further = gone, stays & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
-    mask.late = gone | (plain & stays & (mask.further | ~is_among(mask.slots, items.slots)))
+    if items.again:  # of the same rows
+        mask.further, mask.late = np.ones(mask.rows.size, dtype=bool), plain
+    else:
+        gone = is_among(mask.slots, np.array(plan.released, dtype=np.int64))
+        stays = ~gone
+        if plan.new:
+            stays &= ~is_among(mask.slots, np.array([new.slot for new in plan.new]))
+        mask.gone, mask.further = gone, stays & is_among(mask.slots, items.slots[items.sample & (items.counts == 1)])
+        mask.late = gone | (plain & stays & (mask.further | ~is_among(mask.slots, items.slots)))
     mask.join()
     kept: NDArray[np.bool_] = mask.late & mask.further
     return kept

@@ -368,7 +368,9 @@ class ModelRunner:
         may overwrite the logits; else what is kept of them need not be before the device has something to do."""
         if plan is None:
             return choose()
-        plain = ~self._wanting[mask.slots] & ~np.isin(results.places[mask.rows], list(results.result.more))
+        plain = ~self._wanting[mask.slots]
+        if results.result.more:
+            plain &= ~np.isin(results.places[mask.rows], list(results.result.more))
         kept = join_in_time(mask, plan, plain)
         finish = None if edits else choose()
         self._held = Held.of(mask, kept, logits)
