@@ -118,10 +118,10 @@ class Choice:
 
 
 @cache
-def _counted(shape: Shape) -> Ints:
-    """Where the parts of a step's input begin that are one more in the next one: positions, ends, places of tokens."""
+def _counted(shape: Shape, device: torch.device) -> Tensor:
+    """int64 [3, 1]: where the parts of a step's input begin that are one more in the next one: positions, ends, places of tokens."""
     starts = list(accumulate(shape.lengths(), initial=0))
-    return np.array([[starts[0]], [starts[3]], [starts[7]]])
+    return upload(np.array([[starts[0]], [starts[3]], [starts[7]]]), device)
 
 
 def parts_of(shape: Shape, flat: Ints) -> list[Ints]:
@@ -269,12 +269,12 @@ class StepGraphs:
             self._tables.append_blocks(new_blocks.items())
         self._before()
 
-    def stay(self, rows: Ints) -> None:
-        """These rows of the step that was launched last are no further in the next one, if that is launched `again`: their tokens were not known, so that nothing
-        which it brings of them counts."""
+    def stay(self, rows: Tensor) -> None:
+        """These rows, int64 [L] on the device, of the step that was launched last are no further in the next one, if that is launched `again`: their tokens were
+        not known, so that nothing which it brings of them counts."""
         assert self._before is not None and self._shape_before is not None
-        places = (_counted(self._shape_before) + rows).reshape(-1)
-        self._inputs.index_add_(0, upload(places, self._inputs.device), self._minus.expand(places.size))
+        places = (_counted(self._shape_before, rows.device) + rows).view(-1)
+        self._inputs.index_add_(0, places, self._minus.expand(places.shape[0]))
 
     def choice(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int, arrive: Ints) -> Callable[[], None]:
         """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks: what is

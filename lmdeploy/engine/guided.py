@@ -53,17 +53,27 @@ class StepMask:
         return self.rows, self.words, np.arange(self.rows.size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What there is to know of rows with grammars, G of S, for as long as nobody takes or leaves a slot."""
+
+    among: Ints  # [S] the slots of all rows
+    rows: Ints  # [G] places among them
+    slots: Ints  # [G]
+    epochs: Ints  # [G] by which it is known later whether the same sequences still have the slots
+    stops: Ints  # [G, N] tokens that end each answer, some repeated
+    eos: Flags  # [G, N] which of them are the library's one EOS, which ends every answer
+    own: Flags  # [G, N] which of them the request names
+    places: Ints  # [G, N] of their words among all words
+    flags: NDArray[np.uint32]  # [G, N] and their bits there
+    among_common: Flags  # [G] one of them is in a word that is looked at first
+
+
 @dataclass(slots=True)
 class GuidedStep(StepMask):
     """And what there is to know of the rows."""
 
-    slots: Ints = field(kw_only=True)  # [G]
-    among: int = field(kw_only=True)  # S
-    epochs: Ints = field(kw_only=True)  # [G] by which it is known later whether the same sequences still have the slots
-    stops: Ints = field(kw_only=True)  # [G, N] tokens that end each answer, some repeated
-    places: Ints = field(kw_only=True)  # [G, N] of their words among all words
-    flags: NDArray[np.uint32] = field(kw_only=True)  # [G, N] and their bits there
-    own: Flags = field(kw_only=True)  # [G, N] the request names them; the library's one EOS ends every answer
+    of: _Rows = field(kw_only=True)
     young: Flags = field(kw_only=True)  # [G] the request's stop tokens may not come yet, unless nothing else may
     only_stops: Flags = field(kw_only=True)  # [G] after `join`: nothing else may, so that the answer is complete
     ended: Flags = field(kw_only=True)  # [G] after `join`: nothing may come behind the token before, so that the answer was complete with it
@@ -76,6 +86,11 @@ class GuidedStep(StepMask):
     waited: bool = False  # after the choice: its tokens were waited for
     errors: dict[int, str] = field(default_factory=dict)  # after `join`: place among the G -> why there is no mask
 
+    @property
+    def slots(self) -> Ints:
+        """[G]"""
+        return self.of.slots
+
     def join(self) -> tuple[Ints, Tensor, Ints]:
         """Without rows that are late."""
         fill, self.fill = self.fill, None
@@ -85,20 +100,6 @@ class GuidedStep(StepMask):
             return self.rows, self.words, self.slots
         there = ~self.late
         return self.rows[there], self.words, self.slots[there]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows with grammars among some slots, for as long as nobody takes or leaves a slot; see `GuidedStep`."""
-
-    among: Ints  # the slots [S]
-    rows: Ints
-    slots: Ints
-    epochs: Ints
-    stops: Ints
-    places: Ints
-    flags: NDArray[np.uint32]
-    own: Flags
 
 
 class GuidedSlots:
@@ -146,8 +147,9 @@ class GuidedSlots:
             self._count -= 1
 
     def _set_stops(self, slot: int, stops: list[int]) -> None:
-        eos, missing = self._eos, len(stops) + 1 - self._stops.shape[1]
-        if missing > 0:  # one more EOS behind
+        eos = self._eos
+        missing = len(stops) + (eos not in stops) - self._stops.shape[1]
+        if missing > 0:
             self._stops, self._own = (np.pad(array, ((0, 0), (0, missing)), mode="edge") for array in (self._stops, self._own))
         self._stops[slot], self._own[slot] = eos, eos in stops
         self._stops[slot, : len(stops)], self._own[slot, : len(stops)] = stops, True
@@ -157,18 +159,17 @@ class GuidedSlots:
 
         `young` [S]: answers that have not reached `min_new_tokens`.
         """
-        found = self._rows
-        if found is None or found.among is not slots:  # steps that follow each other have the same
-            found = self._rows = self._look_up(slots)
-        rows = found.rows
-        if not rows.size:
+        of = self._rows
+        if of is None or of.among is not slots:  # steps that follow each other have the same
+            of = self._rows = self._look_up(slots)
+        count = of.rows.size
+        if not count:
             self._open = None
             return None
-        none = np.zeros(rows.size, dtype=bool)
+        none = np.zeros(count, dtype=bool)
         step = GuidedStep(
-            rows, self._masks.words, slots=found.slots, among=slots.size, epochs=found.epochs, stops=found.stops, places=found.places, flags=found.flags,
-            own=found.own, young=young if rows.size == slots.size else young[rows], only_stops=none, ended=none.copy(), late=none.copy(),
-        )  # fmt: skip
+            of.rows, self._masks.words, of=of, young=young if count == slots.size else young[of.rows], only_stops=none, ended=none.copy(), late=none.copy()
+        )
         step.fill = partial(self._fill, step)
         if self._open is None:
             self._pace.forget()
@@ -180,8 +181,10 @@ class GuidedSlots:
         rows = np.flatnonzero(self._guided[slots])
         guided = slots[rows]
         stops = self._stops[guided]
-        places, flags = guided[:, None] * self._masks.words.shape[1] + (stops >> 5), np.uint32(1) << (stops & 31).astype(np.uint32)
-        return _Rows(slots, rows, guided, self._epochs[guided], stops, places, flags, self._own[guided])
+        words, flags = stops >> 5, np.uint32(1) << (stops & 31).astype(np.uint32)
+        among_common: Flags = ((words >= COMMON.start) & (words < COMMON.stop)).any(axis=1)
+        places = guided[:, None] * self._masks.words.shape[1] + words
+        return _Rows(slots, rows, guided, self._epochs[guided], stops, stops == self._eos, self._own[guided], places, flags, among_common)
 
     def launched(self, mask: GuidedStep) -> None:
         """What waited for these masks has been launched, in a step that is `paced`."""
@@ -200,8 +203,9 @@ class GuidedSlots:
         complete: Flags = mask.only_stops.copy()
         if self._open is mask:
             self._open = None
-        goes_on = (chosen >= 0) & ~mask.only_stops & (mask.epochs == self._epochs[mask.slots]) & (mask.stops != chosen[:, None]).all(axis=1)
-        slots = mask.slots[goes_on]
+        of = mask.of
+        goes_on = (chosen >= 0) & ~mask.only_stops & (of.epochs == self._epochs[of.slots]) & (of.stops != chosen[:, None]).all(axis=1)
+        slots = of.slots[goes_on]
         if slots.size:
             last, seconds = (np.ones(slots.size, dtype=bool), math.inf) if mask.further is None else (~mask.further[goes_on], LAST_SECONDS)
             complete[goes_on] = self._masks.advance(slots, chosen[goes_on], last, seconds)
@@ -241,7 +245,7 @@ class GuidedSlots:
                 if step.paced:
                     self._pace.idle()
         wanted = np.ones(may.size, dtype=bool) if step.gone is None else ~step.gone
-        if step.rows.size == step.among and wanted.any():  # somebody must get a token from what is launched now
+        if step.rows.size == step.of.among.size and wanted.any():  # somebody must get a token from what is launched now
             while not there[wanted].any():
                 masks.wait(LOOK)
                 there = masks.there(slots)
@@ -250,30 +254,30 @@ class GuidedSlots:
 
     def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], there: Ints) -> None:
         """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [slots, W]; there [R]."""
-        flat, part = bits.reshape(-1), there if there.size < mask.rows.size else slice(None)
-        named = flat.take(mask.places[part]) & mask.flags[part] != 0  # [R, N] some grammars name a stop token themselves
-        ends = np.flatnonzero(named.any(axis=1))  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
-        if not ends.size:
+        of, flat, part = mask.of, bits.reshape(-1), there if there.size < mask.rows.size else slice(None)
+        named = flat.take(of.places[part]) & of.flags[part] != 0  # [R, N] some grammars name a stop token themselves
+        ends = named.any(axis=1)  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
+        if not ends.any():
             return
-        named, rows = named[ends], there[ends]
-        slots, stops = mask.slots[rows], mask.stops[rows]
-        accepting = (named & (stops == self._eos)).any(axis=1)
-        among_common = ((stops >= COMMON.start * 32) & (stops < COMMON.stop * 32)).any(axis=1)
-        goes_on = ~mask.young[rows] & ~among_common & bits[slots, COMMON].any(axis=1)
-        both = rows[goes_on & accepting]
-        for at, on in zip(mask.places[both].T, mask.flags[both].T, strict=True):
-            flat[at] |= on
-        if not goes_on.all():
-            self._look_at_stops(mask, bits, rows[~goes_on], named[~goes_on], accepting[~goes_on])
+        accepting = (named & of.eos[part]).any(axis=1)
+        goes_on = bits[of.slots[part], COMMON].any(axis=1) & ~of.among_common[part] & ~mask.young[part]
+        both = there[goes_on & accepting]
+        if both.size:
+            for at, on in zip(of.places[both].T, of.flags[both].T, strict=True):
+                flat[at] |= on
+        ends &= ~goes_on
+        if ends.any():
+            self._look_at_stops(mask, bits, there[ends], named[ends], accepting[ends])
 
     def _look_at_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], rows: Ints, named: Flags, accepting: Flags) -> None:
         """The same for rows [R] that perhaps may only end, perhaps may not end yet. named [R, N], accepting [R]."""
-        flat, slots, places, flags = bits.reshape(-1), mask.slots[rows], mask.places[rows].T, mask.flags[rows].T
+        of, flat = mask.of, bits.reshape(-1)
+        slots, places, flags = of.slots[rows], of.places[rows].T, of.flags[rows].T
         for at, on in zip(places, flags, strict=True):
             flat[at] &= ~on
         nothing = np.logical_not(bits[slots, COMMON].any(axis=1))
         nothing[nothing] = np.logical_not(bits[slots[nothing]].any(axis=1))
-        allowed = (accepting[:, None] | named) & ((~mask.young[rows] | nothing)[:, None] | ~mask.own[rows])
+        allowed = (accepting[:, None] | named) & ((~mask.young[rows] | nothing)[:, None] | ~of.own[rows])
         for at, on, may in zip(places, flags, allowed.T, strict=True):
             flat[at] |= np.where(may, on, np.uint32(0))
         mask.only_stops[rows] = nothing

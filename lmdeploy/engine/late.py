@@ -20,25 +20,33 @@ class Held:
 
     def __init__(self, slots: Ints, logits: Tensor) -> None:
         self._slots, self._logits = slots, logits  # [L], and [L, V] of any floating type
+        self._found: tuple[Ints, Ints, Tensor] | None = None
 
     @classmethod
     def of(cls, mask: GuidedStep, kept: NDArray[np.bool_], logits: Tensor) -> Held | None:
         """Of these rows [G], if there are any, of logits [S, V]."""
         return cls(mask.slots[kept], logits.index_select(0, upload(mask.rows[kept], logits.device))) if kept.any() else None
 
+    def _find(self, slots: Ints) -> tuple[Ints, Tensor]:
+        """Which rows of the step behind these are, among those with these slots; and the same on the device."""
+        if self._found is None or self._found[0] is not slots:
+            places = _places(self._slots, slots)
+            self._found = slots, places, upload(places, self._logits.device)
+        return self._found[1:]
+
     def lengths(self, lengths: Ints, slots: Ints) -> Ints:
         """How many tokens of each row of the step behind are known: one less than its plan says where the last one was late."""
         found: Ints = lengths.copy()
-        found[self.rows(slots)] -= 1
+        found[self._find(slots)[0]] -= 1
         return found
 
-    def rows(self, slots: Ints) -> Ints:
-        """Which rows of the step behind these are, among those with these slots."""
-        return _places(self._slots, slots)
+    def rows(self, slots: Ints) -> Tensor:
+        """int64 [L] on the device: which rows of the step behind these are, among those with these slots."""
+        return self._find(slots)[1]
 
     def put_back(self, logits: Tensor, slots: Ints) -> None:
         """Into the logits [S, V] of the step behind, whose rows have these slots."""
-        logits.index_copy_(0, upload(self.rows(slots), logits.device), self._logits)
+        logits.index_copy_(0, self.rows(slots), self._logits)
 
 
 def join_in_time(mask: GuidedStep, plan: StepPlan, plain: NDArray[np.bool_]) -> NDArray[np.bool_]:

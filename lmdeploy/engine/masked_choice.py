@@ -43,13 +43,18 @@ class _Beside:
     """A stream for copies beside what is computed; what is launched afterwards waits for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = _stream_beside(device)
-        event, current = torch.cuda.Event(), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
-        self._copied, self._wait = partial(event.record, self._stream), partial(current.wait_event, event)
+        self._stream, self._current = _stream_beside(device), torch.cuda.current_stream(device)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # what torch's own methods call; they, and its context of a stream, take several times as long
+        self._copied = partial(super(torch.cuda.Event, event).record, self._stream)
+        self._wait = partial(super(torch.cuda.Event, event).wait, self._current)
 
     def copy(self, to: Tensor, words: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
+        torch.cuda.set_stream(self._stream)
+        try:
             to.copy_(words, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(self._current)
         self._copied()
         self._wait()
 
@@ -75,9 +80,10 @@ class MaskedChoice:
         stage, self._stage = self._stages[self._stage], (self._stage + 1) % STAGES
         to_slots, to_lengths, where, at = stage.numpy()
         place: NDArray[np.int32] = at.view(np.int32)
-        to_slots[:size], to_lengths[:size], where[:size], place[:size] = self._sampler.table.num_slots, 1, -1, -1  # nobody's
-        guided = slots[rows]
-        to_slots[rows], to_lengths[rows], where[rows], place[rows] = guided, lengths[rows], places[rows], guided
+        guided, part = mask.slots, rows if rows.size < count else slice(count)
+        rest = slice(count if rows.size == count else 0, size)
+        to_slots[rest], to_lengths[rest], where[rest], place[rest] = self._sampler.table.num_slots, 1, -1, -1  # nobody's
+        to_slots[part], to_lengths[part], where[part], place[part] = guided, lengths[part], places[part], guided
         self._inputs.copy_(stage, non_blocking=True)
         first, last = int(guided.min()), int(guided.max()) + 1
         return Prepared(size, stage, place, self._words[first:last], mask.words[first:last])

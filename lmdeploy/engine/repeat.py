@@ -6,9 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from lmdeploy.engine.batch import LENGTH_STEP
 from lmdeploy.engine.late import Held
 from lmdeploy.engine.plan import Ints, StepPlan
+
+Tensor = torch.Tensor
 
 #: so many steps in a row leave sequences in an order: it is one of lengths, and only roughly
 REPEATS = LENGTH_STEP // 8
@@ -32,7 +36,9 @@ class Repeat:
     guided: GuidedRows | None = None  # where some have a grammar
 
     @classmethod
-    def of(cls, count: int, left: int, guided: GuidedRows | None = None, held: Held | None = None, stay: Callable[[Ints], None] | None = None) -> Repeat | None:
+    def of(
+        cls, count: int, left: int, guided: GuidedRows | None = None, held: Held | None = None, stay: Callable[[Tensor], None] | None = None
+    ) -> Repeat | None:
         """None where it may not be repeated any more. `held`: what the step before has left to it; the next one, if it is launched as this one was, has these
         sequences no further than this one, which `stay` tells the device of rows."""
         if not left:

@@ -267,7 +267,7 @@ def test_a_step_again_is_laid_out_as_the_step_itself(runs: list[tuple[list[int],
         for further in range(1, times + 1):
             stays = np.array([draw.random() < 0.3 for _ in starts]) * (further > 1 or draw.random() < 0.5)
             if stays.any():
-                graphs.stay(stays.nonzero()[0])
+                graphs.stay(torch.from_numpy(stays.nonzero()[0]))
             layout = replace(layout, positions=layout.positions + 1 - stays, ends=layout.ends + 1 - stays)
             new = {0: [50 + further]} if further % 2 else {}
             graphs._tables.num_blocks[0] = 3
