@@ -10,7 +10,7 @@ WEIGHT = 0.25
 #: seconds; what takes longer was no step of answers
 LONGEST = 0.1
 #: seconds by which masks are given up earlier after they were given up too late; what of that is taken back after each step that did not wait for the host
-EARLIER, TAKEN_BACK = 4e-5, 1 / 32
+EARLIER, TAKEN_BACK = 4e-5, 1 / 64
 #: seconds that there must have been to wait for masks, if it is to be their fault that the device waited
 AT_LEAST = 5e-5
 

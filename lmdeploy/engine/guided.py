@@ -182,7 +182,7 @@ class GuidedSlots:
         guided = slots[rows]
         stops = self._stops[guided]
         words, flags = stops >> 5, np.uint32(1) << (stops & 31).astype(np.uint32)
-        among_common: Flags = ((words >= COMMON.start) & (words < COMMON.stop)).any(axis=1)
+        among_common = np.asarray(((words >= COMMON.start) & (words < COMMON.stop)).any(axis=1))
         places = guided[:, None] * self._masks.words.shape[1] + words
         return _Rows(slots, rows, guided, self._epochs[guided], stops, stops == self._eos, self._own[guided], places, flags, among_common)
 

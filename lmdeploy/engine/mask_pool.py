@@ -51,8 +51,10 @@ from lmdeploy.log import get_logger
 
 logger = get_logger(__name__)
 
-#: answers that a process is to have before another one is used, and processes at most; of many processors some are others'
-ROWS_EACH, MOST_PROCESSES = 4, max(1, min(12, len(os.sched_getaffinity(0)) * 3 // 4))
+#: answers that a process is to have before another one is used; of many processes, each of which has to be woken in each step, and may want a core that others need
+ROWS_EACH, FEW, MORE_ROWS_EACH = 4, 4, 8
+#: processes at most; of many processors some are others'
+MOST_PROCESSES = max(1, min(12, len(os.sched_getaffinity(0)) * 3 // 4))
 #: seconds of processor time to compile a grammar from which on one process has all of its answers
 CHEAP_SECONDS = 0.05
 #: seconds in which a process has told why there is no mask, which it does before it says that there is none
@@ -60,6 +62,11 @@ TELL_SECONDS = 1.0
 #: seconds; a process that ends so soon is replaced as much later
 QUICKLY = 1.0
 ENDED, CLOSED = "the process that followed its grammar ended", "the engine is closed"
+
+
+def processes_for(answers: int) -> int:
+    """How many processes so many answers of one grammar are worth."""
+    return max(min(-(-answers // ROWS_EACH), FEW), -(-answers // MORE_ROWS_EACH))
 
 
 @dataclass(eq=False)
@@ -250,7 +257,7 @@ class MaskPool:
             return
         wanted, have = 1, len(compiled.at) + len(compiled.asked)
         if compiled.at and compiled.seconds < CHEAP_SECONDS:
-            wanted = -(-compiled.answers(len(running) * ROWS_EACH) // ROWS_EACH)
+            wanted = processes_for(compiled.answers(len(running) * MORE_ROWS_EACH))
         if wanted <= have:
             return
         others = sum(len(c.at) + len(c.asked) - 1 for c in self._by_number.values() if c is not compiled and c.users and (c.at or c.asked))

@@ -21,7 +21,7 @@ import torch
 
 from lmdeploy.engine import mask_pool, mask_process
 from lmdeploy.engine.grammar_compiler import GrammarCompiler
-from lmdeploy.engine.mask_pool import ROWS_EACH, MaskPool
+from lmdeploy.engine.mask_pool import ROWS_EACH, MaskPool, processes_for
 from lmdeploy.engine.mask_wire import BROKEN, GOES_ON, STOPPED
 from lmdeploy.engine.masks import Ints, Masks, MasksHere
 from lmdeploy.errors import EngineError, RequestError
@@ -224,6 +224,11 @@ def test_a_grammar_is_compiled_where_its_answers_are(pool: MaskPool) -> None:
         pool.take(slot, WORDS, [])
     assert [process.slots for process in pool._processes] == [4, 4]
     assert pool.prepare(WORDS).done(), "who comes later does not wait"
+
+
+@pytest.mark.parametrize(("answers", "processes"), [(0, 0), (1, 1), (4, 1), (5, 2), (16, 4), (32, 4), (33, 5), (64, 8), (96, 12), (1000, 125)])
+def test_few_processes_have_four_answers_each_and_many_have_eight(answers: int, processes: int) -> None:
+    assert processes_for(answers) == processes
 
 
 def test_grammars_are_compiled_where_fewest_answers_are_and_among_those_where_fewest_grammars_are(pool: MaskPool) -> None:
