@@ -229,6 +229,9 @@ class StepGraphs:
         self._input_of: dict[Shape, _Input] = {}  # made when first needed: slices of tensors take their time
         self._before: Callable[[], None] | None = None  # launches the step before, where that can be done `again`
         self._shape_before: Shape | None = None
+        # for the kernel that chooses in each graph: no row has a mask; or all are left to another launch
+        self._places = torch.full((max(shape.sequences for shape in shapes),), -1, dtype=torch.int32, device=tables.device)
+        self._leaves = False
         self._minus = torch.full((1,), -1, dtype=torch.int64, device=tables.device)
         self.logits = torch.zeros((max(shape.sequences for shape in shapes), model.spec.vocab_size), dtype=dtype, device=tables.device)
         # all of them, as a server that fills up needs them; a list, not a generator, which would hold `self` in a cycle: graphs must go as soon as they are dropped
@@ -239,8 +242,9 @@ class StepGraphs:
         self._refused: set[Shape | Choice] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, layout: StepLayout, settle: Callable[[], None]) -> Ran | None:
-        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards. None: no graph has room for it, or can be made.
+    def run(self, layout: StepLayout, settle: Callable[[], None], *, leave: bool = False) -> Ran | None:
+        """Compute a step of which only sampled rows are wanted; their tokens are in the token table afterwards, unless they are left to a `choice`. None: no graph
+        has room for it, or can be made.
 
         `settle` launches what the step before still owes, which reads what this one overwrites, as late as can be.
         """
@@ -255,6 +259,9 @@ class StepGraphs:
         self._send(layout, shape, line)
         settle()
         self._sampler.table.refresh()
+        if leave != self._leaves:
+            self._places.fill_(-2 if leave else -1)
+            self._leaves = leave
         replay = self._graphs[shape].replay
         replay()
         every = not shape.tokens and len(layout.chosen) == layout.num_decode
@@ -277,8 +284,8 @@ class StepGraphs:
         self._inputs.index_add_(0, places, self._minus.expand(places.shape[0]))
 
     def choice(self, slots: Ints, lengths: Ints, mask: GuidedStep, line: int, arrive: Ints) -> Callable[[], None]:
-        """Choose once more among the logits of the last `run` or `again`, which had a token of each sequence and was to give it one, now with masks: what is
-        returned joins them. Rows have these slots and so many known tokens; theirs arrive at these places of this line, as those without masks have."""
+        """Choose among the logits of the last `run` or `again`, which had a token of each sequence and left it to this to give it one: what is returned joins the
+        masks. Rows have these slots and so many known tokens; theirs arrive at these places of this line."""
         prepared = self._masked.prepare(slots, lengths, mask, arrive + line * self._lines.shape[1])
         graph = self._graphs.get(Choice(prepared.size))
         launch = partial(self._masked.choose, prepared.size) if graph is None else graph.replay
@@ -394,4 +401,5 @@ class StepGraphs:
     def _choose(self, shape: Shape, parts: Sequence[Tensor], logits: Tensor) -> None:
         positions, ends = parts[0], parts[3]
         slots, places, where = parts[6:]
-        self._sampler.choose(logits, slots, places, self._lines, goes_on=None if shape.tokens else (positions, ends), where=where)
+        masks = self._sampler.table.young_words[:1], self._places[: len(logits)]
+        self._sampler.choose(logits, slots, places, self._lines, masks, goes_on=None if shape.tokens else (positions, ends), where=where)

@@ -127,6 +127,10 @@ class GuidedSlots:
         """Whether any slot has a grammar."""
         return self._count > 0
 
+    def follows(self, slots: Ints) -> bool:
+        """Whether any of these slots has a grammar."""
+        return self.used and bool(self._guided[slots].any())
+
     def set(self, slot: int, params: SamplingParams, generated: list[int]) -> None:
         """Set up `slot`, which has generated these tokens so far; raises ValueError (RequestError) for a grammar that cannot be used."""
         self.release(slot)

@@ -74,16 +74,17 @@ class MaskedChoice:
 
     def prepare(self, slots: Ints, lengths: Ints, mask: GuidedStep, places: Ints) -> Prepared:
         """What can be done before masks are there, for rows with these slots and so many known tokens, whose tokens arrive at these places of all lines together.
-        Behind what was launched with what was prepared before. Rows without a mask have their tokens already."""
+        Behind what was launched with what was prepared before."""
         count, rows = slots.size, mask.rows
         size = self._sizes[bisect_left(self._sizes, count)]
         stage, self._stage = self._stages[self._stage], (self._stage + 1) % STAGES
         to_slots, to_lengths, where, at = stage.numpy()
         place: NDArray[np.int32] = at.view(np.int32)
-        guided, part = mask.slots, rows if rows.size < count else slice(count)
-        rest = slice(count if rows.size == count else 0, size)
-        to_slots[rest], to_lengths[rest], where[rest], place[rest] = self._sampler.table.num_slots, 1, -1, -1  # nobody's
-        to_slots[part], to_lengths[part], where[part], place[part] = guided, lengths[part], places[part], guided
+        guided = mask.slots
+        to_slots[:count], to_lengths[:count], where[:count] = slots, lengths, places
+        to_slots[count:size], to_lengths[count:size], where[count:size] = self._sampler.table.num_slots, 1, -1  # nobody's
+        place[:size] = -1
+        place[rows] = guided
         self._inputs.copy_(stage, non_blocking=True)
         first, last = int(guided.min()), int(guided.max()) + 1
         return Prepared(size, stage, place, self._words[first:last], mask.words[first:last])

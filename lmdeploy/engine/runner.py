@@ -266,12 +266,13 @@ class ModelRunner:
         layout, ordered = batch.layout, results.take(batch.order)
         sampled = ordered.take(layout.chosen)
         graphed = self.graphs is not None and not wants_more and not self.pictures.shown_by(items)
-        ran = self.graphs.run(layout, partial(self._settle, plan)) if self.graphs is not None and graphed else None
+        slots = batch.slots
+        guided = self.guided is not None and self.guided.follows(slots)
+        ran = self.graphs.run(layout, partial(self._settle, plan), leave=guided) if self.graphs is not None and graphed else None
         hidden = None
         if ran is None:
             self._settle(plan)
             hidden = self._forward(batch)
-        slots = batch.slots
         lengths = batch.lengths if self._held is None else self._held.lengths(batch.lengths, slots)
         mask = self.guided.masks(slots, self.sampling.young(slots, lengths)) if self.guided is not None and self.guided.used else None
         if hidden is not None and wants_more:
@@ -280,7 +281,7 @@ class ModelRunner:
         if not len(sampled):
             return None
         if ran is not None:
-            return self._take(ran, batch, lengths, sampled, mask)
+            return self._take(ran, batch.layout.arrive, slots, lengths, sampled, mask)
         assert hidden is not None
         rows = hidden if batch.sample_rows is None else hidden.index_select(0, upload(batch.sample_rows, self.device))
         logits = torch.empty((rows.shape[0], self.model.spec.vocab_size), dtype=self.dtype, device=self.device)
@@ -292,10 +293,10 @@ class ModelRunner:
         self.pictures.fill(inputs, batch.items)
         return self.model.forward(inputs)
 
-    def _take(self, ran: Ran, batch: StepBatch, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
+    def _take(self, ran: Ran, arrive: Ints, slots: Ints, lengths: Ints, results: Rows, mask: GuidedStep | None) -> Finish | None:
         """What a graph brought: its tokens hold where no logits are to be edited otherwise, masked or handed on."""
         assert self.graphs is not None
-        slots, arrive, line = batch.slots, batch.layout.arrive, ran.line
+        line = ran.line
         if not self.sampling.apart[slots].any() and (mask is None or isinstance(ran.places, slice)):
             count = len(results)
             self.arrivals.mark(line)

@@ -249,10 +249,10 @@ class Sampler:
 
         Everything is on the device, parameters are read from `table.columns` when it runs, logits, of any floating type, are left alone: this can be part of a
         CUDA graph. slots, lengths int64 [S]; several rows may have the slot that no sequence has, which is greedy, and no two another one. `masks`: words
-        int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none. `goes_on`: positions and ends of the rows, which become the
-        next step's, and so do `lengths`, but not those of the slot that no sequence has. `where`, int64 [S]: tokens are int64 [lines, N], and each row's goes to
-        this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. Penalties are over the tokens that are in
-        the table when it runs. Only where there is a `kernel`.
+        int32 [G, W] as in StepMask and for each row the place of its words, int32 [S], -1 for none, -2 if nothing is to be chosen. `goes_on`: positions and ends
+        of the rows, which become the next step's, and so do `lengths`, but not those of the slot that no sequence has. `where`, int64 [S]: tokens are int64
+        [lines, N], and each row's goes to this place of all lines together, nowhere with -1; with `goes_on` it becomes that of the next line. Penalties are over
+        the tokens that are in the table when it runs. Only where there is a `kernel`.
         """
         assert self.kernel is not None
         # one kernel, which is there from the start on, for steps with masks and without

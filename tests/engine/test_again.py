@@ -46,7 +46,10 @@ class Replayed:
         rows = torch.nonzero(parts[6] != graphs._filler)[:, 0]
         lines, where = graphs._lines, parts[8]
         assert (where[rows] >= 0).all() and (where.sum() == where[rows].sum() - (len(where) - len(rows)))
-        lines.view(-1)[where[rows]] = graphs._sampler._choose(logits[rows], parts[6][rows].numpy().copy(), parts[7][rows].numpy().copy(), None)
+        if graphs._leaves:
+            lines.view(-1)[where[rows]] = -1
+        else:
+            lines.view(-1)[where[rows]] = graphs._sampler._choose(logits[rows], parts[6][rows].numpy().copy(), parts[7][rows].numpy().copy(), None)
         for part in (parts[0], parts[3], parts[7]):  # the next step's, as the kernel leaves them
             part[rows] += 1
         where[rows] = (where[rows] + lines.shape[1]) % lines.numel()
@@ -68,14 +71,15 @@ class Rechosen:
         if graphs._sampler.kernel is not None:
             return masked.choose(self.size)
         slots, lengths, where, places = masked._inputs[:, : self.size].numpy().copy()
-        guided = slots != graphs._filler  # others have their tokens already
+        used = slots != graphs._filler
         place = places.view(np.int32)[: self.size]
-        assert (where[guided] >= 0).all() and (where[~guided] == -1).all() and (place[~guided] == -1).all()
-        place, slots, lengths, where = place[guided], slots[guided], lengths[guided], where[guided]
+        assert (where[used] >= 0).all() and (where[~used] == -1).all() and (place[~used] == -1).all()
+        place, slots, lengths, where = place[used], slots[used], lengths[used], where[used]
         rows = np.flatnonzero(place >= 0)
         mask = StepMask(rows, masked._words[torch.from_numpy(place[rows]).long()])
-        logits = graphs.logits[: self.size][torch.from_numpy(guided)]
-        logits[torch.from_numpy(np.flatnonzero(place < 0))] = float("nan")  # nothing is chosen without its mask
+        logits = graphs.logits[: self.size][torch.from_numpy(used)]
+        waits = (place < 0) & (graphs._sampler.table._young_until[slots] < 0)
+        logits[torch.from_numpy(np.flatnonzero(waits))] = float("nan")  # nothing is chosen without its mask
         graphs._lines.view(-1)[torch.from_numpy(where)] = graphs._sampler._choose(logits, slots, lengths, mask)
         return None
 

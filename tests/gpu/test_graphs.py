@@ -59,6 +59,15 @@ def test_a_mixture_of_all_kinds_gives_the_same(eager: Engine, graphed: Engine) -
     assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
 
 
+def test_answers_without_grammars_beside_others_that_have_some(eager: Engine, graphed: Engine) -> None:
+    """They are chosen together, behind the graph; then alone, in it."""
+    kinds = [KINDS[name] for name in ("greedy", "seeded", "grammar", "top-k", "penalties", "stops")]
+    params = [kinds[i % len(kinds)] for i in range(len(PROMPTS))]
+    assert run(graphed, params, PROMPTS) == run(eager, params, PROMPTS)
+    rest = [KINDS[name] for name in ("seeded", "greedy", "top-k")] * 3
+    assert run(graphed, rest, PROMPTS[:9]) == run(eager, rest, PROMPTS[:9])
+
+
 def test_penalties_in_graphs_are_those_beside_them(eager: Engine, graphed: Engine) -> None:
     drawn = SamplingParams(max_new_tokens=40, temperature=0.9, top_p=0.9, seed=5, presence_penalty=0.8, frequency_penalty=0.3, ignore_eos=True)
     for params in ([KINDS["penalties"], drawn], [KINDS["penalties"], KINDS["greedy"], drawn, KINDS["seeded"]], list(KINDS.values())):

@@ -392,7 +392,7 @@ def _choose_kernel(
     masked, mask_ptr, waits = at < 0, None, at < 0
     if MASKS:
         place, young_until = tl.load(mask_rows_ptr + at), tl.load(young_until_ptr + slot)
-        masked, waits = place >= 0, (place < 0) & (young_until < 0)
+        masked, waits = place >= 0, (place < -1) | ((place < 0) & (young_until < 0))
         mask_ptr = words_ptr + tl.maximum(place, 0) * words_stride
         if (place < 0) & (generated < young_until):
             masked = place < 0
@@ -445,9 +445,10 @@ def choose_tokens(
     slots, lengths int64 [S]: the row's slot, and how many of its tokens are known. `table`: of all slots the float32 parameters [slots, 7], the seeds, the
     lengths of the prompts, and the number of tokens up to which an answer is young, int64 [slots]. `masks`: int32 words [G, W], bit t % 32 of word t // 32 says
     that token t may come; for each row the place of its words, int32 [S], -1 for none; and the words [slots, W] of young answers without such. Young up to -1
-    tokens is an answer with a grammar: without its words nothing is chosen, at once, for another launch will choose when they are there. The token, or 0, is also
-    written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of rows that are not greedy differ. edits int32 [slots, V],
-    zero before and after: rows whose slots have penalties are chosen from with them, where their tokens are known[slot, :length]; these slots differ, too.
+    tokens is an answer with a grammar: without its words nothing is chosen, at once, for another launch will choose when they are there. The same with a place
+    of -2, whatever the answer. The token, or 0, is also written to known int32 [slots, L] at [slot, length]. scratch int64 [slots, scratch_width()]: slots of
+    rows that are not greedy differ. edits int32 [slots, V], zero before and after: rows whose slots have penalties are chosen from with them, where their tokens
+    are known[slot, :length]; these slots differ, too.
     `goes_on`: positions and ends, int64 [S], for the next step: they become one larger, and so do lengths, where the slot is not the last, which is nobody's. And
     `where` becomes the same place of the next line, behind the last one of the first.
     """

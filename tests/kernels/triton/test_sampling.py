@@ -286,6 +286,13 @@ def test_an_answer_with_a_grammar_has_no_token_before_its_mask_is_there() -> Non
     assert chosen(Rows(guided, rows.logits, rows.slots, rows.lengths, rows.known, rows.prompt), masks) == all_of_them
 
 
+def test_rows_that_are_left_to_another_launch_have_no_token_whatever_they_want() -> None:
+    rows = penalised(300, 60, 20)
+    left = torch.tensor([-2 if i % 2 else -1 for i in range(16)], dtype=torch.int32)
+    found, all_of_them = chosen(rows, (torch.zeros((1, 10), dtype=torch.int32), left)), chosen(rows)
+    assert found == [-1 if i % 2 else token for i, token in enumerate(all_of_them)]
+
+
 def test_who_gets_a_slot_may_stop_though_its_last_owner_might_not() -> None:
     rows = rows_of([{"ignore_eos": True, "stop_token_ids": (7,)}], torch.zeros(1, 40))
     rows.logits[0, 7] = 9.0
