@@ -46,7 +46,9 @@ class Replayed:
         rows = torch.nonzero(parts[6] != graphs._filler)[:, 0]
         lines, where = graphs._lines, parts[8]
         assert (where[rows] >= 0).all() and (where.sum() == where[rows].sum() - (len(where) - len(rows)))
-        if graphs._leaves:
+        left = graphs._places[: shape.sequences]
+        assert (left == left[0]).all() and left[0] in (-1, -2)
+        if left[0] == -2:
             lines.view(-1)[where[rows]] = -1
         else:
             lines.view(-1)[where[rows]] = graphs._sampler._choose(logits[rows], parts[6][rows].numpy().copy(), parts[7][rows].numpy().copy(), None)

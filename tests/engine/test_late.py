@@ -188,6 +188,20 @@ def test_steps_with_grammars_follow_each_other_without_being_looked_at_whole(sha
     assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
 
 
+def test_answers_without_grammars_are_chosen_with_those_that_have_some_or_alone(shallow_folder: Path, often_late: list[int]) -> None:
+    """Guided ones come and go beside two that stay."""
+    drawn = {"temperature": 1.0, "top_k": 60}
+    stay = [(0, request(number, None, max_new_tokens=70, ignore_eos=True, **drawn)) for number in range(2)]
+    others = [(at, request(10 + at, grammar, **drawn)) for at, grammar in ((3, CHOICE), (20, CHOICE), (21, WORD), (55, CHOICE))]
+    engine, _ = engine_of(shallow_folder)
+    graphs = engine._executor._runner.graphs  # type: ignore[attr-defined]
+    left: list[bool] = []
+    found = run(engine, [*stay, *others], lambda _: left.append(graphs._leaves))
+    assert sum(before != after for before, after in itertools.pairwise(left)) >= 4, "now and then there was none"
+    expected = run(engine_of(shallow_folder, ModelRunner)[0], [*stay, *others])
+    assert {number: answer(outputs) for number, outputs in found.items()} == {number: answer(outputs) for number, outputs in expected.items()}
+
+
 def test_steps_follow_each_other_so_where_tokens_are_late_too(shallow_folder: Path, often_late: list[int]) -> None:
     engine, _ = engine_of(shallow_folder)
     plan = [(0, request(number, WORD if number % 3 else None, temperature=1.0, top_k=40, max_new_tokens=30, ignore_eos=number % 3 > 0)) for number in range(6)]

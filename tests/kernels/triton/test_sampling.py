@@ -293,6 +293,23 @@ def test_rows_that_are_left_to_another_launch_have_no_token_whatever_they_want()
     assert found == [-1 if i % 2 else token for i, token in enumerate(all_of_them)]
 
 
+def test_rows_that_were_left_are_chosen_by_another_launch_as_if_they_had_not_been() -> None:
+    """With penalties, while they are young, and from the same numbers."""
+    vocab, rows = 301, penalised(301, 50, 20)
+    stops = [msgspec.structs.replace(p, min_new_tokens=19, stop_token_ids=tuple(range(i % 4, vocab, 3))) for i, p in enumerate(rows.params)]
+    rows = Rows(stops, rows.logits, rows.slots, rows.lengths, rows.known, rows.prompt)
+    sampler, count = rows.sampler("cpu", KERNEL), len(rows.slots)
+    slots, lengths, where = torch.from_numpy(rows.slots), torch.from_numpy(rows.lengths), torch.arange(count)
+    places = lengths.clone(), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    lines = torch.full((2, count), -7)
+    nothing = torch.zeros((1, sampler.table.young_words.shape[1]), dtype=torch.int32)
+    sampler.choose(rows.logits, slots, places[0], lines, (nothing, torch.full((count,), -2, dtype=torch.int32)), goes_on=places[1:], where=where.clone())
+    assert lines[0].tolist() == [-1] * count and (places[0] == lengths + 1).all() and (places[1] == 1).all(), "the next step's places are left all the same"
+    sampler.choose(rows.logits, slots, lengths, lines, (nothing, torch.full((count,), -1, dtype=torch.int32)), where=where)
+    assert lines[0].tolist() == chosen(rows)
+    assert sampler.tokens[slots, lengths].tolist() == lines[0].tolist() and not sampler._edits.any()
+
+
 def test_who_gets_a_slot_may_stop_though_its_last_owner_might_not() -> None:
     rows = rows_of([{"ignore_eos": True, "stop_token_ids": (7,)}], torch.zeros(1, 40))
     rows.logits[0, 7] = 9.0
