@@ -33,6 +33,8 @@ ROWS_AT_ONCE = 32
 COMMON = slice(32, 96)
 #: float32 [256, 8]: what the eight logits of a byte of a mask may be at most
 _LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32("inf"), np.float32("-inf"))
+#: stop tokens of an answer; those of answers with more are looked at apart, for all would be as long as the longest
+FEW_STOPS = 8
 #: seconds that a step waits for masks even where the device has nothing to do
 BRIEF = 3e-5
 #: seconds in which it is found out of an answer's last token whether the answer is complete, as a rule in 0.1 ms; where a process is busy for longer, the answer was too long
@@ -67,6 +69,7 @@ class _Rows:
     places: Ints  # [G, N] of their words among all words
     flags: NDArray[np.uint32]  # [G, N] and their bits there
     among_common: Flags  # [G] one of them is in a word that is looked at first
+    many: Flags  # [G] there are more than FEW_STOPS
 
 
 @dataclass(slots=True)
@@ -112,6 +115,7 @@ class GuidedSlots:
         self._count = 0  # slots that have a grammar
         self._stops = np.full((num_slots, 1), eos_token_id, dtype=np.int64)  # [slots, N]
         self._own = np.zeros((num_slots, 1), dtype=bool)
+        self._num_stops = np.ones(num_slots, dtype=np.int64)  # of those [N]; the rest repeats the one EOS
         self._rows: _Rows | None = None  # of the step before
         self._open: GuidedStep | None = None  # the last one of all, until its tokens are taken in
         self._pace = DevicePace()
@@ -146,13 +150,14 @@ class GuidedSlots:
         """Forget the grammar of a slot, if there is one."""
         if self._guided[slot]:
             self._masks.leave(slot)
-            self._guided[slot], self._rows = False, None
+            self._guided[slot], self._rows, self._num_stops[slot] = False, None, 1
             self._epochs[slot] += 1
             self._count -= 1
 
     def _set_stops(self, slot: int, stops: list[int]) -> None:
         eos = self._eos
-        missing = len(stops) + (eos not in stops) - self._stops.shape[1]
+        self._num_stops[slot] = count = len(stops) + (eos not in stops)
+        missing = count - self._stops.shape[1]
         if missing > 0:
             self._stops, self._own = (np.pad(array, ((0, 0), (0, missing)), mode="edge") for array in (self._stops, self._own))
         self._stops[slot], self._own[slot] = eos, eos in stops
@@ -184,11 +189,14 @@ class GuidedSlots:
     def _look_up(self, slots: Ints) -> _Rows:
         rows = np.flatnonzero(self._guided[slots])
         guided = slots[rows]
-        stops = self._stops[guided]
+        counts = self._num_stops[guided]
+        most = int(counts.max(initial=1))  # who has many costs the others nothing when he is gone
+        stops = self._stops[guided, :most]
         words, flags = stops >> 5, np.uint32(1) << (stops & 31).astype(np.uint32)
         among_common = np.asarray(((words >= COMMON.start) & (words < COMMON.stop)).any(axis=1))
         places = guided[:, None] * self._masks.words.shape[1] + words
-        return _Rows(slots, rows, guided, self._epochs[guided], stops, stops == self._eos, self._own[guided], places, flags, among_common)
+        own, many = self._own[guided, :most], counts > FEW_STOPS
+        return _Rows(slots, rows, guided, self._epochs[guided], stops, stops == self._eos, own, places, flags, among_common, many)
 
     def launched(self, mask: GuidedStep) -> None:
         """What waited for these masks has been launched, in a step that is `paced`."""
@@ -230,7 +238,11 @@ class GuidedSlots:
                 slot = step.slots.item(place)
                 bits[slot], step.errors[place] = 0, self._masks.reason(slot)  # so that no token is chosen, and the answer fails
             there = there[states == GOES_ON]
-        self._add_stops(step, bits, there)
+        many = step.of.many[there]
+        if many.any():
+            self._add_stops(step, bits, there[many], step.of.stops.shape[1])
+            there = there[~many]
+        self._add_stops(step, bits, there, FEW_STOPS)
 
     def _await(self, step: GuidedStep, may: Flags) -> Flags:
         """Wait for masks, as long as needed for rows that may not be late, and for others while the device is at work; [G] those that are late."""
@@ -256,19 +268,19 @@ class GuidedSlots:
         late: Flags = ~there
         return late
 
-    def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], there: Ints) -> None:
-        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [slots, W]; there [R]."""
+    def _add_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], there: Ints, most: int) -> None:
+        """Where the grammar may end (the library says so by its one EOS), the tokens that end this answer are allowed, if it is old enough. bits [slots, W]; there [R], of
+        which none has more than `most`."""
         of, flat, part = mask.of, bits.reshape(-1), there if there.size < mask.rows.size else slice(None)
-        named = flat.take(of.places[part]) & of.flags[part] != 0  # [R, N] some grammars name a stop token themselves
+        named = flat.take(of.places[part, :most]) & of.flags[part, :most] != 0  # [R, N] some grammars name a stop token themselves
         ends = named.any(axis=1)  # others have something to go on with, or nothing at all: then no token is chosen, and the answer fails
         if not ends.any():
             return
-        accepting = (named & of.eos[part]).any(axis=1)
+        accepting = (named & of.eos[part, :most]).any(axis=1)
         goes_on = bits[of.slots[part], COMMON].any(axis=1) & ~of.among_common[part] & ~mask.young[part]
         both = there[goes_on & accepting]
         if both.size:
-            for at, on in zip(of.places[both].T, of.flags[both].T, strict=True):
-                flat[at] |= on
+            np.bitwise_or.at(flat, of.places[both, :most], of.flags[both, :most])
         ends &= ~goes_on
         if ends.any():
             self._look_at_stops(mask, bits, there[ends], named[ends], accepting[ends])
@@ -276,14 +288,12 @@ class GuidedSlots:
     def _look_at_stops(self, mask: GuidedStep, bits: NDArray[np.uint32], rows: Ints, named: Flags, accepting: Flags) -> None:
         """The same for rows [R] that perhaps may only end, perhaps may not end yet. named [R, N], accepting [R]."""
         of, flat = mask.of, bits.reshape(-1)
-        slots, places, flags = of.slots[rows], of.places[rows].T, of.flags[rows].T
-        for at, on in zip(places, flags, strict=True):
-            flat[at] &= ~on
+        slots, places, flags, own = of.slots[rows], of.places[rows, : named.shape[1]], of.flags[rows, : named.shape[1]], of.own[rows, : named.shape[1]]
+        np.bitwise_and.at(flat, places, ~flags)
         nothing = np.logical_not(bits[slots, COMMON].any(axis=1))
         nothing[nothing] = np.logical_not(bits[slots[nothing]].any(axis=1))
-        allowed = (accepting[:, None] | named) & ((~mask.young[rows] | nothing)[:, None] | ~of.own[rows])
-        for at, on, may in zip(places, flags, allowed.T, strict=True):
-            flat[at] |= np.where(may, on, np.uint32(0))
+        allowed = (accepting[:, None] | named) & ((~mask.young[rows] | nothing)[:, None] | ~own)
+        np.bitwise_or.at(flat, places, np.where(allowed, flags, np.uint32(0)))
         mask.only_stops[rows] = nothing
 
     def close(self) -> None:

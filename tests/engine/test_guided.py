@@ -12,6 +12,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from lmdeploy import GenerationConfig, Pipeline
 from lmdeploy.config import TurbomindEngineConfig
 from lmdeploy.engine.engine import Engine
+from lmdeploy.engine.guided import GuidedSlots
+from lmdeploy.engine.masks import Flags, Ints
 from lmdeploy.engine.start import build_engine
 from lmdeploy.grammar import Grammar
 from lmdeploy.messages import EngineOutput, EngineRequest, Response, SamplingParams
@@ -519,3 +522,96 @@ def test_an_engine_without_stop_tokens_ends_with_the_grammar(engine: Engine) -> 
     engine.add(guided(1, stop_token_ids=()))
     engine.add(guided(2, stop_token_ids=(), grammar=Grammar("choice", '["abc"]')))
     assert [outputs[-1].finish_reason for outputs in run(engine).values()] == ["stop", "stop"]
+
+
+# ------------------------------------------------------------------ which tokens end an answer
+
+EOS, VOCABULARY, SLOTS = 2, 5120, 6
+
+
+class Given:
+    """Masks that are there: what a grammar allows is given."""
+
+    def __init__(self) -> None:
+        self.words = torch.zeros((SLOTS, VOCABULARY // 32), dtype=torch.int32)
+
+    def take(self, slot: int, grammar: Grammar, generated: list[int]) -> None: ...
+
+    def leave(self, slot: int) -> None: ...
+
+    def advance(self, slots: Ints, tokens: Ints, last: Flags, seconds: float) -> Flags:
+        return np.zeros(slots.size, dtype=bool)
+
+    def there(self, slots: Ints) -> Flags:
+        return np.ones(slots.size, dtype=bool)
+
+    def states(self, slots: Ints) -> Ints:
+        return np.zeros(slots.size, dtype=np.int64)
+
+    def reason(self, slot: int) -> str:
+        return ""
+
+    def wait(self, seconds: float) -> None: ...
+
+    def close(self) -> None: ...
+
+    def allow(self, slot: int, tokens: set[int]) -> None:
+        bits = np.zeros(VOCABULARY, dtype=bool)
+        bits[list(tokens)] = True
+        self.words[slot] = torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
+
+    def allowed(self, slot: int) -> set[int]:
+        return set(np.flatnonzero(np.unpackbits(self.words[slot].numpy().view(np.uint8), bitorder="little")).tolist())
+
+
+def ends_of(allowed: set[int], stops: set[int], *, young: bool) -> tuple[set[int], bool]:
+    """What may come next where the grammar allows these tokens, by definition; whether the answer may only end."""
+    ends = stops | {EOS}
+    others = allowed - ends
+    if not allowed & ends:
+        return allowed, False
+    may = {token for token in ends if (EOS in allowed or token in allowed) and (not young or not others or token not in stops)}
+    return others | may, not others
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.randoms(use_true_random=False))
+def test_the_tokens_that_end_an_answer_are_its_own_however_many_others_have(draw: Any) -> None:
+    masks = Given()
+    slots = GuidedSlots(masks, EOS, VOCABULARY, SLOTS)
+    stops: list[set[int]] = []
+    for slot in range(SLOTS):
+        tokens = draw.sample(range(VOCABULARY), draw.choice([0, 1, 2, 8, 9, 60, 1024]))
+        tokens += draw.choice([[], [EOS], tokens[:2]])
+        params = SamplingParams(max_new_tokens=9, grammar=Grammar("regex", "a"), stop_token_ids=tuple(tokens))
+        slots.set(slot, params, [])
+        stops.append(set(tokens))
+    among = np.array(draw.sample(range(SLOTS), draw.randint(1, SLOTS)))
+    for _ in range(2):
+        young = np.array([draw.random() < 0.4 for _ in among])
+        expected = []
+        for slot, is_young in zip(among.tolist(), young.tolist(), strict=True):
+            some = set(draw.sample(range(VOCABULARY), draw.choice([0, 3, 400]))) | set(
+                draw.sample(sorted(stops[slot]), min(len(stops[slot]), draw.randint(0, 3)))
+            )
+            allowed = some | set(draw.choice([[], [EOS]]))
+            masks.allow(slot, allowed)
+            expected.append(ends_of(allowed, stops[slot], young=is_young))
+        step = slots.masks(among, young)
+        assert step is not None
+        step.join()
+        assert [(masks.allowed(slot), bool(only)) for slot, only in zip(among.tolist(), step.only_stops, strict=True)] == expected
+
+
+def test_who_has_many_stop_tokens_costs_the_others_nothing_when_he_is_gone() -> None:
+    """A request may have 1,024: a step with him looks at as many of his, and at few of theirs."""
+    slots, among, old = GuidedSlots(Given(), EOS, VOCABULARY, SLOTS), np.arange(SLOTS), np.zeros(SLOTS, dtype=bool)
+    params = SamplingParams(max_new_tokens=9, grammar=Grammar("regex", "a"), stop_token_ids=(EOS,))
+    for slot in range(SLOTS):
+        slots.set(slot, params, [])
+    slots.set(3, SamplingParams(max_new_tokens=9, grammar=Grammar("regex", "a"), stop_token_ids=tuple(range(1000, 2024))), [])
+    step = slots.masks(among, old)
+    assert step is not None and step.of.stops.shape == (SLOTS, 1025) and step.of.many.tolist() == [False, False, False, True, False, False]
+    slots.set(3, params, [])
+    step = slots.masks(among, old)
+    assert step is not None and step.of.stops.shape == (SLOTS, 1) and not step.of.many.any()
